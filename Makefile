@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all there is to type; both set up .venv first, once.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PYTHON := $(BIN)/python
+# More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-fast lint format clean
+
+help: ## show these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with everything that the other targets need (nothing to do the second time)
+	@bash deploy/setup.sh
+
+demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it
+	@$(PYTHON) benchmarks/demo/run.py
+
+test: lint ## all checks and all tests
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-fast: setup ## the tests without those marked slow
+	$(PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: setup ## style, format, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and what the demo left behind (.venv stays)
+	rm -rf demo-out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find allocator gamma_vllm benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,150 @@
+"""Loads one decoder block's weights, runs it on hidden states, lets it go."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allocator.blocks.hidden import HiddenStates
+from allocator.blocks.source import read_tensor
+from allocator.contract.errors import InputError
+from allocator.inventory import Inventory
+from allocator.progress import Progress, silent
+
+__all__ = ["BlockStream", "InputObserver", "record_inputs"]
+
+InputObserver = Callable[[list[str], Tensor], None]
+"""Called with the names of the linear modules that share an input, and that input `[B, T, K]`."""
+
+_BATCH_TOKENS = 4096
+
+
+class BlockStream:
+    """The source model in pieces: embedding, decoder blocks, final norm and head. Weights in float32.
+
+    Only the structure of the whole model is built (on the meta device); `block(i)` materialises one block.
+    """
+
+    def __init__(self, inventory: Inventory, device: str | torch.device = "cpu") -> None:
+        # Imported here: it takes seconds, and only the parts that run a model need it.
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.inventory = inventory
+        self.device = torch.device(device)
+        config = AutoConfig.from_pretrained(inventory.folder)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        self._backbone: Any = skeleton.model
+        # Rotary tables are computed in the constructor, so they must not be made on meta.
+        self._rotary = type(self._backbone.rotary_emb)(config=config).to(self.device)
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._prefix = "model"
+
+    @property
+    def blocks(self) -> int:
+        return self.inventory.blocks
+
+    def read(self, name: str) -> Tensor:
+        """One source tensor as it is stored."""
+        return read_tensor(self.inventory.tensor(name), self.device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`."""
+        table = self.read(f"{self._prefix}.embed_tokens.weight")
+        return nn.functional.embedding(token_ids.to(self.device), table).float()
+
+    def block(self, index: int) -> nn.Module:
+        """Decoder block `index` with its weights, float32, in eval mode, without gradients."""
+        layer: nn.Module = copy.deepcopy(self._backbone.layers[index]).to_empty(device=self.device)
+        prefix = self.inventory.block_prefix(index)
+        state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
+        layer.load_state_dict(state)
+        return layer.eval().requires_grad_(False)
+
+    def run(self, block: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The block's output `[B, T, D]` on `hidden`, with `weights` (by parameter name) in place of its own."""
+        length = hidden.shape[1]
+        if self._window is not None and length > self._window:
+            raise InputError(
+                f"sequences of {length} tokens are longer than the model's sliding window of {self._window}; "
+                f"use --sequence-length {self._window}"
+            )
+        positions = torch.arange(length, device=self.device).unsqueeze(0)
+        arguments = {
+            "position_embeddings": self._rotary(hidden, positions),
+            "position_ids": positions,
+            "attention_mask": None,  # sdpa is causal without a mask
+        }
+        if weights is None:
+            output = block(hidden, **arguments)
+        else:
+            output = torch.func.functional_call(block, weights, (hidden,), arguments)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor) -> None:
+        """Write the states before block 0."""
+        states = hidden.boundary(0)
+        for batch in _batches(token_ids):
+            states[batch] = self.embed(token_ids[batch]).cpu()
+
+    def fill_block(
+        self, hidden: HiddenStates, index: int, recorded: Sequence[str] = (), see: InputObserver | None = None
+    ) -> None:
+        """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`."""
+        block = self.block(index)
+        before, after = hidden.boundary(index), hidden.boundary(index + 1)
+        with torch.inference_mode():
+            for batch in _batches(before):
+                with record_inputs(block, recorded, see):
+                    after[batch] = self.run(block, before[batch].to(self.device)).cpu()
+
+    def fill(self, hidden: HiddenStates, token_ids: Tensor, progress: Progress = silent) -> None:
+        """Write the states of all boundaries."""
+        self.fill_embeddings(hidden, token_ids)
+        for index in range(self.blocks):
+            progress("teacher states", index / self.blocks)
+            self.fill_block(hidden, index)
+        progress("teacher states", 1.0)
+
+    def head(self) -> nn.Module:
+        """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`."""
+        norm = copy.deepcopy(self._backbone.norm).to_empty(device=self.device)
+        norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()})
+        name = f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight"
+        weight = self.read(name).float()
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        return nn.Sequential(norm, head).eval().requires_grad_(False)
+
+
+@contextmanager
+def record_inputs(block: nn.Module, names: Sequence[str], see: InputObserver | None) -> Iterator[None]:
+    """Call `see(names_sharing, x)` for every distinct input x `[B, T, K]` of the block's linear modules `names`.
+
+    Modules that are given the very same tensor (q/k/v, gate/up) are reported together.
+    """
+    seen: dict[int, tuple[Tensor, list[str]]] = {}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+        )
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if see is not None:
+        for tensor, sharing in seen.values():
+            see(sharing, tensor)
+
+
+def _batches(rows: Tensor) -> list[slice]:
+    """Slices of `[S, T, ...]` of about `_BATCH_TOKENS` tokens."""
+    size = max(1, _BATCH_TOKENS // rows.shape[1])
+    return [slice(i, i + size) for i in range(0, rows.shape[0], size)]

@@ -1,0 +1,35 @@
+"""Write the checkpoint of a manifest, and prove it: predicted bytes against written bytes."""
+
+import argparse
+from pathlib import Path
+
+from allocator.cli.options import add_json, add_model
+from allocator.cli.output import print_json, print_tables, show_progress
+
+EXAMPLES = """examples:
+  gamma export ./Qwen3-8B --manifest manifest.json --bank work/bank --out Qwen3-8B-gamma
+  vllm serve Qwen3-8B-gamma"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest of `gamma solve`")
+    parser.add_argument("--bank", type=Path, required=True, help="bank folder of `gamma learn`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.contract.manifest import Manifest
+    from allocator.pipeline import export, resolve_model
+    from allocator.reporting import export_document, export_table
+
+    manifest = Manifest.read(args.manifest)
+    with show_progress() as progress:
+        model = resolve_model(args.model, args.revision)
+        report = export(manifest, model, args.bank, args.out, args.overwrite, progress)
+    if args.json:
+        print_json(export_document(report))
+    else:
+        print_tables(export_table(report))

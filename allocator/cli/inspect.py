@@ -1,0 +1,33 @@
+"""Show what is in a model: modules, shapes, fused groups, bytes at every width, feasible budgets.
+
+Reads config.json and the headers of the safetensors files only.
+"""
+
+import argparse
+
+from allocator.cli.options import add_json, add_model
+from allocator.cli.output import print_json, print_tables
+from allocator.contract.layout import GROUP_SIZES
+
+EXAMPLES = """examples:
+  gamma inspect ./Qwen3-8B
+  gamma inspect ./Qwen3-8B --group-size 64 --symmetric --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
+    parser.add_argument("--symmetric", action="store_true", help="no zero points (default: asymmetric)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.inventory import read_inventory
+    from allocator.pipeline import resolve_model
+    from allocator.reporting import inventory_document, inventory_tables
+
+    inventory = read_inventory(resolve_model(args.model, args.revision))
+    if args.json:
+        print_json(inventory_document(inventory, args.group_size, args.symmetric))
+    else:
+        print_tables(*inventory_tables(inventory, args.group_size, args.symmetric))

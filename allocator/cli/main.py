@@ -1,0 +1,63 @@
+"""`gamma VERB ...`: finds the verb, turns errors into one line on stderr and an exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from allocator import __version__
+from allocator.contract.errors import GammaError
+
+__all__ = ["main"]
+
+VERBS = {
+    "inspect": "what is in a model: modules, shapes, bytes at every width, feasible budgets",
+    "learn": "build the candidates of a model and learn what each width of each module costs",
+    "solve": "find the best assignment for a budget",
+    "export": "write the checkpoint of an assignment",
+    "fit": "learn, solve and export in one step",
+    "verify": "check that a checkpoint is what it declares",
+    "schema": "print the JSON Schema of a file format",
+}
+_EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 a file was refused,
+4 the budget cannot be met, 130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="gamma",
+        description="Give every module of a language model the bits it deserves, to the byte.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gamma {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        module = import_module(f"allocator.cli.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except GammaError as error:
+        print(f"gamma {parsed.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"gamma {parsed.verb}: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Options that several verbs share."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allocator.contract.errors import InputError
+from allocator.contract.layout import GROUP_SIZES, WIDTHS
+
+if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
+    from allocator.learning.settings import LearningSettings
+    from allocator.pipeline import CandidateSettings
+
+__all__ = [
+    "add_budget",
+    "add_json",
+    "add_learning",
+    "add_model",
+    "candidate_settings",
+    "learning_settings",
+]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--budget", help="bytes of all tensors of the checkpoint, e.g. 5.9GiB, 6GB, 123456789")
+    group.add_argument(
+        "--average-bits",
+        type=float,
+        help="stored bits a weight over the modules that can be quantized, scales and zero points included",
+    )
+    parser.add_argument("--solver", choices=["highs", "cp-sat", "scip"], default="highs")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        widths = ()
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are {','.join(map(str, WIDTHS))}")
+    return widths
+
+
+def add_learning(parser: argparse.ArgumentParser) -> None:
+    bank = parser.add_argument_group("candidates")
+    bank.add_argument("--quantizer", default="gptq", help="gptq (default), rtn, or one that a package registers")
+    bank.add_argument("--widths", type=_widths, default=WIDTHS, help="default: 2,3,4,5,6,8,16")
+    bank.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
+    bank.add_argument("--symmetric", action="store_true", help="no zero points (default: asymmetric)")
+    text = parser.add_argument_group("calibration")
+    text.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="text (.txt, .jsonl, .json, also .xz), may be repeated; without it the model writes its own, "
+        "for which it must fit into memory",
+    )
+    text.add_argument("--sequences", type=int, default=128)
+    text.add_argument("--sequence-length", type=int, default=2048, help="at most what the model allows")
+    learning = parser.add_argument_group("learning")
+    learning.add_argument(
+        "--train-average-bits",
+        type=float,
+        default=3.0,
+        help="budget to learn at (default 3.0); the scores serve every other budget too",
+    )
+    learning.add_argument("--passes", type=int, default=4, help="visits to each block (default 4)")
+    learning.add_argument("--steps", type=int, default=16, help="samples at each visit (default 16)")
+    learning.add_argument("--seed", type=int, default=0)
+
+
+def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
+    from allocator.pipeline import CandidateSettings
+
+    _positive(args, "sequences", "sequence_length")
+    return CandidateSettings(
+        quantizer=args.quantizer,
+        widths=args.widths,
+        group_size=args.group_size,
+        symmetric=args.symmetric,
+        calibration=args.calibration,
+        sequences=args.sequences,
+        sequence_length=args.sequence_length,
+        seed=args.seed,
+    )
+
+
+def learning_settings(args: argparse.Namespace) -> "LearningSettings":
+    from allocator.learning.settings import LearningSettings
+
+    _positive(args, "passes", "steps", "train_average_bits")
+    return LearningSettings(average_bits=args.train_average_bits, passes=args.passes, steps=args.steps, seed=args.seed)
+
+
+def _positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name) > 0:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {getattr(args, name)}: must be greater than 0")

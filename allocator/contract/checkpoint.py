@@ -1,0 +1,130 @@
+"""The checkpoint's `quantization_config`, and the check that a folder holds exactly what it declares."""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import ValidationError
+
+from allocator.contract.documents import Digest, Strict, explain, parse_json, read_text_limited
+from allocator.contract.errors import ContractError
+from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
+from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.safetensors_file import read_folder_headers
+
+__all__ = ["CheckpointConfig", "check_checkpoint"]
+
+
+class CheckpointConfig(Strict):
+    """`config.json["quantization_config"]` of a gamma checkpoint.
+
+    `modules` lists every linear, embedding and lm_head module by its checkpoint name, 16-bit ones too, so that a
+    module without an entry is an error and never a guess.
+    """
+
+    QUANT_METHOD: ClassVar[str] = "gamma"
+
+    quant_method: Literal["gamma"] = "gamma"
+    schema_version: Literal[1] = 1
+    model_digest: Digest
+    manifest_digest: Digest
+    dtype: Dtype16
+    modules: dict[str, ModuleFormat]
+
+    @classmethod
+    def parse(cls, config: dict[str, Any], where: str = "quantization_config") -> Self:
+        """Check a decoded `quantization_config`. Raises ContractError."""
+        version = config.get("schema_version")
+        if version != 1:
+            raise ContractError(
+                f"{where}: schema_version is {version!r}, this release reads 1; "
+                "export the checkpoint again or use the release that wrote it"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(config), strict=True)
+        except ValidationError as error:
+            raise ContractError(f"{where}: {explain(error)}") from None
+        except (TypeError, ValueError) as error:
+            raise ContractError(f"{where}: not valid JSON ({error})") from None
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Self:
+        return cls(
+            model_digest=manifest.model.digest,
+            manifest_digest=manifest.digest,
+            dtype=manifest.dtype,
+            modules=manifest.modules,
+        )
+
+
+def check_checkpoint(folder: Path) -> tuple[CheckpointConfig, Manifest]:
+    """Check a checkpoint folder without reading weights: config, manifest and safetensors headers must agree.
+
+    Raises ContractError naming the module and both values at the first disagreement: another manifest, a changed
+    width, a missing, cut or additional tensor, a shape or dtype that contradicts the declaration.
+    """
+    config_path = folder / "config.json"
+    document = parse_json(read_text_limited(config_path, 64 << 20), config_path)
+    quantization = document.get("quantization_config") if isinstance(document, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != CheckpointConfig.QUANT_METHOD:
+        raise ContractError(
+            f"{config_path}: no quantization_config with quant_method gamma; this is no gamma checkpoint"
+        )
+    config = CheckpointConfig.parse(quantization, f"{config_path}: quantization_config")
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    _check_same(config, manifest, config_path, folder / MANIFEST_NAME)
+
+    stored = read_folder_headers(folder)
+    declared: set[str] = set()
+    for name, module in config.modules.items():
+        for tensor in module_tensors(name, module, config.dtype):
+            declared.add(tensor.name)
+            found = stored.get(tensor.name)
+            if found is None:
+                raise ContractError(
+                    f"{folder}: {name} is declared at {module.num_bits} bits, but {tensor.name} is missing"
+                )
+            if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                raise ContractError(
+                    f"{folder}: {tensor.name} is {found.dtype} {list(found.shape)} in {found.path.name}, "
+                    f"{module.num_bits} bits at shape {list(module.shape)} need {tensor.dtype} {list(tensor.shape)}"
+                )
+    _check_others(folder, stored, declared, manifest)
+    return config, manifest
+
+
+def _check_same(config: CheckpointConfig, manifest: Manifest, config_path: Path, manifest_path: Path) -> None:
+    for name in sorted(config.modules.keys() | manifest.modules.keys()):
+        ours, theirs = config.modules.get(name), manifest.modules.get(name)
+        if ours != theirs:
+            raise ContractError(
+                f"{name}: {config_path} says {_words(ours)}, {manifest_path} says {_words(theirs)}; export the checkpoint again"
+            )
+    if config != CheckpointConfig.of_manifest(manifest):
+        raise ContractError(
+            f"{config_path} was written for manifest {config.manifest_digest} of model {config.model_digest}, "
+            f"{manifest_path} is {manifest.digest} of model {manifest.model.digest}; export the checkpoint again"
+        )
+
+
+def _check_others(folder: Path, stored: dict[str, Any], declared: set[str], manifest: Manifest) -> None:
+    quantized = {
+        f"{name}.{part}" for name in manifest.modules for part in ("weight", "weight_packed", "weight_zero_point")
+    }
+    for name in stored.keys() - declared:
+        if name in quantized:
+            raise ContractError(f"{folder}: {name} contradicts the declared width of its module")
+    others = sum(t.nbytes for name, t in stored.items() if name not in declared)
+    if others != manifest.other_bytes:
+        raise ContractError(
+            f"{folder}: the tensors outside the program have {others} bytes, the manifest says {manifest.other_bytes}"
+        )
+
+
+def _words(module: ModuleFormat | None) -> str:
+    if module is None:
+        return "nothing"
+    group = (
+        f", group {module.group_size}, {'symmetric' if module.symmetric else 'asymmetric'}" if module.quantized else ""
+    )
+    return f"{module.num_bits} bits at shape {list(module.shape)}{group}"

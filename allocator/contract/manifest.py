@@ -1,0 +1,73 @@
+"""The manifest: one width for every module, the budget it fits, the solver's proof, and where all of it came from."""
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from allocator.contract.bank import ModelReference
+from allocator.contract.documents import Digest, Document, Strict
+from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
+
+__all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "average_bits"]
+
+MANIFEST_NAME = "gamma_manifest.json"
+
+
+class Budget(Strict):
+    """What was asked for, in the user's words, and in bytes of checkpoint tensors."""
+
+    requested: str
+    nbytes: int = Field(ge=1)
+
+
+class Proof(Strict):
+    """What the solver says of the assignment: it minimises the sum of scores; `bound` is a lower bound on it."""
+
+    solver: str
+    objective: float
+    bound: float
+    gap: float = Field(ge=0)
+
+
+class Manifest(Document):
+    """`manifest.json`, and `gamma_manifest.json` inside a checkpoint."""
+
+    SCHEMA: ClassVar[str] = "gamma.manifest"
+
+    model: ModelReference
+    bank_digest: Digest
+    scores_digest: Digest | None = None
+    method: str
+    dtype: Dtype16
+    budget: Budget
+    tensor_bytes: int
+    other_bytes: int = Field(ge=0)
+    module_bytes: dict[str, int]
+    modules: dict[str, ModuleFormat]
+    proof: Proof | None = None
+
+    @model_validator(mode="after")
+    def _bytes_add_up(self) -> "Manifest":
+        if self.modules.keys() != self.module_bytes.keys():
+            odd = sorted(self.modules.keys() ^ self.module_bytes.keys())[0]
+            raise ValueError(f"{odd}: stands in only one of modules and module_bytes")
+        for name, module in self.modules.items():
+            expected = module_bytes(module)
+            if self.module_bytes[name] != expected:
+                raise ValueError(
+                    f"{name}: {self.module_bytes[name]} bytes recorded, "
+                    f"{module.num_bits} bits at shape {list(module.shape)} are {expected}"
+                )
+        total = self.other_bytes + sum(self.module_bytes.values())
+        if self.tensor_bytes != total:
+            raise ValueError(f"tensor_bytes is {self.tensor_bytes}, the parts add up to {total}")
+        if total > self.budget.nbytes:
+            raise ValueError(f"the assignment has {total} bytes, over the budget of {self.budget.nbytes}")
+        return self
+
+
+def average_bits(modules: dict[str, ModuleFormat], over: set[str] | None = None) -> float:
+    """Stored bits a weight, scales and zero points included, over the modules named `over` (default: all)."""
+    chosen = [m for name, m in modules.items() if over is None or name in over]
+    parameters = sum(m.shape[0] * m.shape[1] for m in chosen)
+    return 8 * sum(map(module_bytes, chosen)) / parameters if parameters else 0.0

@@ -1,0 +1,46 @@
+"""A gamma checkpoint as an ordinary transformers model, its modules dequantized: the judge of every kernel."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allocator.blocks.source import read_tensor
+from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.packing import dequantize
+from allocator.contract.safetensors_file import read_folder_headers
+
+__all__ = ["load_dequantized"]
+
+
+def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a gamma checkpoint, weights dequantized in float32 and then cast to `dtype`.
+
+    Raises ContractError when the folder is not what it declares.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    declared, _manifest = check_checkpoint(folder)
+    stored = read_folder_headers(folder)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {}
+    for name, module in declared.modules.items():
+        if not module.quantized:
+            continue
+        parts = {p: read_tensor(t) for p in _PARTS if (t := stored.pop(f"{name}.{p}", None)) is not None}
+        state[f"{name}.weight"] = dequantize(
+            parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"), module.num_bits
+        ).to(dtype)
+    state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"{folder}: transformers wants {missing} and does not know {unexpected}")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")

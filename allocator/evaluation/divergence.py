@@ -1,0 +1,35 @@
+"""KL divergence of a model's next-token distribution from the original's, and perplexity, over sequences."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Divergence", "measure_divergence"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """kl: mean over tokens of KL(original || model) in nats; perplexity and original_perplexity on the same tokens."""
+
+    kl: float
+    perplexity: float
+    original_perplexity: float
+    tokens: int
+
+
+def measure_divergence(original: Any, model: Any, token_ids: Tensor, batch: int = 4) -> Divergence:
+    """Compare two causal language models on int64 `[sequences, length]`, every position but the last."""
+    kl = loss = original_loss = 0.0
+    tokens = token_ids.shape[0] * (token_ids.shape[1] - 1)
+    with torch.inference_mode():
+        for rows in torch.split(token_ids, batch):
+            ours = model(rows).logits[:, :-1].float().log_softmax(-1)
+            theirs = original(rows).logits[:, :-1].float().log_softmax(-1)
+            targets = rows[:, 1:].unsqueeze(-1)
+            kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+            loss -= float(ours.gather(-1, targets).sum(dtype=torch.float64))
+            original_loss -= float(theirs.gather(-1, targets).sum(dtype=torch.float64))
+    return Divergence(kl / tokens, math.exp(loss / tokens), math.exp(original_loss / tokens), tokens)

@@ -1,0 +1,142 @@
+"""Writes a gamma checkpoint and proves it: predicted bytes against written bytes, declarations against headers."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from allocator.blocks.source import read_tensor, torch_dtype
+from allocator.candidates.reader import BankReader
+from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
+from allocator.contract.errors import ContractError, InputError
+from allocator.contract.layout import TensorSpec
+from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.safetensors_file import INDEX_NAME
+from allocator.exporting.plan import MAX_SHARD_BYTES, plan_checkpoint
+from allocator.inventory import Inventory
+from allocator.progress import Progress, silent
+
+__all__ = ["ExportReport", "check_target", "export_checkpoint"]
+
+_NOT_COPIED = {"config.json", INDEX_NAME, "pytorch_model.bin.index.json", "training.json"}
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Bytes of the safetensors files, by file name, as predicted from the manifest and as found on disk."""
+
+    folder: Path
+    tensor_bytes: int
+    predicted: dict[str, int]
+    written: dict[str, int]
+
+
+def export_checkpoint(
+    manifest: Manifest,
+    inventory: Inventory,
+    model_digest: str,
+    bank: BankReader,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Write the checkpoint of `manifest` to `out`, through a temporary folder that is renamed when all is checked.
+
+    Raises ContractError when manifest, bank and model do not belong together or one byte differs from the
+    prediction, InputError when `out` exists (unless `overwrite`) or the disk has too little room.
+    """
+    _check_belongs(manifest, inventory, model_digest, bank)
+    plan = plan_checkpoint(manifest, inventory.others, max_shard_bytes)
+    if plan.tensor_bytes != manifest.tensor_bytes:
+        raise ContractError(f"the plan has {plan.tensor_bytes} bytes of tensors, the manifest {manifest.tensor_bytes}")
+    predicted = plan.file_bytes()
+    check_target(out, sum(predicted.values()), overwrite)
+
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for done, (name, tensors) in enumerate(plan.files.items()):
+            progress("writing", done / len(plan.files))
+            content = _content(tensors, manifest, inventory, bank)
+            save_file(content, temporary / name, metadata={"format": "pt"})
+        if plan.index is not None:
+            (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
+        _write_side_files(manifest, inventory, temporary)
+        written = {name: (temporary / name).stat().st_size for name in plan.files}
+        if written != predicted:
+            raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
+        check_checkpoint(temporary)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    progress("writing", 1.0)
+    return ExportReport(out, plan.tensor_bytes, predicted, written)
+
+
+def _check_belongs(manifest: Manifest, inventory: Inventory, model_digest: str, bank: BankReader) -> None:
+    if manifest.model.digest != model_digest:
+        raise ContractError(
+            f"the manifest was solved for model {manifest.model.digest}, {inventory.folder} is {model_digest}; "
+            "learn and solve again for this model"
+        )
+    if manifest.bank_digest != bank.bank.digest:
+        raise ContractError(
+            f"the manifest was solved for bank {manifest.bank_digest}, {bank.folder} is {bank.bank.digest}; "
+            "give the bank it was solved for, or learn again"
+        )
+    shapes = {m.name: m.shape for m in inventory.modules}
+    for name in sorted(shapes.keys() | manifest.modules.keys()):
+        ours = shapes.get(name)
+        theirs = manifest.modules[name].shape if name in manifest.modules else None
+        if ours != theirs:
+            raise ContractError(f"{name}: shape is {ours} in the model and {theirs} in the manifest")
+
+
+def check_target(out: Path, needed: int, overwrite: bool) -> None:
+    """Raises InputError when a checkpoint of `needed` bytes cannot be written to `out`."""
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists; give another --out or --overwrite")
+    if out.exists() and overwrite and not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
+        raise InputError(f"{out} is no gamma checkpoint and is not overwritten; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise InputError(
+            f"{out.parent} has {free} bytes free, the checkpoint needs {needed}; make room or give another --out"
+        )
+
+
+def _content(
+    tensors: list[TensorSpec], manifest: Manifest, inventory: Inventory, bank: BankReader
+) -> dict[str, Tensor]:
+    content: dict[str, Tensor] = {}
+    for spec in tensors:
+        name, part = spec.name.rpartition(".")[::2]
+        module = manifest.modules.get(name) if part.startswith("weight") else None
+        if module is None:
+            content[spec.name] = read_tensor(inventory.tensor(spec.name))
+        elif not module.quantized:
+            content[spec.name] = read_tensor(inventory.tensor(spec.name)).to(torch_dtype(manifest.dtype))
+        elif spec.name not in content:
+            content |= {f"{name}.{p}": tensor for p, tensor in bank.tensors(name, module).items()}
+    return {name: tensor.contiguous() for name, tensor in content.items()}
+
+
+def _write_side_files(manifest: Manifest, inventory: Inventory, folder: Path) -> None:
+    """config.json with the declaration, the manifest, and tokenizer and generation files as they are."""
+    for path in sorted(inventory.folder.iterdir()):
+        if path.is_file() and path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES:
+            shutil.copyfile(path, folder / path.name)
+    config = dict(inventory.config)
+    config["quantization_config"] = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    manifest.write(folder / MANIFEST_NAME)

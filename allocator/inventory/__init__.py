@@ -1,0 +1,6 @@
+"""What is in a model, read from config.json and the safetensors headers: no weights, no torch."""
+
+from allocator.inventory.digest import model_digest
+from allocator.inventory.inventory import Inventory, Module, read_inventory
+
+__all__ = ["Inventory", "Module", "model_digest", "read_inventory"]

@@ -1,0 +1,185 @@
+"""The loop of stage I: measure single swaps in every block, then learn what the modules do to each other.
+
+The relaxed objective F(p) = E_p[loss] + multiplier * E_p[bytes] - T H(p) is minimised over independent choices by
+its natural gradient, which is marginal loss minus score: each step moves every score of the visited block towards
+the marginal losses of one hard Gumbel sample. Under teacher forcing blocks are coupled by the budget alone, so one
+block is resident at a time.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allocator.blocks.hidden import HiddenStates
+from allocator.blocks.stream import BlockStream
+from allocator.candidates.reader import BankReader
+from allocator.contract.layout import ModuleFormat, module_bytes
+from allocator.contract.scores import Candidate, ScoredModule, Scores
+from allocator.inventory import Inventory
+from allocator.learning.block import BlockCandidates, BlockLearner
+from allocator.learning.lagrangian import AugmentedLagrangian
+from allocator.learning.objective import UNIT
+from allocator.learning.relaxation import expected_bytes, multiplier_of_budget, probabilities, sample
+from allocator.learning.settings import LearningSettings
+from allocator.progress import Progress, silent
+
+__all__ = ["learn_scores"]
+
+
+@dataclass
+class _Choice:
+    """The learned state of one module: its candidates, measured Gram matrix, and running mean of marginal losses."""
+
+    formats: list[ModuleFormat]
+    nbytes: Tensor
+    gram: Tensor
+    scores: Tensor
+    samples: int = 0
+
+    def learn(self, marginal: Tensor) -> None:
+        self.samples += 1
+        # The measured swap counts as the first sample.
+        self.scores += (marginal - self.scores) / (self.samples + 1)
+
+
+def learn_scores(
+    inventory: Inventory,
+    stream: BlockStream,
+    bank: BankReader,
+    hidden: HiddenStates,
+    settings: LearningSettings,
+    progress: Progress = silent,
+) -> Scores:
+    """Scores of every candidate, in loss (`objective.UNIT`); `hidden` holds the teacher's states of all boundaries."""
+    choices: dict[str, _Choice] = {}
+    for index in range(stream.blocks):
+        progress("measuring", index / stream.blocks)
+        learner, formats = _open_block(inventory, stream, bank, index)
+        grams = learner.measure_swaps(_all_batches(stream, hidden, index, settings.batch_tokens))
+        for name, gram in grams.items():
+            nbytes = torch.tensor([module_bytes(f) for f in formats[name]], dtype=torch.float64)
+            choices[inventory.block_prefix(index) + name] = _Choice(
+                formats[name], nbytes, gram, torch.diagonal(gram).clone()
+            )
+    record = _learn_interactions(inventory, stream, bank, hidden, settings, choices, progress)
+    return _scores(inventory, bank, settings, choices, record)
+
+
+def _learn_interactions(
+    inventory: Inventory,
+    stream: BlockStream,
+    bank: BankReader,
+    hidden: HiddenStates,
+    settings: LearningSettings,
+    choices: dict[str, _Choice],
+    progress: Progress,
+) -> dict[str, Any]:
+    parameters = sum(c.formats[0].shape[0] * c.formats[0].shape[1] for c in choices.values())
+    budget = settings.average_bits * parameters / 8
+    all_scores, all_bytes = [c.scores for c in choices.values()], [c.nbytes for c in choices.values()]
+    budget = min(
+        max(budget, sum(float(n.min()) for n in all_bytes) * 1.001),
+        sum(float(n.max()) for n in all_bytes) * 0.999,
+    )
+    multiplier, temperature = multiplier_of_budget(all_scores, all_bytes, budget, settings.temperature)
+    lagrangian = AugmentedLagrangian(multiplier, settings.penalty * multiplier / budget, budget)
+    generator = torch.Generator().manual_seed(settings.seed)
+    losses: list[float] = []
+    for visit in range(settings.passes * stream.blocks):
+        progress("learning", visit / (settings.passes * stream.blocks))
+        index = visit % stream.blocks
+        if index == 0:
+            losses.append(0.0)
+        learner, formats = _open_block(inventory, stream, bank, index)
+        here = {name: choices[inventory.block_prefix(index) + name] for name in formats}
+        for _ in range(settings.steps):
+            price = lagrangian.effective(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
+            choice = {
+                name: sample(probabilities(c.scores, c.nbytes, price, temperature), generator)
+                for name, c in here.items()
+            }
+            batch = _random_batch(stream, hidden, index, settings.batch_tokens, generator)
+            loss, marginals = learner.marginal_losses(choice, {name: c.gram for name, c in here.items()}, *batch)
+            losses[-1] += loss / settings.steps
+            for name, marginal in marginals.items():
+                here[name].learn(marginal)
+        lagrangian.update(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
+    progress("learning", 1.0)
+    return {
+        "budget_bytes": round(budget),
+        "expected_bytes": expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature),
+        "multiplier": lagrangian.multiplier,
+        "temperature": temperature,
+        "loss_by_pass": losses,
+    }
+
+
+def _open_block(
+    inventory: Inventory, stream: BlockStream, bank: BankReader, index: int
+) -> tuple[BlockLearner, dict[str, list[ModuleFormat]]]:
+    block = stream.block(index)
+    prefix = inventory.block_prefix(index)
+    formats: dict[str, list[ModuleFormat]] = {}
+    weights: dict[str, Tensor] = {}
+    for module in inventory.modules:
+        if module.block != index or module.name not in bank.bank.modules:
+            continue
+        name = module.name.removeprefix(prefix)
+        source = block.get_parameter(f"{name}.weight").data
+        stored = bank.bank.modules[module.name].candidates
+        formats[name] = [*stored, ModuleFormat(shape=module.shape, num_bits=16)]
+        candidates = [bank.dequantized(module.name, f).to(source.device) for f in stored]
+        weights[name] = torch.stack([*candidates, source])
+    return BlockLearner(stream, block, BlockCandidates(weights)), formats
+
+
+def _all_batches(
+    stream: BlockStream, hidden: HiddenStates, index: int, batch_tokens: int
+) -> list[tuple[Tensor, Tensor]]:
+    before, after = hidden.boundary(index), hidden.boundary(index + 1)
+    size = max(1, batch_tokens // before.shape[1])
+    return [
+        (before[i : i + size].to(stream.device), after[i : i + size].to(stream.device))
+        for i in range(0, before.shape[0], size)
+    ]
+
+
+def _random_batch(
+    stream: BlockStream, hidden: HiddenStates, index: int, batch_tokens: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    before, after = hidden.boundary(index), hidden.boundary(index + 1)
+    size = max(1, batch_tokens // before.shape[1])
+    rows = torch.randperm(before.shape[0], generator=generator)[:size]
+    return before[rows].to(stream.device), after[rows].to(stream.device)
+
+
+def _scores(
+    inventory: Inventory,
+    bank: BankReader,
+    settings: LearningSettings,
+    choices: dict[str, _Choice],
+    record: dict[str, Any],
+) -> Scores:
+    modules: dict[str, ScoredModule] = {}
+    for module in inventory.modules:
+        choice = choices.get(module.name)
+        if choice is None:
+            formats, scores = [ModuleFormat(shape=module.shape, num_bits=16)], [0.0]
+        else:
+            formats, scores = choice.formats, choice.scores.tolist()
+        candidates = [
+            Candidate(format=f, nbytes=module_bytes(f), score=s) for f, s in zip(formats, scores, strict=True)
+        ]
+        modules[module.name] = ScoredModule(fused_group=module.fused_group, candidates=candidates)
+    return Scores(
+        model=bank.bank.model,
+        bank_digest=bank.bank.digest,
+        dtype=bank.bank.dtype,
+        method="gamma",
+        unit=UNIT,
+        settings=asdict(settings) | record,
+        other_bytes=inventory.other_bytes,
+        modules=modules,
+    )

@@ -1,0 +1,237 @@
+"""The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from allocator.contract.documents import Document
+from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
+from allocator.contract.layout import WIDTHS
+from allocator.contract.manifest import Manifest
+from allocator.contract.scores import Scores
+from allocator.progress import Progress, silent
+from allocator.solving import Solver, budget_for_average_bits, make_manifest, parse_budget, solve
+
+if TYPE_CHECKING:  # both bring torch
+    from allocator.exporting import ExportReport
+    from allocator.learning import LearningSettings
+
+__all__ = ["CandidateSettings", "LearnResult", "export", "fit", "learn", "resolve_model", "solve_scores"]
+
+SCORES_NAME = "scores.json"
+BANK_FOLDER = "bank"
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+@dataclass(frozen=True)
+class CandidateSettings:
+    """What the bank holds, and the calibration text that learning runs on (`None`: the model writes its own)."""
+
+    quantizer: str = "gptq"
+    widths: Sequence[int] = WIDTHS
+    group_size: int = 128
+    symmetric: bool = False
+    calibration: Sequence[Path] | None = None
+    sequences: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """scores_path and bank_folder are in the work folder; reused says which of them were already there."""
+
+    scores: Scores
+    scores_path: Path
+    bank_folder: Path
+    reused: list[str] = field(default_factory=list)
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """A local model folder: `model` itself, or the download of a Hugging Face hub id (`org/name`)."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise InputError(f"{model}: no such folder, and no Hugging Face id (org/name) either")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{model}: cannot be downloaded ({reason}); give a local folder, or check id and network"
+        ) from None
+
+
+def learn(
+    model: Path,
+    work: Path,
+    candidates: CandidateSettings,
+    learning: "LearningSettings",
+    progress: Progress = silent,
+) -> LearnResult:
+    """Build the bank and learn the scores of `model` in the folder `work`; what is there and fits is used again."""
+    from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
+    from allocator.blocks.hidden import HiddenStates
+    from allocator.candidates import BankReader, build_bank
+    from allocator.contract.bank import BANK_NAME, Bank, ModelReference
+    from allocator.inventory import model_digest, read_inventory
+    from allocator.learning import learn_scores
+    from allocator.quantizers import get_quantizer
+
+    inventory = read_inventory(model)
+    quantizer = get_quantizer(candidates.quantizer)
+    formats = {
+        m.name: [
+            f
+            for f in inventory.formats(m, candidates.widths, candidates.group_size, candidates.symmetric)
+            if f.quantized
+        ]
+        for m in inventory.modules
+    }
+    if not any(formats.values()):
+        raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
+    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
+    length = min(candidates.sequence_length, longest)
+    progress("reading", 0.0)
+    reference = ModelReference(
+        name=model.resolve().name,
+        architecture=inventory.architecture,
+        digest=model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1))),
+    )
+    progress("calibration text", 0.0)
+    if candidates.calibration is None:
+        calibration = calibration_from_model(model, candidates.sequences, length, candidates.seed)
+    else:
+        calibration = calibration_from_text(
+            model, list(candidates.calibration), candidates.sequences, length, candidates.seed
+        )
+    progress("calibration text", 1.0)
+
+    bank_folder, scores_path = work / BANK_FOLDER, work / SCORES_NAME
+    wanted = {
+        "model": reference,
+        "quantizer": quantizer.name,
+        "group_size": candidates.group_size,
+        "symmetric": candidates.symmetric,
+        "calibration_digest": calibration.digest,
+    }
+    reused: list[str] = []
+    bank = _readable(Bank, bank_folder / BANK_NAME)
+    same_bank = (
+        bank is not None
+        and all(getattr(bank, key) == value for key, value in wanted.items())
+        and {n: m.candidates for n, m in bank.modules.items()} == {n: f for n, f in formats.items() if f}
+    )
+    scores = _readable(Scores, scores_path)
+    if same_bank and bank is not None:
+        reused.append("bank")
+        if (
+            scores is not None
+            and scores.bank_digest == bank.digest
+            and asdict(learning).items() <= scores.settings.items()
+        ):
+            return LearnResult(scores, scores_path, bank_folder, [*reused, "scores"])
+
+    _check_room(work, inventory.config["hidden_size"] * calibration.token_ids.numel() * 4 * (inventory.blocks + 1))
+    stream = BlockStream(inventory)
+    hidden = HiddenStates(work / "hidden", candidates.sequences, length, inventory.config["hidden_size"])
+    try:
+        if same_bank:
+            stream.fill(hidden, calibration.token_ids, progress)
+        else:
+            build_bank(
+                inventory, reference, stream, calibration, hidden, quantizer,
+                candidates.widths, candidates.group_size, candidates.symmetric, bank_folder, progress,
+            )  # fmt: skip
+        scores = learn_scores(inventory, stream, BankReader(bank_folder), hidden, learning, progress)
+    finally:
+        hidden.clear()
+    scores.write(scores_path)
+    return LearnResult(scores, scores_path, bank_folder, reused)
+
+
+def solve_scores(scores: Scores, budget: str | None, average_bits: float | None, solver: Solver = "highs") -> Manifest:
+    """The manifest of the best assignment for a budget in bytes (`5.9GiB`) or in average bits; exactly one is given."""
+    if (budget is None) == (average_bits is None):
+        raise InputError("give exactly one of --budget and --average-bits")
+    if budget is not None:
+        requested, nbytes = budget, parse_budget(budget)
+    else:
+        assert average_bits is not None
+        requested, nbytes = f"{average_bits} bits", budget_for_average_bits(scores, average_bits)
+    return make_manifest(scores, solve(scores, nbytes, solver=solver), requested, nbytes)
+
+
+def export(
+    manifest: Manifest,
+    model: Path,
+    bank_folder: Path,
+    out: Path,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> "ExportReport":
+    """Write the checkpoint of `manifest` to `out`."""
+    from allocator.candidates import BankReader
+    from allocator.exporting import export_checkpoint
+    from allocator.inventory import model_digest, read_inventory
+
+    inventory = read_inventory(model)
+    digest = model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1)))
+    return export_checkpoint(
+        manifest, inventory, digest, BankReader(bank_folder), out, overwrite=overwrite, progress=progress
+    )
+
+
+def fit(
+    model: Path,
+    work: Path,
+    out: Path,
+    budget: str | None,
+    average_bits: float | None,
+    candidates: CandidateSettings,
+    learning: "LearningSettings",
+    solver: Solver = "highs",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> tuple[Manifest, "ExportReport"]:
+    """learn, solve and export. The budget and `out` are checked before anything is computed."""
+    from allocator.exporting import check_target
+    from allocator.inventory import read_inventory
+
+    inventory = read_inventory(model)
+    low, high = inventory.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
+    if budget is not None and parse_budget(budget) < low:
+        raise InfeasibleBudgetError(
+            f"budget {budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
+            f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"
+        )
+    check_target(out, low, overwrite)
+    result = learn(model, work, candidates, learning, progress)
+    manifest = solve_scores(result.scores, budget, average_bits, solver)
+    report = export(manifest, model, result.bank_folder, out, overwrite, progress)
+    return manifest, report
+
+
+def _readable(kind: type[AnyDocument], path: Path) -> AnyDocument | None:
+    """The document at `path`, or None if it is absent or damaged: then it is made again."""
+    try:
+        return kind.read(path)
+    except ContractError:
+        return None
+
+
+def _check_room(work: Path, needed: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise InputError(
+            f"{work} has {free} bytes free, the hidden states of the calibration text need {needed}; "
+            "use a larger disk (--work), or fewer or shorter --sequences"
+        )

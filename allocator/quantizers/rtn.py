@@ -1,0 +1,35 @@
+"""Round to nearest: the grid spans each group's range, every weight takes the nearest code."""
+
+import torch
+from torch import Tensor
+
+from allocator.contract.layout import ModuleFormat
+from allocator.quantizers.base import InputStatistics, QuantizedModule
+from allocator.quantizers.grid import fit_grid, quantize_to_grid
+
+__all__ = ["RoundToNearest"]
+
+
+class RoundToNearest:
+    """`rtn`: needs no calibration text."""
+
+    name = "rtn"
+    needs_statistics = False
+
+    def quantize(
+        self,
+        weight: Tensor,
+        module: ModuleFormat,
+        dtype: torch.dtype,
+        statistics: InputStatistics | None = None,
+    ) -> QuantizedModule:
+        assert module.group_size is not None and module.symmetric is not None
+        rows, columns = module.shape
+        grouped = weight.reshape(rows, columns // module.group_size, module.group_size)
+        scale, zero = fit_grid(grouped, module.num_bits, module.symmetric, dtype)
+        codes = quantize_to_grid(grouped, scale, zero, module.num_bits)
+        return QuantizedModule(
+            codes.to(torch.uint8).reshape(rows, columns),
+            scale.squeeze(-1).to(dtype),
+            None if module.symmetric else zero.squeeze(-1).to(torch.uint8),
+        )

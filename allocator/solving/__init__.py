@@ -1,0 +1,7 @@
+"""Stage II: the assignment of least score that fits a budget, exact to the byte. No torch."""
+
+from allocator.solving.budget import budget_for_average_bits, format_bytes, parse_budget
+from allocator.solving.manifest import make_manifest
+from allocator.solving.program import Solution, Solver, solve
+
+__all__ = ["Solution", "Solver", "budget_for_average_bits", "format_bytes", "make_manifest", "parse_budget", "solve"]
