@@ -35,7 +35,8 @@ class Calibration:
 def read_texts(path: Path) -> list[str]:
     """The documents of a .txt/.raw (one document), .jsonl (objects with "text") or .json (list) file, plain or .xz."""
     try:
-        text = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+        content = path.read_bytes()
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
         kind = path.with_suffix("").suffix if path.suffix == ".xz" else path.suffix
         if kind == ".jsonl":
             return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
@@ -82,7 +83,7 @@ def calibration_from_text(folder: Path, paths: list[Path], sequences: int, lengt
 
 
 def calibration_from_model(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
-    """Sequences that the model itself writes at temperature 1: for models that fit into memory, when no text is given."""
+    """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

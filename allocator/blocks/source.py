@@ -1,12 +1,16 @@
-"""Reads single tensors of a safetensors folder."""
+"""Reads single tensors of a safetensors folder, and writes files of them."""
+
+import os
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from allocator.contract.safetensors_file import StoredTensor
 
-__all__ = ["read_tensor", "torch_dtype"]
+__all__ = ["read_tensor", "torch_dtype", "write_safetensors"]
 
 
 def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Tensor:
@@ -19,3 +23,14 @@ def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Ten
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of a 16-bit safetensors name."""
     return {"BF16": torch.bfloat16, "F16": torch.float16}[name]
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file atomically, readable for others: servers often run as another user."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, 0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from allocator.blocks.calibration import Calibration
 from allocator.blocks.hidden import HiddenStates
-from allocator.blocks.source import torch_dtype
+from allocator.blocks.source import torch_dtype, write_safetensors
 from allocator.blocks.stream import BlockStream
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
@@ -118,7 +117,5 @@ def _quantize_module(
             packed = quantized.packed(candidate.num_bits)
             tensors |= {f"w{candidate.num_bits}.{part}": tensor.cpu() for part, tensor in packed.items()}
     file = f"{module.name}.safetensors"
-    temporary = folder / f".{file}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / file)
+    write_safetensors(tensors, folder / file)
     return BankModule(file=file, file_digest=digest_file(folder / file), candidates=formats)

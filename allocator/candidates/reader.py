@@ -54,7 +54,7 @@ class BankReader:
             self._verified.add(name)
         prefix = f"w{candidate.num_bits}."
         with safe_open(path, framework="pt") as file:
-            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def dequantized(self, name: str, candidate: ModuleFormat) -> Tensor:
         """Float32 weight `[N, K]` of one candidate."""

@@ -7,7 +7,7 @@ import argparse
 
 from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables
-from allocator.contract.layout import GROUP_SIZES
+from allocator.contract.layout import GROUP_SIZES, WIDTHS
 
 EXAMPLES = """examples:
   gamma inspect ./Qwen3-8B
@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.inventory import read_inventory
     from allocator.pipeline import resolve_model
-    from allocator.reporting import inventory_document, inventory_tables
+    from allocator.reporting import inventory_document, inventory_table
 
     inventory = read_inventory(resolve_model(args.model, args.revision))
     if args.json:
         print_json(inventory_document(inventory, args.group_size, args.symmetric))
     else:
-        print_tables(*inventory_tables(inventory, args.group_size, args.symmetric))
+        print_tables(inventory_table(inventory, WIDTHS, args.group_size, args.symmetric))

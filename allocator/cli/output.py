@@ -1,6 +1,7 @@
 """Tables and JSON on stdout, progress on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ def print_json(document: Any) -> None:
 def print_tables(*renderables: RenderableType) -> None:
     console = Console()
     for renderable in renderables:
-        console.print(renderable)
+        # Lines of text may hold paths to copy: they are never wrapped.
+        console.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
 
 
 @contextmanager
 def show_progress() -> Iterator[progress.Progress]:
-    """A bar a step on stderr; one line a step where stderr is no terminal."""
+    """A bar a step on stderr; one line a step where stderr is no terminal. Libraries' own bars are turned off."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(stderr=True)
     if not console.is_terminal:
         begun: set[str] = set()

@@ -35,7 +35,7 @@ class CheckpointConfig(Strict):
     def parse(cls, config: dict[str, Any], where: str = "quantization_config") -> Self:
         """Check a decoded `quantization_config`. Raises ContractError."""
         version = config.get("schema_version")
-        if version != 1:
+        if type(version) is not int or version != 1:
             raise ContractError(
                 f"{where}: schema_version is {version!r}, this release reads 1; "
                 "export the checkpoint again or use the release that wrote it"
@@ -44,7 +44,7 @@ class CheckpointConfig(Strict):
             return cls.model_validate_json(json.dumps(config), strict=True)
         except ValidationError as error:
             raise ContractError(f"{where}: {explain(error)}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ContractError(f"{where}: not valid JSON ({error})") from None
 
     @classmethod
@@ -98,7 +98,8 @@ def _check_same(config: CheckpointConfig, manifest: Manifest, config_path: Path,
         ours, theirs = config.modules.get(name), manifest.modules.get(name)
         if ours != theirs:
             raise ContractError(
-                f"{name}: {config_path} says {_words(ours)}, {manifest_path} says {_words(theirs)}; export the checkpoint again"
+                f"{name}: {config_path} says {_words(ours)}, {manifest_path} says {_words(theirs)}; "
+                "export the checkpoint again"
             )
     if config != CheckpointConfig.of_manifest(manifest):
         raise ContractError(

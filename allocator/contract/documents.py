@@ -64,7 +64,7 @@ class Document(Strict):
         recorded = document.pop("digest", None)
         if schema != cls.SCHEMA:
             raise ContractError(f"{where}: schema is {schema!r}, expected {cls.SCHEMA!r}; this is another kind of file")
-        if version != cls.VERSION:
+        if type(version) is not int or version != cls.VERSION:
             raise ContractError(
                 f"{where}: schema_version is {version!r}, this release reads {cls.VERSION}; "
                 "make the file again or use the release that wrote it"
@@ -73,6 +73,8 @@ class Document(Strict):
             parsed = cls.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
         except ValidationError as error:
             raise ContractError(f"{where}: {explain(error)}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ContractError(f"{where}: not valid JSON ({error})") from None
         if recorded != parsed.digest:
             raise ContractError(
                 f"{where}: content digest is {parsed.digest}, the file says {recorded}; "
@@ -100,7 +102,7 @@ def explain(error: ValidationError) -> str:
     for item in error.errors(include_url=False)[:3]:
         place = ".".join(str(p) for p in item["loc"]) or "document"
         given = item.get("input")
-        shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
+        shown = f" (given {repr(given)[:80]})" if isinstance(given, str | int | float | bool) else ""
         parts.append(f"{place}: {item['msg']}{shown}")
     more = len(error.errors()) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allocator.contract.documents import parse_json
+from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import DTYPE_BYTES, TensorSpec
 
@@ -99,7 +99,8 @@ def _stored(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         tensor = StoredTensor(name, dtype, shape, path, data_start + start)
-        sound = dtype in DTYPE_BYTES and all(type(d) is int and d >= 0 for d in shape) and end - start == tensor.nbytes
+        whole = all(type(d) is int and d >= 0 for d in (*shape, start, end))
+        sound = whole and dtype in DTYPE_BYTES and end - start == tensor.nbytes
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
@@ -114,7 +115,7 @@ def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / INDEX_NAME
     if index.exists():
-        weight_map = parse_json(index.read_text(encoding="utf-8"), index).get("weight_map", {})
+        weight_map = _read_weight_map(index)
         files = sorted({folder / name for name in weight_map.values()})
     else:
         weight_map = None
@@ -131,3 +132,15 @@ def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
         odd = sorted(set(weight_map) ^ set(tensors))[0]
         raise ContractError(f"{index}: tensor {odd} is in the index or in the files, but not in both")
     return tensors
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name. A file name with a folder in it is refused: it would lead out of the model."""
+    document = parse_json(read_text_limited(index, _MAX_HEADER_BYTES), index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ContractError(f"{index}: no weight_map; the index is damaged")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ContractError(f"{index}: tensor {tensor} is said to be in {file!r}, which is no file name")
+    return weight_map

@@ -1,4 +1,4 @@
-"""Scores: what each width of each module costs in loss. All that solving needs, so a new budget needs only this file."""
+"""Scores: what each width of each module costs in loss. Solving for a new budget needs only this file."""
 
 from typing import Any, ClassVar
 

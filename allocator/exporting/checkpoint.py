@@ -5,10 +5,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from allocator.blocks.source import read_tensor, torch_dtype
+from allocator.blocks.source import read_tensor, torch_dtype, write_safetensors
 from allocator.candidates.reader import BankReader
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError, InputError
@@ -65,7 +64,7 @@ def export_checkpoint(
         for done, (name, tensors) in enumerate(plan.files.items()):
             progress("writing", done / len(plan.files))
             content = _content(tensors, manifest, inventory, bank)
-            save_file(content, temporary / name, metadata={"format": "pt"})
+            write_safetensors(content, temporary / name)
         if plan.index is not None:
             (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
         _write_side_files(manifest, inventory, temporary)

@@ -1,4 +1,4 @@
-"""Augmented Lagrangian on expected bytes: min over p of loss + multiplier * h + penalty/2 * h^2, h = E[bytes] - budget."""
+"""Augmented Lagrangian on expected bytes: loss + multiplier * h + penalty/2 * h^2, with h = E[bytes] - budget."""
 
 from dataclasses import dataclass
 

@@ -179,7 +179,7 @@ def _scores(
         dtype=bank.bank.dtype,
         method="gamma",
         unit=UNIT,
-        settings=asdict(settings) | record,
+        settings=asdict(settings) | {"outcome": record},
         other_bytes=inventory.other_bytes,
         modules=modules,
     )

@@ -24,7 +24,8 @@ class Gptq:
     def quantize(
         self, weight: Tensor, module: ModuleFormat, dtype: torch.dtype, statistics: InputStatistics | None
     ) -> QuantizedModule:
-        assert module.group_size is not None and module.symmetric is not None
+        assert module.group_size is not None
+        assert module.symmetric is not None
         if statistics is None:
             raise ValueError("gptq needs the statistics of the module's inputs")
         rows, columns = module.shape

@@ -23,7 +23,8 @@ class RoundToNearest:
         dtype: torch.dtype,
         statistics: InputStatistics | None = None,
     ) -> QuantizedModule:
-        assert module.group_size is not None and module.symmetric is not None
+        assert module.group_size is not None
+        assert module.symmetric is not None
         rows, columns = module.shape
         grouped = weight.reshape(rows, columns // module.group_size, module.group_size)
         scale, zero = fit_grid(grouped, module.num_bits, module.symmetric, dtype)

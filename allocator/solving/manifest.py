@@ -22,7 +22,5 @@ def make_manifest(scores: Scores, solution: Solution, requested: str, budget_byt
         other_bytes=scores.other_bytes,
         module_bytes=sizes,
         modules={name: solution.assignment[name] for name in scores.modules},
-        proof=Proof(
-            solver=solution.solver, objective=solution.objective, bound=solution.bound, gap=solution.gap
-        ),
+        proof=Proof(solver=solution.solver, objective=solution.objective, bound=solution.bound, gap=solution.gap),
     )

@@ -36,7 +36,7 @@ _LARGEST_GAIN = 2.0**13
 _INTEGER_RANGE = 2.0**50
 """Sum of objective coefficients given to CP-SAT, which takes integers."""
 _FIRST_CORE = 64
-"""Choices of a first, small program, whose answer leaves fewer choices to the second, which gives the proof."""
+"""Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
 _RELATIVE_RESOLUTION = 1e-9
 """A gap below this part of the range of all scores is rounding, and reported as 0."""
 
@@ -70,8 +70,8 @@ def solve(
 ) -> Solution:
     """The assignment of least total score that has at most `budget_bytes` bytes, all tensors counted.
 
-    `pins`, `ceilings` and `floors` give widths by fnmatch pattern of module names (see `Rules`). With `fusion`
-    "tied" the modules of a fused group get one width. The same input gives the same answer, unless the time
+    `pins`, `ceilings` and `floors` give widths by fnmatch pattern of module names (see `Rules`). With
+    `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the time
     limit cuts the search; then the best assignment found is returned with the gap that is left. Of candidates
     of one score the smallest is taken. Raises InfeasibleBudgetError naming the feasible range, InputError for
     rules that cannot be kept.
@@ -87,18 +87,14 @@ def solve(
 
     choices = [undominated(unit.choices) for unit in units]
     scale = _power_of_two_scale(choices)
-    items = [
-        [Item(c.nbytes - cs[0].nbytes, scale * cs[0].score - scale * c.score) for c in cs] for cs in choices
-    ]
+    items = [[Item(c.nbytes - cs[0].nbytes, scale * cs[0].score - scale * c.score) for c in cs] for cs in choices]
     picks, bound, used = _best_picks(items, budget_bytes - smallest, solver, time_limit_seconds)
     chosen = [cs[j] for cs, j in zip(choices, picks, strict=True)]
     return _solution(scores, units, chosen, (bound - total_gain(items, picks)) / scale, used)
 
 
-def _best_picks(
-    items: list[list[Item]], slack_bytes: int, solver: Solver, seconds: float
-) -> tuple[Picks, float, str]:
-    """Best choice of each unit, an upper bound on the gain (equal to the gain if proven), and who proved it."""
+def _best_picks(items: list[list[Item]], slack_bytes: int, solver: Solver, seconds: float) -> tuple[Picks, float, str]:
+    """Best choice of each unit, an upper bound on the gain (the gain itself if proven), and the solver."""
     everything = [len(unit) - 1 for unit in items]
     if total_bytes(items, everything) <= slack_bytes:
         return everything, total_gain(items, everything), solver
@@ -108,7 +104,7 @@ def _best_picks(
     deadline = time.monotonic() + seconds
 
     def search(name: str, at_most: int | None) -> float | None:
-        """Improve `picks`; the bound on what the searched choices gain, None if the solver overran the budget."""
+        """Improve `picks`; returns a bound on the gain, None if the solver has no answer within the budget."""
         nonlocal picks
         core = _Core.of(items, survivors(items, relaxed, picks, at_most), slack_bytes)
         found, core_bound = core.run(name, max(deadline - time.monotonic(), 0.1), picks)
@@ -184,10 +180,7 @@ class _Core:
         return (picks if fits else None), bound
 
     def _objective_scale(self, solver: str) -> float:
-        gains = [
-            self.items[u][self.kept[u][-1]].gain - self.items[u][self.kept[u][0]].gain
-            for u in self.open_units
-        ]
+        gains = [self.items[u][self.kept[u][-1]].gain - self.items[u][self.kept[u][0]].gain for u in self.open_units]
         target = _INTEGER_RANGE / math.fsum(gains) if solver == "cp-sat" else _LARGEST_GAIN / max(gains)
         return 2.0 ** math.floor(math.log2(target))
 

@@ -13,7 +13,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send file descriptor 1 to 2 meanwhile: HiGHS prints debugging lines even when it is told to be quiet."""
+    """Send file descriptor 1 to 2 meanwhile: HiGHS prints debugging lines even when told to be quiet."""
     with _LOCK:
         _flush_c_streams()
         try:

@@ -82,9 +82,7 @@ def fill(units: list[list[Item]], picks: Picks, slack_bytes: int) -> Picks:
         picks[u] = j
 
 
-def survivors(
-    units: list[list[Item]], relaxed: Relaxed, picks: Picks, at_most: int | None = None
-) -> list[list[int]]:
+def survivors(units: list[list[Item]], relaxed: Relaxed, picks: Picks, at_most: int | None = None) -> list[list[int]]:
     """Of each unit the choices that an assignment at least as good as `picks` may have.
 
     With `at_most` only about that many of them, the most promising: then the optimum may be missing, but an

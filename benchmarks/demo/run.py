@@ -47,7 +47,17 @@ def free_port() -> int:
 def served(checkpoint: Path, log: Path) -> Iterator[str]:
     """A running `vllm serve` for `checkpoint`; yields its base URL, stops the server and its workers at the end."""
     port = free_port()
-    command = ["vllm", "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
+    command = [
+        "vllm",
+        "serve",
+        str(checkpoint),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "demo",
+    ]
     # Eager: compiling would take longer than the demo runs. A small share of memory, since others use it too.
     command += ["--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager", "--gpu-memory-utilization", "0.2"]
     print("$ " + " ".join(command), flush=True)
@@ -103,7 +113,19 @@ def main() -> None:
     run("gamma", "inspect", str(MODEL), "--group-size", "64")
     say(f"learn, solve for {BUDGET} bytes, export")
     mixed = OUT / "checkpoint"
-    run("gamma", "fit", str(MODEL), "--budget", BUDGET, "--out", str(mixed), "--work", str(OUT / "work"), "--overwrite", *common)
+    run(
+        "gamma",
+        "fit",
+        str(MODEL),
+        "--budget",
+        BUDGET,
+        "--out",
+        str(mixed),
+        "--work",
+        str(OUT / "work"),
+        "--overwrite",
+        *common,
+    )
     say("serve it with vLLM")
     with served(mixed, OUT / "server.log") as url:
         text = complete(url)

@@ -1,0 +1,61 @@
+"""What the verbs print with --json: plain dictionaries of what the tables show."""
+
+from typing import TYPE_CHECKING, Any
+
+from allocator.contract.layout import WIDTHS, module_bytes
+from allocator.contract.scores import Scores
+from allocator.inventory import Inventory
+
+if TYPE_CHECKING:  # brings torch
+    from allocator.exporting import ExportReport
+
+__all__ = ["export_document", "inventory_document", "scores_document"]
+
+
+def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """Every module with its shape and its bytes at every width, and the feasible range of budgets."""
+    modules = {}
+    for module in inventory.modules:
+        formats = inventory.formats(module, WIDTHS, group_size, symmetric)
+        entry: dict[str, Any] = {
+            "shape": list(module.shape),
+            "dtype": module.dtype,
+            "role": module.role,
+            "fused_group": module.fused_group,
+            "group_size": formats[0].group_size,
+            "nbytes": {str(f.num_bits): module_bytes(f) for f in formats},
+        }
+        modules[module.name] = entry | ({"why_16": module.why_16} if module.why_16 else {})
+    low, high = inventory.feasible_bytes(WIDTHS, group_size, symmetric)
+    return {
+        "architecture": inventory.architecture,
+        "blocks": inventory.blocks,
+        "dtype": inventory.dtype,
+        "tied": inventory.tied,
+        "modules": modules,
+        "other_bytes": inventory.other_bytes,
+        "feasible_bytes": [low, high],
+    }
+
+
+def scores_document(scores: Scores) -> dict[str, Any]:
+    """The scores by module and width, and what they were learned with."""
+    low, high = scores.feasible_bytes()
+    return {
+        "method": scores.method,
+        "unit": scores.unit,
+        "digest": scores.digest,
+        "settings": scores.settings,
+        "feasible_bytes": [low, high],
+        "modules": {n: {str(c.format.num_bits): c.score for c in m.candidates} for n, m in scores.modules.items()},
+    }
+
+
+def export_document(report: "ExportReport") -> dict[str, Any]:
+    """Predicted and written bytes of each file."""
+    return {
+        "checkpoint": str(report.folder),
+        "tensor_bytes": report.tensor_bytes,
+        "predicted_file_bytes": report.predicted,
+        "written_file_bytes": report.written,
+    }

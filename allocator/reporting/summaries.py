@@ -1,0 +1,67 @@
+"""The tables of whole results: scores, a manifest, an export."""
+
+import re
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from allocator.contract.manifest import Manifest, average_bits
+from allocator.contract.scores import Scores
+from allocator.reporting.tables import bytes_table, new_table, short_name, widths_table
+
+if TYPE_CHECKING:  # brings torch
+    from allocator.exporting import ExportReport
+
+__all__ = ["export_table", "manifest_tables", "scores_table"]
+
+
+def scores_table(scores: Scores) -> RenderableType:
+    """What each width costs, summed over the modules of each kind; and the feasible range of budgets."""
+    kinds: dict[str, dict[int, float]] = {}
+    for name, module in scores.modules.items():
+        if len(module.candidates) > 1:
+            sums = kinds.setdefault(short_name(re.sub(r"\.\d+\.", ".", name)), {})
+            for c in module.candidates:
+                sums[c.format.num_bits] = sums.get(c.format.num_bits, 0.0) + c.score
+    widths = sorted({b for sums in kinds.values() for b in sums})
+    table = new_table("learned cost of each width, summed over all blocks")
+    table.add_column("module")
+    for bits in widths:
+        table.add_column(f"{bits}b", justify="right", no_wrap=True)
+    for kind, sums in kinds.items():
+        table.add_row(kind, *(f"{sums[b]:.1e}" if b in sums else "-" for b in widths))
+    low, high = scores.feasible_bytes()
+    return Group(table, f"cost: {scores.unit}", f"feasible budgets: {low:,} to {high:,} bytes")
+
+
+def manifest_tables(manifest: Manifest) -> list[RenderableType]:
+    """The width of every module, and what the assignment is worth in bytes."""
+    table = new_table("assignment")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    over = {name for name in manifest.modules if re.search(r"\.\d+\.", name)}
+    rows = [
+        ("budget", f"{manifest.budget.requested} = {manifest.budget.nbytes:,} bytes"),
+        ("all tensors", f"{manifest.tensor_bytes:,} bytes ({manifest.tensor_bytes / 2**30:.4f} GiB)"),
+        ("left over", f"{manifest.budget.nbytes - manifest.tensor_bytes:,} bytes"),
+        ("average width", f"{average_bits(manifest.modules, over):.3f} bits, scales and zero points included,"),
+        ("", "over the linear modules of all blocks"),
+    ]
+    if manifest.proof is not None:
+        proof = manifest.proof
+        rows.append(("proof", f"{proof.solver}: sum of scores {proof.objective:.6g}, gap {proof.gap:.2g}"))
+    rows.append(("digest", manifest.digest))
+    for what, value in rows:
+        table.add_row(what, value)
+    return [widths_table(manifest.modules), table]
+
+
+def export_table(report: "ExportReport") -> Table:
+    """Predicted and written bytes, file by file."""
+    rows: list[tuple[str, int, int | None]] = [
+        (name, predicted, report.written[name]) for name, predicted in report.predicted.items()
+    ]
+    if len(rows) > 1:
+        rows.append(("all files", sum(report.predicted.values()), sum(report.written.values())))
+    return bytes_table(rows, f"bytes of {report.folder}, headers included")

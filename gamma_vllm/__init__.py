@@ -1,0 +1,22 @@
+"""The vLLM plugin that serves gamma checkpoints: modules of different widths, also inside one fused layer.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every one of its
+processes. Importing this package imports neither torch nor vllm.
+
+Environment variables, read by `gamma_vllm.kernels.choose` and `gamma_vllm.kernels.ark`:
+
+- `GAMMA_KERNEL` = `auto` (default), `torch` or `ark`: which kernels multiply. A kernel that is asked for and
+  cannot run is an error that says why.
+- `GAMMA_ARK_COMPUTE` = `fp32` (default), `bf16` or `int8`: in what the ARK kernels compute.
+"""
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make `quant_method: gamma` known to vLLM. May be called any number of times."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from gamma_vllm.config import GammaConfig
+
+    register_quantization_config(GammaConfig.NAME)(GammaConfig)

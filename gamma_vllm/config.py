@@ -1,0 +1,164 @@
+"""`quant_method: gamma`: which layer is stored how, and the refusal of all that does not fit together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
+from allocator.contract.errors import ContractError
+from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from gamma_vllm.linear import GammaLinearMethod
+from gamma_vllm.shards import Module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+__all__ = ["GammaConfig"]
+
+_EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
+"""Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
+
+
+class GammaConfig(QuantizationConfig):
+    """The checkpoint's `quantization_config` as vLLM asks for it.
+
+    `modules` maps vLLM's names of modules (before fusion) to how the checkpoint stores them. A layer without
+    an entry is refused: nothing is guessed.
+    """
+
+    NAME = CheckpointConfig.QUANT_METHOD
+
+    def __init__(self, checkpoint: CheckpointConfig | None = None):
+        super().__init__()
+        if checkpoint is None:
+            raise ContractError(
+                "the model's config.json has no quantization_config; --quantization gamma serves checkpoints "
+                "that `gamma export` wrote, and these need no flag"
+            )
+        self.checkpoint = checkpoint
+        self.modules = {name: Module(name, module) for name, module in checkpoint.modules.items()}
+        self.ties_embeddings = False
+
+    def __repr__(self) -> str:
+        return f"GammaConfig({len(self.modules)} modules, manifest {self.checkpoint.manifest_digest})"
+
+    def get_name(self) -> str:
+        return self.NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # each kernel says itself where it runs
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GammaConfig":
+        """Raises ContractError on an unknown version, an unknown key, or values that are not allowed."""
+        return cls(CheckpointConfig.parse(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
+    ) -> None:
+        """Refuse a checkpoint that contradicts itself. vLLM calls this before it makes the model."""
+        if hf_config is not None:
+            self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
+        folder = Path(model_name)
+        if folder.is_dir():
+            _check_folder(folder, self.checkpoint)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename modules as the model class renames weights."""
+        renamed = hf_to_vllm_mapper.apply_dict(self.modules)
+        if len(renamed) != len(self.modules):
+            raise ContractError(
+                f"{len(self.modules)} modules of the checkpoint have only {len(renamed)} names in vLLM; "
+                "this architecture cannot be served"
+            )
+        self.modules = renamed
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer. Raises ContractError naming the layer and the module that has no entry."""
+        if isinstance(layer, ParallelLMHead):
+            return self._lm_head(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._embedding(prefix)
+        if isinstance(layer, RoutedExperts):
+            raise ContractError(f"layer {prefix}: experts are not supported by this release of gamma")
+        if not isinstance(layer, LinearBase):
+            return None
+        modules = self._modules_of(prefix)
+        if any(module.format.quantized for module in modules):
+            return GammaLinearMethod(modules, self.checkpoint.dtype)
+        return UnquantizedLinearMethod()
+
+    def _modules_of(self, prefix: str) -> list[Module]:
+        """The checkpoint's modules that vLLM joins into the layer `prefix`, in its order."""
+        if prefix in self.modules:
+            return [self.modules[prefix]]
+        parent, _, leaf = prefix.rpartition(".")
+        joined = self.packed_modules_mapping.get(leaf, [leaf])
+        names = [f"{parent}.{name}" if parent else name for name in joined]
+        absent = [name for name in names if name not in self.modules]
+        if absent:
+            raise ContractError(
+                f"layer {prefix}: quantization_config has no entry for {', '.join(absent)}; every linear "
+                "module needs one, also at 16 bits; export the checkpoint again"
+            )
+        return [self.modules[name] for name in names]
+
+    def _lm_head(self, prefix: str) -> QuantizeMethodBase:
+        if prefix not in self.modules and self.ties_embeddings:
+            return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
+        return _unquantized_vocabulary(self._modules_of(prefix))
+
+    def _embedding(self, prefix: str) -> QuantizeMethodBase:
+        if prefix:
+            return _unquantized_vocabulary(self._modules_of(prefix))
+        # Llama does not say which of its modules this is.
+        modules = [m for name, m in self.modules.items() if name.rpartition(".")[2] in _EMBEDDING_NAMES]
+        if not modules:
+            raise ContractError(
+                "the input embedding: quantization_config has no entry for a module named "
+                f"{', '.join(_EMBEDDING_NAMES)}; export the checkpoint again"
+            )
+        return _unquantized_vocabulary(modules)
+
+
+def _unquantized_vocabulary(modules: list[Module]) -> QuantizeMethodBase:
+    for module in modules:
+        if module.format.quantized:
+            raise ContractError(
+                f"{module.name}: declared at {module.format.num_bits} bits, this release serves embeddings "
+                "and lm_head at 16 bits only; export the checkpoint again with this module at 16 bits"
+            )
+    return UnquantizedEmbeddingMethod()
+
+
+def _check_folder(folder: Path, declared: CheckpointConfig) -> None:
+    """Refuse a folder whose config, manifest and weights (none are needed for a dummy load) disagree."""
+    if any(folder.glob("*.safetensors")):
+        config, _ = check_checkpoint(folder)
+    else:
+        config = CheckpointConfig.of_manifest(Manifest.read(folder / MANIFEST_NAME))
+    for name in sorted(config.modules.keys() | declared.modules.keys()):
+        ours, theirs = declared.modules.get(name), config.modules.get(name)
+        if ours != theirs:
+            raise ContractError(f"{name}: vLLM was given {ours}, {folder} says {theirs}")
+    if config != declared:
+        raise ContractError(f"{folder}: its manifest is not the one that its config.json was written for")

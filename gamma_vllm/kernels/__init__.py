@@ -1,0 +1,1 @@
+"""One adapter a kernel library, the torch reference, and the chooser."""

@@ -1,0 +1,164 @@
+"""Linear layers whose shards have different widths: 2-8 and 16 bits, symmetric and not, side by side."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from allocator.contract.errors import ContractError
+from allocator.contract.layout import Dtype16
+from gamma_vllm.kernels.choose import Kernel, choose_kernel
+from gamma_vllm.parameters import FlatParameter, join_zero_points
+from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, merge, plan_shards, windows
+
+__all__ = ["GammaLinearMethod", "layer_geometry"]
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+_WITHOUT_CHECKPOINT = ("dummy", "sharded_state", "runai_streamer_sharded")
+"""Load formats that never hand checkpoint tensors to the weight loaders."""
+
+
+class GammaLinearMethod(LinearMethodBase):
+    """Creates, loads and multiplies one layer. Each layer has its own object.
+
+    Life of a layer: flat parameters (`gamma_vllm.parameters`) take the checkpoint's tensors; after loading
+    they are cut into segments of one kind, and each segment's tensors become what the kernel wants, as
+    parameters `gamma_<segment>_<name>`. `weight_packed` stays as an empty tensor: LoRA asks for its device.
+
+    The parameters bring their own weight loader, so the class needs no place in vLLM's list for loader v2.
+    """
+
+    def __init__(self, modules: list[Module], checkpoint_dtype: Dtype16):
+        self.modules = modules
+        self.checkpoint_dtype = _TORCH_DTYPES[checkpoint_dtype]
+        self.kernel: Kernel
+        self.segments: list[Segment] = []
+        self.expects_load = True
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the flat parameters. Raises ContractError when the config contradicts the layer."""
+        self.kernel = choose_kernel(torch.get_default_device())
+        geometry = layer_geometry(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size
+        )
+        shards = plan_shards(self.modules, geometry)
+        self.segments = merge(shards)
+        config = get_current_vllm_config_or_none()
+        self.expects_load = config is None or config.load_config.load_format not in _WITHOUT_CHECKPOINT
+        # Scales keep the checkpoint's dtype: float16 would lose what bfloat16 can hold.
+        dtypes = {"weight_scale": self.checkpoint_dtype, "weight_shape": torch.int64, "weight": params_dtype}
+        for part in PARTS:
+            table = windows(shards, part)
+            if table:
+                dtype = dtypes.get(part, torch.int32)
+                layer.register_parameter(part, FlatParameter.empty(part, table, dtype, geometry.prefix))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Cut the flat parameters into segments and let the kernel pack them.
+
+        Raises ContractError naming every checkpoint tensor that was not loaded.
+        """
+        found = {part: getattr(layer, part, None) for part in PARTS}
+        flat = {part: value for part, value in found.items() if isinstance(value, FlatParameter)}
+        if "weight_packed" not in flat:
+            return  # already in the kernel's form
+        self._check_loaded(list(flat.values()))
+        packed = flat["weight_packed"]
+        for part in flat:
+            delattr(layer, part)
+        for number, segment in enumerate(self.segments):
+            tensors = _segment_tensors(segment, flat)
+            if segment.quantized:
+                tensors = self.kernel.pack(segment, tensors)
+            for name, tensor in tensors.items():
+                layer.register_parameter(_name(number, name), nn.Parameter(tensor, requires_grad=False))
+        empty = torch.empty(0, dtype=packed.dtype, device=packed.device)
+        layer.register_parameter("weight_packed", nn.Parameter(empty, requires_grad=False))
+
+    def _check_loaded(self, parameters: list[FlatParameter]) -> None:
+        if not self.expects_load and not any(p.loaded for p in parameters):
+            return
+        missing = [name for p in parameters for name in p.missing()]
+        if missing:
+            raise ContractError(
+                f"layer {parameters[0].prefix}: the checkpoint has no {', '.join(missing)}; "
+                "the file is incomplete or was exported for another architecture"
+            )
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` `[..., in_features]` to `[..., out_features]` of this rank, in the dtype of `x`."""
+        outputs = []
+        for number, segment in enumerate(self.segments):
+            if segment.quantized:
+                tensors = {name: getattr(layer, _name(number, name)) for name in self.kernel.names(segment)}
+                outputs.append(self.kernel.linear(segment, tensors, x))
+            else:
+                outputs.append(F.linear(x, getattr(layer, _name(number, "weight"))))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return output if bias is None else output + bias
+
+
+def layer_geometry(
+    layer: nn.Module,
+    input_size_per_partition: int,
+    output_partition_sizes: list[int],
+    input_size: int,
+    output_size: int,
+) -> LayerGeometry:
+    """What `create_weights` is told, together with the layer's tensor-parallel rank and KV head replicas."""
+    copies = [1] * len(output_partition_sizes)
+    replicas = getattr(layer, "num_kv_head_replicas", 1)
+    if len(copies) == 3:
+        copies = [1, replicas, replicas]
+    elif replicas != 1:
+        raise ContractError(
+            f"layer {layer.prefix}: {replicas} copies of KV heads in a layer of {len(copies)} shards, "
+            "which this release cannot place; use a smaller tensor_parallel_size"
+        )
+    return LayerGeometry(
+        prefix=getattr(layer, "prefix", ""),
+        input_size=input_size,
+        output_size=output_size,
+        input_size_per_partition=input_size_per_partition,
+        output_partition_sizes=tuple(output_partition_sizes),
+        tp_rank=getattr(layer, "tp_rank", 0),
+        tp_size=getattr(layer, "tp_size", 1),
+        copies=tuple(copies),
+    )
+
+
+def _name(number: int, name: str) -> str:
+    return f"gamma_{number}_{name}"
+
+
+def _segment_tensors(segment: Segment, flat: dict[str, FlatParameter]) -> dict[str, Tensor]:
+    """The checkpoint tensors of one segment, shards joined along the rows."""
+    if not segment.quantized:
+        return {"weight": _rows(flat["weight"], segment)}
+    tensors = {"packed": _rows(flat["weight_packed"], segment), "scale": _rows(flat["weight_scale"], segment)}
+    if not segment.symmetric:
+        zero_point = flat["weight_zero_point"]
+        rows = [zero_point.table[i].shard.rows for i in segment.shards]
+        parts = [zero_point.window(i) for i in segment.shards]
+        tensors["zero_point"] = join_zero_points(parts, rows, segment.num_bits)
+    return tensors
+
+
+def _rows(parameter: FlatParameter, segment: Segment) -> Tensor:
+    """Neighbouring windows are neighbouring rows: one view `[segment.rows, ...]`, no copy."""
+    first = parameter.table[segment.shards[0]]
+    width = first.shape[1]
+    return parameter.data.narrow(0, first.offset, segment.rows * width).view(segment.rows, width)

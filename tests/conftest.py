@@ -1,0 +1,79 @@
+"""Fixtures shared by all tests: tiny models made on the spot, and the trained ones where they are at hand."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINED = ROOT.parent / "shared" / "data" / "models"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> Callable[[str], Path]:
+    """Folder of a trained model by name; skips the test where the trained models are not at hand."""
+
+    def find(name: str) -> Path:
+        folder = TRAINED / name
+        if not folder.is_dir():
+            pytest.skip(f"trained model {name} is not at hand ({folder.parent} has no such folder)")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random model of two blocks with a byte tokenizer: "llama" (untied), "qwen3" (tied), "qwen2" (biases)."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = _make_tiny(kind, tmp_path_factory.mktemp(f"tiny-{kind}"))
+        return made[kind]
+
+    return make
+
+
+def _make_tiny(kind: str, folder: Path) -> Path:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "initializer_range": 0.2,
+    }
+    name = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2"}[kind]
+    if kind == "qwen3":
+        sizes |= {"head_dim": 32}
+    config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings=kind == "qwen3")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>"
+    ).save_pretrained(folder)
+    return folder

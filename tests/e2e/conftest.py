@@ -1,0 +1,102 @@
+"""Checkpoints and engines for the tests of serving, made once a session."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+MODELS = REPOSITORY.parent / "shared" / "data" / "models"
+
+FAST_ON_A_BUSY_MACHINE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+_CYCLE = [
+    # Three widths inside qkv with a 16-bit shard, and a 16-bit shard beside a quantized one in gate/up.
+    {"q": (4, 64, True), "k": (3, 32, False), "v": (16, 0, True), "gate": (16, 0, True), "up": (6, 64, False)},
+    # One kind each: qkv and gate/up become one GEMM.
+    {"q": (5, 64, False), "k": (5, 64, False), "v": (5, 64, False), "gate": (8, 128, True), "up": (8, 128, True)},
+    # Equal widths, different groups and symmetry; the 16-bit shard first.
+    {"q": (16, 0, True), "k": (6, 32, True), "v": (6, 64, False), "gate": (4, 32, True), "up": (4, 64, True)},
+    # No width below 16 in qkv.
+    {"q": (16, 0, True), "k": (16, 0, True), "v": (16, 0, True), "gate": (2, 32, False), "up": (5, 128, True)},
+]
+_OTHERS = [(8, 128, False), (16, 0, True), (3, 64, True), (6, 32, False), (4, 128, True)]
+
+
+def mixed(module: str) -> tuple[int, int, bool]:
+    """The width, group size and symmetry of a module: every kind of neighbourhood occurs."""
+    layer, leaf = int(module.split(".")[2]), module.rpartition(".")[2].removesuffix("_proj")
+    choice = _CYCLE[layer % len(_CYCLE)].get(leaf)
+    return choice or _OTHERS[(layer + (leaf == "down") * 2) % len(_OTHERS)]
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """Skips where vLLM is not installed; fails where it does not see the plugin."""
+    pytest.importorskip("vllm")
+    if not importlib.metadata.entry_points(group="vllm.general_plugins", name="gamma"):
+        pytest.fail("vLLM does not see the plugin: install this repository (pip install --no-deps -e .)")
+
+
+@pytest.fixture(scope="session")
+def source():
+    """Model name -> folder of the unquantized model."""
+
+    def find(name: str) -> Path:
+        folder = MODELS / name
+        if not folder.is_dir():
+            pytest.skip(f"the model {name} is not in {os.path.relpath(MODELS, REPOSITORY)}")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, source, serving):
+    """Model name -> (gamma checkpoint, the same model as float32 weights for transformers)."""
+    from tests.e2e.make_checkpoint import make_checkpoint, widen_heads, write_dequantized
+
+    widened = {"babyllama105": 2, "stories260K": 4}  # head sizes 16 and 8; vLLM's CPU attention begins at 32
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = source(name)
+            if name in widened:
+                widen_heads(model, folder / "wide", widened[name])
+                model = folder / "wide"
+            make_checkpoint(model, folder / "gamma", mixed)
+            write_dequantized(folder / "gamma", folder / "dequantized")
+            made[name] = folder / "gamma", folder / "dequantized"
+        return made[name]
+
+    return get
+
+
+def run_engines(jobs: list[dict], folder: Path, environment: dict[str, str] | None = None) -> dict[str, dict]:
+    """Run `engine.py` on `jobs` in one process of its own; returns the results by job name."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("engine.py")
+    with (folder / "engine.log").open("w") as log:
+        process = subprocess.run(
+            [sys.executable, script, folder / "jobs.json", folder / "results.json"],
+            env=os.environ | FAST_ON_A_BUSY_MACHINE | (environment or {}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
+    if len(results) != len(jobs):
+        tail = (folder / "engine.log").read_text()[-3000:]
+        pytest.fail(f"the engines' process ended with {process.returncode} after {list(results)}:\n{tail}")
+    return results
+
+
+def succeeded(result: dict) -> list:
+    """The answers of a job that was not to fail."""
+    assert "error" not in result, result["error"]
+    return result["steps"]

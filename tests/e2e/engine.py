@@ -1,0 +1,138 @@
+"""Runs engines for the tests, one after the other in one process: `python engine.py JOBS.json RESULTS.json`.
+
+A job is `{"name", "model", "kernel", "options", "steps"}`; its result is `{"steps": [...]}` or `{"error": text}`. A job
+without a kernel is answered by Hugging Face transformers. Starting vLLM costs 10 s of imports, which are paid once.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
+
+
+class Transformers:
+    """The answers to compare with."""
+
+    def __init__(self, model):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    def generate(self, prompts, tokens):
+        answers = []
+        for prompt in prompts:
+            output = self.model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            answers.append(output[0, len(prompt) :].tolist())
+        return answers
+
+    @torch.inference_mode()
+    def score(self, prompt, save):
+        return _scores(torch.log_softmax(self.model(torch.tensor([prompt])).logits[0, :-1], -1), prompt, save)
+
+
+class Vllm:
+    def __init__(self, model, **options):
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 128,
+            "max_num_seqs": 4,
+            "max_logprobs": -1,
+            "distributed_executor_backend": "uni",
+            "enable_prefix_caching": False,
+        }
+        self.engine = LLM(model, **(defaults | options))
+
+    def generate(self, prompts, tokens, lora=None):
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        adapter = LoRARequest("adapter", 1, lora) if lora else None
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.engine.generate(inputs, sampling, use_tqdm=False, lora_request=adapter)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def score(self, prompt, save):
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+        output = self.engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+        rows = [[entry[token].logprob for token in range(len(entry))] for entry in output.prompt_logprobs[1:]]
+        return _scores(torch.tensor(rows), prompt, save)
+
+    def zero(self):
+        self.engine.collective_rpc(_zero)
+
+    def reload(self):
+        # The engine that was started without weights takes them from the checkpoint now.
+        overrides = {"load_config": {"load_format": "auto"}}
+        self.engine.collective_rpc("update_config", kwargs={"overrides": overrides})
+        self.engine.collective_rpc("reload_weights")
+
+    def parameters(self):
+        return self.engine.collective_rpc(_parameters)[0]
+
+
+def _zero(worker):
+    for parameter in worker.model_runner.model.parameters():
+        parameter.data.zero_()
+
+
+def _parameters(worker):
+    """Name -> (dtype, shape, sum) of the parameters that the plugin makes."""
+    named = worker.model_runner.model.named_parameters()
+    return {
+        name: [str(p.dtype), list(p.shape), float(p.detach().double().sum())]
+        for name, p in named
+        if "gamma_" in name or "weight_packed" in name
+    }
+
+
+def _scores(logprobs, prompt, save):
+    """Perplexity of the prompt; the log-probabilities `[len(prompt) - 1, vocabulary]` go to the file `save`."""
+    torch.save(logprobs, save)
+    chosen = logprobs[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    return math.exp(-float(chosen.mean()))
+
+
+def run(job):
+    engine = None
+    try:
+        if "kernel" in job:
+            os.environ["GAMMA_KERNEL"] = job["kernel"]
+            engine = Vllm(job["model"], **job.get("options", {}))
+        else:
+            engine = Transformers(job["model"])
+        return {"steps": [getattr(engine, verb)(**arguments) for verb, arguments in job["steps"]]}
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        del engine
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    results = {}
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        results[task["name"]] = run(task)
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's threads do not always end

@@ -1,0 +1,163 @@
+"""Gamma checkpoints for the tests of serving: round-to-nearest, without learning and without the exporter.
+
+`make_checkpoint` writes a checkpoint folder, `write_dequantized` the same model as plain float32 weights for
+Hugging Face transformers, which is what vLLM's answers are compared with.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from allocator.contract.bank import ModelReference
+from allocator.contract.checkpoint import CheckpointConfig
+from allocator.contract.digest import digest_bytes
+from allocator.contract.layout import ModuleFormat, module_bytes, usable_group_size
+from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
+from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
+
+__all__ = ["Choice", "make_checkpoint", "quantize", "write_dequantized"]
+
+Choice = Callable[[str], tuple[int, int, bool]]
+"""Module name -> (width, largest group size, symmetric)."""
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_VOCABULARY = ("embed_tokens", "lm_head")
+
+
+def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointConfig:
+    """Quantize every linear module of the model folder `source` as `choose` says, and write a checkpoint."""
+    target.mkdir(parents=True)
+    tensors, modules = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        module, _, kind = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        if kind != "weight" or leaf not in (*_LINEAR, *_VOCABULARY):
+            tensors[name] = tensor
+            continue
+        num_bits, group_size, symmetric = choose(module) if leaf in _LINEAR else (16, 0, True)
+        usable = usable_group_size(tensor.shape[1], group_size) if num_bits != 16 else None
+        stored, modules[module] = quantize(tensor, num_bits, usable, symmetric)
+        tensors |= {f"{module}.{part}": value for part, value in stored.items()}
+
+    other_bytes = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] not in modules)
+    sizes = {name: module_bytes(module) for name, module in modules.items()}
+    total = other_bytes + sum(sizes.values())
+    config = json.loads((source / "config.json").read_text())
+    manifest = Manifest(
+        model=ModelReference(
+            name=source.name, architecture=config["architectures"][0], digest=digest_bytes(b"model")
+        ),
+        bank_digest=digest_bytes(b"bank"),
+        method="test",
+        dtype="BF16",
+        budget=Budget(requested="everything", nbytes=total),
+        tensor_bytes=total,
+        other_bytes=other_bytes,
+        module_bytes=sizes,
+        modules=modules,
+    )
+    manifest.write(target / MANIFEST_NAME)
+    quantization = CheckpointConfig.of_manifest(manifest)
+    config["quantization_config"] = quantization.model_dump(mode="json", exclude_none=True)
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    _copy_others(source, target)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    return quantization
+
+
+def quantize(
+    weight: Tensor, num_bits: int, group_size: int | None, symmetric: bool
+) -> tuple[dict[str, Tensor], ModuleFormat]:
+    """Round a weight `[N, K]` to nearest: the tensors of the module as stored, and its format."""
+    rows, columns = weight.shape
+    if num_bits == 16 or group_size is None:
+        return {"weight": weight.to(torch.bfloat16)}, ModuleFormat(shape=(rows, columns), num_bits=16)
+    grouped = weight.to(torch.float32).reshape(rows, -1, group_size)
+    levels = (1 << num_bits) - 1
+    if symmetric:
+        zero = torch.full(grouped.shape[:2], 1 << (num_bits - 1))
+        scale = grouped.abs().amax(-1) / max((1 << (num_bits - 1)) - 0.5, 1)
+    else:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scale = (high - low) / levels
+        zero = (-low / scale.clamp(min=1e-12)).round().clamp(0, levels).to(torch.int64)
+    scale = scale.clamp(min=1e-8).to(torch.bfloat16)
+    codes = (grouped / scale.to(torch.float32).unsqueeze(-1)).round() + zero.unsqueeze(-1)
+    stored = {
+        "weight_packed": pack_codes(codes.clamp(0, levels).to(torch.int64).reshape(rows, columns), num_bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+    }
+    if not symmetric:
+        stored["weight_zero_point"] = pack_zero_points(zero, num_bits)
+    module = ModuleFormat(
+        shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric
+    )  # type: ignore[arg-type]
+    return stored, module
+
+
+def write_dequantized(checkpoint: Path, target: Path) -> None:
+    """The model that `checkpoint` stands for, with float32 weights and no quantization_config."""
+    target.mkdir(parents=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    modules = CheckpointConfig.parse(config.pop("quantization_config")).modules
+    stored = load_file(checkpoint / "model.safetensors")
+    tensors = {
+        n: t.to(torch.float32) for n, t in stored.items() if n.rpartition(".")[2] in ("weight", "bias")
+    }
+    for name, module in modules.items():
+        if module.quantized:
+            parts = (
+                stored.get(f"{name}.{p}") for p in ("weight_packed", "weight_scale", "weight_zero_point")
+            )
+            tensors[f"{name}.weight"] = dequantize(*parts, module.num_bits)  # type: ignore[arg-type]
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    _copy_others(checkpoint, target)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change `quantization_config` of a checkpoint in place."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    for path in source.glob("*.json"):
+        if path.name not in ("config.json", MANIFEST_NAME, "model.safetensors.index.json"):
+            shutil.copy(path, target)
+
+
+def widen_heads(source: Path, target: Path, factor: int) -> None:
+    """The same model with `factor` times the head size, for vLLM's CPU attention, which has none below 32.
+
+    Exact in real numbers: the rotary frequency of pair i in head size d is that of pair `factor * i` in head
+    size `factor * d`, so the weights go there, zeros fill the rest, and q_proj takes the softmax divisor.
+    """
+    target.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    old = config["head_dim"]
+    half, new = old // 2, old * factor
+    place = torch.cat([torch.arange(half) * factor, new // 2 + torch.arange(half) * factor])
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        leaf = name.split(".")[-2]
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            wide = tensor.new_zeros(tensor.shape[0] // old, new, tensor.shape[1])
+            wide[:, place] = tensor.view(-1, old, tensor.shape[1]) * (factor**0.5 if leaf == "q_proj" else 1)
+            tensors[name] = wide.view(-1, tensor.shape[1])
+        elif leaf == "o_proj":
+            wide = tensor.new_zeros(tensor.shape[0], tensor.shape[1] // old, new)
+            wide[:, :, place] = tensor.view(tensor.shape[0], -1, old)
+            tensors[name] = wide.view(tensor.shape[0], -1)
+    (target / "config.json").write_text(json.dumps(config | {"head_dim": new}, indent=1))
+    _copy_others(source, target)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,157 @@
+"""What vLLM answers from a gamma checkpoint, against Hugging Face transformers with the dequantized weights."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import save_file  # noqa: E402
+
+from tests.e2e.conftest import run_engines, succeeded  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODELS = ["ref-7m", "babyllama105", "stories260K"]  # Qwen3, and two Llamas; in_features 172 stays at 16 bits
+TEXT = (
+    "Once upon a time there was a little girl named Lily. She liked to play in the park with her friends, and one "
+    "day they found a small red ball under the old tree. She said that it was the best day of her life."
+)
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoints):
+    """Model name -> token lists: the text whole (scored), and two beginnings of it (continued)."""
+    from transformers import AutoTokenizer
+
+    def tokenize(name):
+        tokens = AutoTokenizer.from_pretrained(checkpoints(name)[1])(TEXT)["input_ids"][:96]
+        return tokens, [tokens[:17], tokens[5:9]]
+
+    return tokenize
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA adapter for q, k and v of ref-7m."""
+    folder = tmp_path_factory.mktemp("adapter")
+    projections = ["q_proj", "k_proj", "v_proj"]
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": projections, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(8):
+        for name, rows in zip(projections, (256, 128, 128), strict=True):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, 256, generator=generator) * 0.1
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, checkpoints, prompts, adapter):
+    """All engines of this file, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("answers")
+    jobs = []
+
+    def add(name, model, steps, **job):
+        jobs.append({"name": name, "model": str(model), "steps": steps} | job)
+
+    for model in MODELS:
+        gamma, dequantized = checkpoints(model)
+        text, beginnings = prompts(model)
+
+        def ask(kind, text=text, beginnings=beginnings, model=model):
+            saved = str(folder / f"{model} {kind}.pt")
+            score = ["score", {"prompt": text, "save": saved}]
+            return [["generate", {"prompts": beginnings, "tokens": TOKENS}], score]
+
+        add(f"{model} transformers", dequantized, ask("transformers"))
+        for kernel in ("torch", "ark"):
+            add(f"{model} {kernel}", gamma, ask(kernel), kernel=kernel)
+        if model == "babyllama105":
+            for kernel in ("torch", "ark"):
+                options = {"enforce_eager": False}
+                steps = ask(f"{kernel} compiled")
+                add(f"{model} {kernel} compiled", gamma, steps, kernel=kernel, options=options)
+        if model == "ref-7m":
+            options = {"dtype": "bfloat16"}
+            add(f"{model} ark bfloat16", gamma, ask("ark bfloat16"), kernel="ark", options=options)
+            generate = ["generate", {"prompts": beginnings, "tokens": TOKENS}]
+            parameters = ["parameters", {}]
+            for kernel in ("torch", "ark"):
+                steps = [generate, parameters, ["zero", {}], generate, ["reload", {}], generate, parameters]
+                add(f"{model} {kernel} reload", gamma, steps, kernel=kernel)
+                steps = [generate, ["reload", {}], parameters]
+                add(f"{model} {kernel} dummy", gamma, steps, kernel=kernel, options={"load_format": "dummy"})
+            changed = ["generate", {"prompts": beginnings, "tokens": TOKENS, "lora": str(adapter)}]
+            options = {"enable_lora": True, "max_lora_rank": 8}
+            add(f"{model} lora", gamma, [generate, changed], kernel="ark", options=options)
+    results = run_engines(jobs, folder)
+
+    def get(name):
+        return succeeded(results[name])
+
+    get.logprobs = lambda name: torch.load(folder / f"{name}.pt")
+    return get
+
+
+def logit_error(given, expected):
+    """Relative error of the logits, up to the constant of each row that a softmax does not see."""
+    given, expected = (t - t.mean(-1, keepdim=True) for t in (given, expected))
+    return float((given - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_greedy_tokens_equal_those_of_transformers(answers, model):
+    expected, _ = answers(f"{model} transformers")
+    given, _ = answers(f"{model} torch")
+    assert given == expected
+    assert logit_error(answers.logprobs(f"{model} torch"), answers.logprobs(f"{model} transformers")) < 1e-4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ark_agrees_with_transformers(answers, model, record_property):
+    _, expected = answers(f"{model} transformers")
+    _, given = answers(f"{model} ark")
+    error = logit_error(answers.logprobs(f"{model} ark"), answers.logprobs(f"{model} transformers"))
+    record_property("relative logit error", error)
+    record_property("perplexity", [given, expected])
+    assert error < 1e-2
+    assert given == pytest.approx(expected, rel=5e-3)
+
+
+def test_bfloat16_activations(answers):
+    _, expected = answers("ref-7m transformers")
+    _, given = answers("ref-7m ark bfloat16")
+    assert given == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "ark"])
+def test_compiled_engine_answers_like_the_eager_one(answers, kernel):
+    assert answers(f"babyllama105 {kernel} compiled")[0] == answers(f"babyllama105 {kernel}")[0]
+    names = (f"babyllama105 {kernel} compiled", f"babyllama105 {kernel}")
+    assert logit_error(*map(answers.logprobs, names)) < 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["torch", "ark"])
+def test_weights_can_be_reloaded(answers, kernel):
+    before, parameters, _, without, _, after, reloaded = answers(f"ref-7m {kernel} reload")
+    assert without != before
+    assert after == before
+    assert reloaded == parameters
+
+
+@pytest.mark.parametrize("kernel", ["torch", "ark"])
+def test_an_engine_started_without_weights_runs_and_can_load_them(answers, kernel):
+    tokens, _, parameters = answers(f"ref-7m {kernel} dummy")
+    assert [len(t) for t in tokens] == [TOKENS, TOKENS]
+    assert parameters == answers(f"ref-7m {kernel} reload")[1]
+
+
+def test_lora_adapters_go_on_top(answers):
+    base, changed = answers("ref-7m lora")
+    assert base == answers("ref-7m ark")[0]
+    assert changed != base

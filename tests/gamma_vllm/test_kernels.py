@@ -1,0 +1,111 @@
+# ruff: noqa: E402 - torch and vllm are optional: imported only when they are there
+"""The kernels against the dequantized weight, and the choice between them."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
+from gamma_vllm.kernels import ark, torch_reference
+from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.shards import Segment
+
+CPU = torch.device("cpu")
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def make_segment(rows, columns, num_bits, group_size, symmetric, scale_dtype=torch.bfloat16):
+    """A random segment: its description, its tensors, and its weight in float32."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns + num_bits)
+    draw = lambda *shape: torch.randint(0, 1 << num_bits, shape, generator=generator)  # noqa: E731
+    groups = columns // group_size
+    tensors = {
+        "packed": pack_codes(draw(rows, columns), num_bits),
+        "scale": (torch.rand(rows, groups, generator=generator) * 0.1 + 0.01).to(scale_dtype),
+    }
+    if not symmetric:
+        tensors["zero_point"] = pack_zero_points(draw(rows, groups), num_bits)
+    weight = dequantize(tensors["packed"], tensors["scale"], tensors.get("zero_point"), num_bits)
+    return Segment((0,), num_bits, group_size, symmetric, rows, columns), tensors, weight
+
+
+def relative_error(given, expected):
+    return float((given.float() - expected.float()).norm() / expected.float().norm())
+
+
+needs_ark = pytest.mark.skipif(ark.why_not(CPU) is not None, reason=f"ARK: {ark.why_not(CPU)}")
+
+
+@needs_ark
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_ark_agrees_with_the_reference(num_bits, symmetric):
+    for group_size in (32, 64, 128):
+        for rows, columns in ((1, 128), (33, 384), (48, 256), (65, 640)):
+            segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
+            packed = ark.pack(segment, tensors)
+            for tokens in (1, 2, 19):
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+                expected = torch_reference.linear(segment, tensors, x)
+                assert relative_error(expected, x @ weight.T) < 1e-5
+                assert relative_error(ark.linear(segment, packed, x), expected) < 1e-3
+
+
+@needs_ark
+def test_ark_takes_half_precision_and_strided_activations():
+    # Handed to the library as they are, these corrupt memory.
+    segment, tensors, weight = make_segment(40, 128, 5, 64, False, torch.float16)
+    packed = ark.pack(segment, tensors)
+    wide = torch.randn(2, 3, 256)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = wide.to(dtype)[..., ::2]
+        output = ark.linear(segment, packed, x)
+        assert output.dtype == dtype
+        assert output.shape == (2, 3, 40)
+        assert relative_error(output, x.float() @ weight.T) < 1e-2
+    assert ark.linear(segment, packed, wide[:, :0, :128]).shape == (2, 0, 40)
+
+
+def test_reference_multiplies_large_weights_block_by_block(monkeypatch):
+    segment, tensors, weight = make_segment(101, 128, 3, 32, False)
+    monkeypatch.setattr(torch_reference, "_BLOCK_ELEMENTS", 128 * 40)
+    x = torch.randn(5, 128)
+    assert relative_error(torch_reference.linear(segment, tensors, x), x @ weight.T) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", [torch_reference, pytest.param(ark, marks=needs_ark)])
+def test_operators_describe_themselves_to_the_compiler(kernel):
+    segment, tensors, _ = make_segment(33, 64, 3, 32, False)
+    tensors = kernel.pack(segment, tensors)
+    x = torch.randn(4, 64)
+    compiled = torch.compile(lambda x: kernel.linear(segment, tensors, x) + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), kernel.linear(segment, tensors, x) + 1)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert kernel.linear(segment, tensors, mode.from_tensor(x)).shape == (4, 33)
+
+
+def test_choice_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("GAMMA_KERNEL", "torch")
+    assert choose_kernel(CPU) is torch_reference
+    monkeypatch.setenv("GAMMA_KERNEL", "auto")
+    assert choose_kernel(torch.device("cuda")) is torch_reference
+    monkeypatch.setattr(ark, "why_not", lambda device: None)
+    assert choose_kernel(CPU) is ark
+    monkeypatch.delenv("GAMMA_KERNEL")
+    assert choose_kernel(CPU) is ark
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setenv("GAMMA_KERNEL", "ark")
+    with pytest.raises(RuntimeError, match=r"GAMMA_KERNEL=ark cannot run: .* on cuda"):
+        choose_kernel(torch.device("cuda"))
+    monkeypatch.setenv("GAMMA_KERNEL", "marlin")
+    with pytest.raises(ValueError, match="'marlin': expected auto, ark or torch"):
+        choose_kernel(CPU)
+
+
+def test_unknown_compute_type_is_refused(monkeypatch):
+    monkeypatch.setenv("GAMMA_ARK_COMPUTE", "int4")
+    with pytest.raises(ValueError, match="GAMMA_ARK_COMPUTE='int4': expected one of fp32, bf16, int8"):
+        ark.compute_type()
