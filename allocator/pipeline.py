@@ -77,6 +77,8 @@ def learn(
     progress: Progress = silent,
 ) -> LearnResult:
     """Build the bank and learn the scores of `model` in the folder `work`; what is there and fits is used again."""
+    import torch
+
     from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
     from allocator.blocks.hidden import HiddenStates
     from allocator.candidates import BankReader, build_bank
@@ -140,7 +142,7 @@ def learn(
             return LearnResult(scores, scores_path, bank_folder, [*reused, "scores"])
 
     _check_room(work, inventory.config["hidden_size"] * calibration.token_ids.numel() * 4 * (inventory.blocks + 1))
-    stream = BlockStream(inventory)
+    stream = BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu")
     hidden = HiddenStates(work / "hidden", candidates.sequences, length, inventory.config["hidden_size"])
     try:
         if same_bank:

@@ -32,10 +32,10 @@ _SOLVERS = {
     "scip": mathopt.SolverType.GSCIP,
 }
 _LARGEST_GAIN = 2.0**13
-"""Largest objective coefficient given to a floating-point solver, whose tolerances are absolute (1e-9)."""
+"""Largest objective coefficient given to a floating-point solver, whose tolerances are absolute (1e-6)."""
 _INTEGER_RANGE = 2.0**50
 """Sum of objective coefficients given to CP-SAT, which takes integers."""
-_FIRST_CORE = 64
+_FIRST_CORE = 8
 """Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
 _RELATIVE_RESOLUTION = 1e-9
 """A gap below this part of the range of all scores is rounding, and reported as 0."""
@@ -182,7 +182,7 @@ class _Core:
     def _objective_scale(self, solver: str) -> float:
         gains = [self.items[u][self.kept[u][-1]].gain - self.items[u][self.kept[u][0]].gain for u in self.open_units]
         target = _INTEGER_RANGE / math.fsum(gains) if solver == "cp-sat" else _LARGEST_GAIN / max(gains)
-        return 2.0 ** math.floor(math.log2(target))
+        return 2.0 ** math.floor(math.log2(min(target, 2.0**900)))
 
 
 def _parameters(solver: str, seconds: float) -> Any:

@@ -78,10 +78,14 @@ def units_of(scores: Scores, rules: Rules, fusion: Fusion) -> list[Unit]:
 
 
 def undominated(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """`choices` less those that another beats: what is left rises in bytes and falls in score."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.nbytes, c.score)):
-        if not kept or choice.score < kept[-1].score:
+    """`choices` less those that another beats: in what is left, bytes rise and so does the score that is saved.
+
+    Savings are differences from the smallest choice as floats see them, so that none left is zero.
+    """
+    first, *larger = sorted(choices, key=lambda c: (c.nbytes, c.score))
+    kept = [first]
+    for choice in larger:
+        if first.score - choice.score > first.score - kept[-1].score:
             kept.append(choice)
     return tuple(kept)
 
