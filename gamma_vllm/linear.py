@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from allocator.contract.errors import ContractError
@@ -51,13 +51,13 @@ class GammaLinearMethod(LinearMethodBase):
     ) -> None:
         """Register the flat parameters. Raises ContractError when the config contradicts the layer."""
         self.kernel = choose_kernel(torch.get_default_device())
-        geometry = layer_geometry(
-            layer, input_size_per_partition, output_partition_sizes, input_size, output_size
-        )
+        geometry = layer_geometry(layer, input_size_per_partition, output_partition_sizes, input_size, output_size)
         shards = plan_shards(self.modules, geometry)
         self.segments = merge(shards)
         config = get_current_vllm_config_or_none()
-        self.expects_load = config is None or config.load_config.load_format not in _WITHOUT_CHECKPOINT
+        if config is not None:
+            self.expects_load = config.load_config.load_format not in _WITHOUT_CHECKPOINT
+            _key_compile_cache(config, self.kernel)
         # Scales keep the checkpoint's dtype: float16 would lose what bfloat16 can hold.
         dtypes = {"weight_scale": self.checkpoint_dtype, "weight_shape": torch.int64, "weight": params_dtype}
         for part in PARTS:
@@ -109,6 +109,15 @@ class GammaLinearMethod(LinearMethodBase):
                 outputs.append(F.linear(x, getattr(layer, _name(number, "weight"))))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
+
+
+def _key_compile_cache(config: VllmConfig, kernel: Kernel) -> None:
+    """Make vLLM's cache of compiled graphs depend on the kernels, which it cannot see (widths are in its key).
+
+    Otherwise an engine with other kernels would find the graph of the former.
+    """
+    if isinstance(config.additional_config, dict):
+        config.additional_config["gamma"] = kernel.signature()
 
 
 def layer_geometry(

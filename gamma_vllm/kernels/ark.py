@@ -14,7 +14,7 @@ from allocator.contract.packing import unpack_codes, unpack_zero_points
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["linear", "names", "pack", "why_not"]
+__all__ = ["NAME", "linear", "names", "pack", "signature", "why_not"]
 
 NAME = "ark"
 
@@ -29,6 +29,10 @@ def compute_type() -> str:
     if value not in _COMPUTE_TYPES:
         raise ValueError(f"{_COMPUTE_VARIABLE}={value!r}: expected one of {', '.join(_COMPUTE_TYPES)}")
     return value
+
+
+def signature() -> str:
+    return f"{NAME} {compute_type()}"
 
 
 def why_not(device: torch.device) -> str | None:
@@ -133,9 +137,7 @@ def _linear(
     return output.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _fake(
-    x: Tensor, blob: Tensor, rows: int, group_size: int, num_bits: int, asymmetric: bool, compute: str
-) -> Tensor:
+def _fake(x: Tensor, blob: Tensor, rows: int, group_size: int, num_bits: int, asymmetric: bool, compute: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 

@@ -17,9 +17,15 @@ _VARIABLE = "GAMMA_KERNEL"
 
 
 class Kernel(Protocol):
-    """What a kernel module offers. `pack` runs once after loading, `linear` in every forward pass."""
+    """What a kernel module offers. `pack` runs once after loading, `linear` in every forward pass.
+
+    `signature` changes with everything that changes the compiled graph; `why_not` says why the kernel cannot run on a
+    device, or None; `names` are the tensors that `pack` gives and `linear` takes.
+    """
 
     NAME: str
+
+    def signature(self) -> str: ...
 
     def why_not(self, device: torch.device) -> str | None: ...
 

@@ -10,9 +10,7 @@ __all__ = ["define"]
 _LIBRARY = torch.library.Library("gamma", "FRAGMENT")
 
 
-def define(
-    name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> None:
+def define(name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Register operator `torch.ops.gamma.<name>`; nothing happens when it is already there.
 
     `torch.ops.vllm` is shared by all plugins, where equal names collide; hence the namespace.

@@ -8,12 +8,16 @@ from allocator.contract.packing import dequantize
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["linear", "names", "pack", "why_not"]
+__all__ = ["NAME", "linear", "names", "pack", "signature", "why_not"]
 
 NAME = "torch"
 
 _BLOCK_ELEMENTS = 1 << 22
 """Weights dequantized at a time: unpacking takes about 16 bytes for each, and nothing of it is kept."""
+
+
+def signature() -> str:
+    return NAME
 
 
 def why_not(device: torch.device) -> str | None:

@@ -12,8 +12,6 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 MODELS = REPOSITORY.parent / "shared" / "data" / "models"
 
-FAST_ON_A_BUSY_MACHINE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-
 _CYCLE = [
     # Three widths inside qkv with a 16-bit shard, and a 16-bit shard beside a quantized one in gate/up.
     {"q": (4, 64, True), "k": (3, 32, False), "v": (16, 0, True), "gate": (16, 0, True), "up": (6, 64, False)},
@@ -78,22 +76,31 @@ def checkpoints(tmp_path_factory, source, serving):
     return get
 
 
-def run_engines(jobs: list[dict], folder: Path, environment: dict[str, str] | None = None) -> dict[str, dict]:
-    """Run `engine.py` on `jobs` in one process of its own; returns the results by job name."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("engine.py")
-    with (folder / "engine.log").open("w") as log:
-        process = subprocess.run(
-            [sys.executable, script, folder / "jobs.json", folder / "results.json"],
-            env=os.environ | FAST_ON_A_BUSY_MACHINE | (environment or {}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
-    if len(results) != len(jobs):
-        tail = (folder / "engine.log").read_text()[-3000:]
-        pytest.fail(f"the engines' process ended with {process.returncode} after {list(results)}:\n{tail}")
-    return results
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """For all processes of vLLM. They share what vLLM finds out of model classes, and leave the user's cache alone."""
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # spinning hurts on a busy machine
+    return os.environ | threads | {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def run_engines(environment):
+    """Runs `engine.py` on jobs in one process of its own; gives the results by job name."""
+
+    def run(jobs: list[dict], folder: Path) -> dict[str, dict]:
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        script = Path(__file__).with_name("engine.py")
+        with (folder / "engine.log").open("w") as log:
+            command = [sys.executable, script, folder / "jobs.json", folder / "results.json"]
+            process = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        saved = folder / "results.json"
+        results = json.loads(saved.read_text()) if saved.exists() else {}
+        if len(results) != len(jobs):
+            tail = (folder / "engine.log").read_text()[-3000:]
+            pytest.fail(f"the engines' process ended with {process.returncode} after {list(results)}:\n{tail}")
+        return results
+
+    return run
 
 
 def succeeded(result: dict) -> list:

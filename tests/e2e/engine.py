@@ -1,13 +1,15 @@
 """Runs engines for the tests, one after the other in one process: `python engine.py JOBS.json RESULTS.json`.
 
-A job is `{"name", "model", "kernel", "options", "steps"}`; its result is `{"steps": [...]}` or `{"error": text}`. A job
-without a kernel is answered by Hugging Face transformers. Starting vLLM costs 10 s of imports, which are paid once.
+A job is `{"name", "model", "kernel", "options", "environment", "steps"}`; its result is `{"steps": [...]}` or
+`{"error": text}`. A job without a kernel is answered by Hugging Face transformers. Importing vLLM costs 10 s and more,
+which are paid once.
 """
 
 import json
 import math
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def run(job):
     engine = None
     try:
         if "kernel" in job:
-            os.environ["GAMMA_KERNEL"] = job["kernel"]
+            os.environ |= {"GAMMA_KERNEL": job["kernel"], **job.get("environment", {})}
             engine = Vllm(job["model"], **job.get("options", {}))
         else:
             engine = Transformers(job["model"])
@@ -132,7 +134,9 @@ def run(job):
 if __name__ == "__main__":
     results = {}
     for task in json.loads(Path(sys.argv[1]).read_text()):
+        started = time.perf_counter()
         results[task["name"]] = run(task)
+        print(f"{task['name']}: {time.perf_counter() - started:.1f} s", flush=True)
         Path(sys.argv[2]).write_text(json.dumps(results))
     sys.stdout.flush()
     os._exit(0)  # vLLM's threads do not always end

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from allocator.contract.layout import ModuleFormat, module_bytes, usable_group_s
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 
-__all__ = ["Choice", "make_checkpoint", "quantize", "write_dequantized"]
+__all__ = ["Choice", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
 
 Choice = Callable[[str], tuple[int, int, bool]]
 """Module name -> (width, largest group size, symmetric)."""
@@ -50,9 +49,7 @@ def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointCon
     total = other_bytes + sum(sizes.values())
     config = json.loads((source / "config.json").read_text())
     manifest = Manifest(
-        model=ModelReference(
-            name=source.name, architecture=config["architectures"][0], digest=digest_bytes(b"model")
-        ),
+        model=ModelReference(name=source.name, architecture=config["architectures"][0], digest=digest_bytes(b"model")),
         bank_digest=digest_bytes(b"bank"),
         method="test",
         dtype="BF16",
@@ -96,9 +93,7 @@ def quantize(
     }
     if not symmetric:
         stored["weight_zero_point"] = pack_zero_points(zero, num_bits)
-    module = ModuleFormat(
-        shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric
-    )  # type: ignore[arg-type]
+    module = ModuleFormat(shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
     return stored, module
 
 
@@ -108,26 +103,14 @@ def write_dequantized(checkpoint: Path, target: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     modules = CheckpointConfig.parse(config.pop("quantization_config")).modules
     stored = load_file(checkpoint / "model.safetensors")
-    tensors = {
-        n: t.to(torch.float32) for n, t in stored.items() if n.rpartition(".")[2] in ("weight", "bias")
-    }
+    tensors = {n: t.to(torch.float32) for n, t in stored.items() if n.rpartition(".")[2] in ("weight", "bias")}
     for name, module in modules.items():
         if module.quantized:
-            parts = (
-                stored.get(f"{name}.{p}") for p in ("weight_packed", "weight_scale", "weight_zero_point")
-            )
+            parts = (stored.get(f"{name}.{p}") for p in ("weight_packed", "weight_scale", "weight_zero_point"))
             tensors[f"{name}.weight"] = dequantize(*parts, module.num_bits)  # type: ignore[arg-type]
     (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     _copy_others(checkpoint, target)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change `quantization_config` of a checkpoint in place."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
 
 
 def _copy_others(source: Path, target: Path) -> None:

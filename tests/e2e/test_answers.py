@@ -1,6 +1,7 @@
 """What vLLM answers from a gamma checkpoint, against Hugging Face transformers with the dequantized weights."""
 
 import json
+import os
 
 import pytest
 
@@ -8,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from tests.e2e.conftest import run_engines, succeeded  # noqa: E402
+from tests.e2e.conftest import succeeded  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -51,7 +52,7 @@ def adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, checkpoints, prompts, adapter):
+def answers(tmp_path_factory, checkpoints, prompts, adapter, run_engines):
     """All engines of this file, one after the other in one process."""
     folder = tmp_path_factory.mktemp("answers")
     jobs = []
@@ -86,6 +87,10 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter):
                 add(f"{model} {kernel} reload", gamma, steps, kernel=kernel)
                 steps = [generate, ["reload", {}], parameters]
                 add(f"{model} {kernel} dummy", gamma, steps, kernel=kernel, options={"load_format": "dummy"})
+            options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+            two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+            ranks = {"options": options, "environment": two}
+            add(f"{model} two ranks", gamma, [generate], kernel="ark", **ranks)
             changed = ["generate", {"prompts": beginnings, "tokens": TOKENS, "lora": str(adapter)}]
             options = {"enable_lora": True, "max_lora_rank": 8}
             add(f"{model} lora", gamma, [generate, changed], kernel="ark", options=options)
@@ -155,3 +160,8 @@ def test_lora_adapters_go_on_top(answers):
     base, changed = answers("ref-7m lora")
     assert base == answers("ref-7m ark")[0]
     assert changed != base
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPU cores")
+def test_two_tensor_parallel_ranks_answer_like_one(answers):
+    assert answers("ref-7m two ranks") == [answers("ref-7m ark")[0]]

@@ -42,9 +42,7 @@ def declare(rows, columns, num_bits, group_size=32, symmetric=True):
 
 
 def gamma_config(modules):
-    config = GammaConfig(
-        CheckpointConfig(model_digest=DIGEST, manifest_digest=DIGEST, dtype="BF16", modules=modules)
-    )
+    config = GammaConfig(CheckpointConfig(model_digest=DIGEST, manifest_digest=DIGEST, dtype="BF16", modules=modules))
     config.packed_modules_mapping.update(FUSED)
     return config
 

@@ -15,9 +15,7 @@ from gamma_vllm.shards import PARTS, LayerGeometry, Module, merge, plan_shards, 
 def module(name, rows, columns, num_bits, group_size=32, symmetric=True):
     if num_bits == 16:
         return Module(name, ModuleFormat(shape=(rows, columns), num_bits=16))
-    declared = ModuleFormat(
-        shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric
-    )
+    declared = ModuleFormat(shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric)
     return Module(name, declared)
 
 
