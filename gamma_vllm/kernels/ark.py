@@ -6,6 +6,7 @@ give garbage. So this file is the only caller, and hands over contiguous float32
 
 import functools
 import os
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,32 +15,82 @@ from allocator.contract.packing import unpack_codes, unpack_zero_points
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["NAME", "linear", "names", "pack", "signature", "why_not"]
-
-NAME = "ark"
+__all__ = ["ArkKernel"]
 
 _COMPUTE_VARIABLE = "GAMMA_ARK_COMPUTE"
 _COMPUTE_TYPES = ("fp32", "bf16", "int8")
 _SCALE_TYPE = "fp32"
 
 
-def compute_type() -> str:
-    """In what ARK multiplies: `fp32` (default), `bf16`, or `int8`, which also quantizes the activations."""
+def _compute_type() -> str:
     value = os.environ.get(_COMPUTE_VARIABLE, "fp32")
     if value not in _COMPUTE_TYPES:
         raise ValueError(f"{_COMPUTE_VARIABLE}={value!r}: expected one of {', '.join(_COMPUTE_TYPES)}")
     return value
 
 
-def signature() -> str:
-    return f"{NAME} {compute_type()}"
+@dataclass(frozen=True)
+class ArkKernel:
+    """Multiplies packed blobs; see `gamma_vllm.kernels.choose.Kernel`.
+
+    `compute` is in what ARK multiplies: `fp32`, `bf16`, or `int8`, which also quantizes the activations. It is
+    part of the blob, so it is read from the environment once, here.
+    """
+
+    compute: str = field(default_factory=_compute_type)
+
+    name = "ark"
+
+    @property
+    def signature(self) -> str:
+        return f"ark {self.compute}"
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it multiplies on CPUs, and the model is on {device}"
+        return _why_not_cpu()
+
+    def tensor_names(self, segment: Segment) -> tuple[str, ...]:
+        return ("blob",)
+
+    def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One int8 blob a segment. Its scales are float32, so it is larger than the checkpoint's tensors."""
+        import auto_round_kernel
+
+        scale = tensors["scale"].to(torch.float32)
+        if segment.symmetric:
+            zeros = torch.full_like(scale, 1 << (segment.num_bits - 1), dtype=torch.uint8)
+        else:
+            zeros = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
+        blob = auto_round_kernel.repack_quantized_weight(
+            _signed(unpack_codes(tensors["packed"], segment.num_bits), segment.num_bits),
+            scale.T.contiguous(),
+            _signed(zeros, segment.num_bits),
+            segment.group_size,
+            self.compute,
+            f"int{segment.num_bits}",
+            _SCALE_TYPE,
+            not segment.symmetric,
+        )
+        return {"blob": blob}
+
+    def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.ops.gamma.ark_linear(
+            x,
+            tensors["blob"],
+            segment.rows,
+            segment.columns,
+            segment.group_size,
+            segment.num_bits,
+            not segment.symmetric,
+            self.compute,
+        )
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why ARK cannot run on `device`, or None."""
-    if device.type != "cpu":
-        return f"it multiplies on CPUs, and the model is on {device}"
-    return _why_not_cpu()
+def _signed(codes: Tensor, num_bits: int) -> Tensor:
+    """Unsigned codes `[N, K]` to ARK's signed ones `[K, N]`."""
+    return (codes.to(torch.int16) - (1 << (num_bits - 1))).to(torch.int8).T.contiguous()
 
 
 @functools.cache
@@ -58,75 +109,37 @@ def _why_not_cpu() -> str | None:
 
 
 def _self_test() -> float:
-    """Relative error of one small asymmetric product against its value in float32."""
+    """Relative error of one small product against the reference."""
+    from gamma_vllm.kernels.torch_reference import TorchKernel
+
     segment = Segment((0,), 3, 32, False, rows=48, columns=64)
     with torch.device("cpu"):
-        codes = torch.arange(48 * 64).reshape(48, 64) * 7 % 8
-        zeros, scale = (
-            torch.full((48, 2), 5),
-            torch.linspace(0.5, 1.5, 96, dtype=torch.float32).reshape(48, 2),
-        )
+        tensors = {
+            "packed": (torch.arange(48 * 6) * 19088743).to(torch.int32).reshape(48, 6),
+            "scale": torch.linspace(0.5, 1.5, 96, dtype=torch.float32).reshape(48, 2),
+            "zero_point": (torch.arange(10) * 76354972).to(torch.int32).reshape(5, 2),
+        }
         x = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
-    expected = x @ ((codes - 5) * scale.repeat_interleave(32, dim=1)).T
-    blob = _pack(segment, codes.to(torch.uint8), scale, zeros.to(torch.uint8), compute_type())
-    given = _linear(x, blob, 48, 32, 3, True, compute_type())
+    kernel, reference = ArkKernel(), TorchKernel()
+    expected = reference.linear(segment, tensors, x)
+    given = kernel.linear(segment, kernel.pack(segment, tensors), x)
     return float((given - expected).norm() / expected.norm())
 
 
-def names(segment: Segment) -> tuple[str, ...]:
-    return ("blob",)
-
-
-def pack(segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One int8 blob a segment. Its scales are float32, so it is larger than the checkpoint's tensors."""
-    codes = unpack_codes(tensors["packed"], segment.num_bits)
-    zeros = None
-    if not segment.symmetric:
-        zeros = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
-    return {"blob": _pack(segment, codes, tensors["scale"], zeros, compute_type())}
-
-
-def _pack(segment: Segment, codes: Tensor, scale: Tensor, zeros: Tensor | None, compute: str) -> Tensor:
-    import auto_round_kernel
-
-    if zeros is None:
-        zeros = torch.full(scale.shape, 1 << (segment.num_bits - 1), dtype=torch.uint8, device=scale.device)
-    return auto_round_kernel.repack_quantized_weight(
-        _signed(codes, segment.num_bits),
-        scale.to(torch.float32).T.contiguous(),
-        _signed(zeros, segment.num_bits),
-        segment.group_size,
-        compute,
-        f"int{segment.num_bits}",
-        _SCALE_TYPE,
-        not segment.symmetric,
-    )
-
-
-def _signed(codes: Tensor, num_bits: int) -> Tensor:
-    """Unsigned codes `[N, K]` to ARK's signed ones `[K, N]`."""
-    return (codes.to(torch.int16) - (1 << (num_bits - 1))).to(torch.int8).T.contiguous()
-
-
-def linear(segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """`x` `[..., columns]` times the segment: `[..., rows]`, in the dtype of `x`, computed in float32."""
-    return torch.ops.gamma.ark_linear(
-        x,
-        tensors["blob"],
-        segment.rows,
-        segment.group_size,
-        segment.num_bits,
-        not segment.symmetric,
-        compute_type(),
-    )
-
-
 def _linear(
-    x: Tensor, blob: Tensor, rows: int, group_size: int, num_bits: int, asymmetric: bool, compute: str
+    x: Tensor,
+    blob: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int,
+    num_bits: int,
+    asymmetric: bool,
+    compute: str,
 ) -> Tensor:
     import auto_round_kernel
 
-    columns = x.shape[-1]
+    if x.shape[-1] != columns:
+        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
     flat = x.reshape(-1, columns).to(torch.float32).contiguous()
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], rows))
@@ -137,13 +150,23 @@ def _linear(
     return output.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _fake(x: Tensor, blob: Tensor, rows: int, group_size: int, num_bits: int, asymmetric: bool, compute: str) -> Tensor:
+def _fake(
+    x: Tensor,
+    blob: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int,
+    num_bits: int,
+    asymmetric: bool,
+    compute: str,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
 define(
     "ark_linear",
-    "(Tensor x, Tensor blob, int rows, int group_size, int num_bits, bool asymmetric, str compute) -> Tensor",
+    "(Tensor x, Tensor blob, int rows, int columns, int group_size, int num_bits, bool asymmetric, "
+    "str compute) -> Tensor",
     _linear,
     _fake,
 )

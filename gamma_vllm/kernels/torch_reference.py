@@ -1,5 +1,7 @@
 """The judge: unpack, dequantize in float32, multiply. Correct on every device, for every width; not fast."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,37 +10,33 @@ from allocator.contract.packing import dequantize
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["NAME", "linear", "names", "pack", "signature", "why_not"]
-
-NAME = "torch"
+__all__ = ["TorchKernel"]
 
 _BLOCK_ELEMENTS = 1 << 22
 """Weights dequantized at a time: unpacking takes about 16 bytes for each, and nothing of it is kept."""
 
 
-def signature() -> str:
-    return NAME
+@dataclass(frozen=True)
+class TorchKernel:
+    """Multiplies with the checkpoint's own tensors; see `gamma_vllm.kernels.choose.Kernel`."""
 
+    name = "torch"
+    signature = "torch"
 
-def why_not(device: torch.device) -> str | None:
-    """It runs everywhere."""
-    return None
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        return None
 
+    def tensor_names(self, segment: Segment) -> tuple[str, ...]:
+        return ("packed", "scale") if segment.symmetric else ("packed", "scale", "zero_point")
 
-def names(segment: Segment) -> tuple[str, ...]:
-    return ("packed", "scale") if segment.symmetric else ("packed", "scale", "zero_point")
+    def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
 
-
-def pack(segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's layout is what it reads."""
-    return tensors
-
-
-def linear(segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """`x` `[..., columns]` times the dequantized segment: `[..., rows]`, in the dtype of `x`."""
-    return torch.ops.gamma.torch_linear(
-        x, tensors["packed"], tensors["scale"], tensors.get("zero_point"), segment.num_bits
-    )
+    def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.ops.gamma.torch_linear(
+            x, tensors["packed"], tensors["scale"], tensors.get("zero_point"), segment.num_bits
+        )
 
 
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:

@@ -7,8 +7,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
-from gamma_vllm.kernels import ark, torch_reference
+from gamma_vllm.kernels import torch_reference
+from gamma_vllm.kernels.ark import ArkKernel
 from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
 
 CPU = torch.device("cpu")
@@ -34,7 +36,8 @@ def relative_error(given, expected):
     return float((given.float() - expected.float()).norm() / expected.float().norm())
 
 
-needs_ark = pytest.mark.skipif(ark.why_not(CPU) is not None, reason=f"ARK: {ark.why_not(CPU)}")
+needs_ark = pytest.mark.skipif(ArkKernel.why_not(CPU) is not None, reason=f"ARK: {ArkKernel.why_not(CPU)}")
+ark, reference = ArkKernel("fp32"), TorchKernel()
 
 
 @needs_ark
@@ -47,7 +50,7 @@ def test_ark_agrees_with_the_reference(num_bits, symmetric):
             packed = ark.pack(segment, tensors)
             for tokens in (1, 2, 19):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-                expected = torch_reference.linear(segment, tensors, x)
+                expected = reference.linear(segment, tensors, x)
                 assert relative_error(expected, x @ weight.T) < 1e-5
                 assert relative_error(ark.linear(segment, packed, x), expected) < 1e-3
 
@@ -71,10 +74,10 @@ def test_reference_multiplies_large_weights_block_by_block(monkeypatch):
     segment, tensors, weight = make_segment(101, 128, 3, 32, False)
     monkeypatch.setattr(torch_reference, "_BLOCK_ELEMENTS", 128 * 40)
     x = torch.randn(5, 128)
-    assert relative_error(torch_reference.linear(segment, tensors, x), x @ weight.T) < 1e-5
+    assert relative_error(reference.linear(segment, tensors, x), x @ weight.T) < 1e-5
 
 
-@pytest.mark.parametrize("kernel", [torch_reference, pytest.param(ark, marks=needs_ark)])
+@pytest.mark.parametrize("kernel", [reference, pytest.param(ark, marks=needs_ark)])
 def test_operators_describe_themselves_to_the_compiler(kernel):
     segment, tensors, _ = make_segment(33, 64, 3, 32, False)
     tensors = kernel.pack(segment, tensors)
@@ -87,13 +90,14 @@ def test_operators_describe_themselves_to_the_compiler(kernel):
 
 def test_choice_follows_the_environment(monkeypatch):
     monkeypatch.setenv("GAMMA_KERNEL", "torch")
-    assert choose_kernel(CPU) is torch_reference
+    assert choose_kernel(CPU) == reference
     monkeypatch.setenv("GAMMA_KERNEL", "auto")
-    assert choose_kernel(torch.device("cuda")) is torch_reference
-    monkeypatch.setattr(ark, "why_not", lambda device: None)
-    assert choose_kernel(CPU) is ark
+    assert choose_kernel(torch.device("cuda")) == reference
+    monkeypatch.setattr(ArkKernel, "why_not", lambda device: None)
+    assert choose_kernel(CPU) == ArkKernel("fp32")
     monkeypatch.delenv("GAMMA_KERNEL")
-    assert choose_kernel(CPU) is ark
+    monkeypatch.setenv("GAMMA_ARK_COMPUTE", "int8")
+    assert choose_kernel(CPU) == ArkKernel("int8")
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
@@ -108,4 +112,20 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
 def test_unknown_compute_type_is_refused(monkeypatch):
     monkeypatch.setenv("GAMMA_ARK_COMPUTE", "int4")
     with pytest.raises(ValueError, match="GAMMA_ARK_COMPUTE='int4': expected one of fp32, bf16, int8"):
-        ark.compute_type()
+        ArkKernel()
+
+
+@needs_ark
+def test_ark_refuses_activations_of_another_size():
+    segment, tensors, _ = make_segment(8, 64, 4, 32, True)
+    with pytest.raises(ValueError, match="128 activations for a weight of 64 columns"):
+        ark.linear(segment, ark.pack(segment, tensors), torch.zeros(1, 128))
+
+
+@needs_ark
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+def test_other_compute_types_of_ark_are_close(compute):
+    kernel = ArkKernel(compute)
+    segment, tensors, weight = make_segment(48, 256, 5, 64, False)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x @ weight.T) < 2e-2
