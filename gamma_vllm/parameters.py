@@ -123,7 +123,7 @@ def _slice_zero_points(shard: Shard, packed: Tensor) -> Tensor:
     start, count = shard.column_start // group_size, shard.columns // group_size
     packed = packed[:, start : start + count]
     stop = shard.row_start + shard.rows
-    if shard.row_start * bits % 32 == 0 and (stop * bits % 32 == 0 or stop == shard.module.format.shape[0]):
+    if shard.row_start * bits % 32 == 0:  # bits after the last row do not count
         return packed[shard.row_start * bits // 32 : math.ceil(stop * bits / 32)]
     zero_points = unpack_zero_points(packed, bits, shard.module.format.shape[0])
     return pack_zero_points(zero_points[shard.row_start : stop], bits)

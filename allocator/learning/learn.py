@@ -18,7 +18,8 @@ from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.inventory import Inventory
-from allocator.learning.block import BlockCandidates, BlockLearner
+from allocator.learning.block import BlockLearner
+from allocator.learning.block_weights import measure_block_weights
 from allocator.learning.lagrangian import AugmentedLagrangian
 from allocator.learning.objective import UNIT
 from allocator.learning.relaxation import expected_bytes, multiplier_of_budget, probabilities, sample
@@ -52,19 +53,20 @@ def learn_scores(
     settings: LearningSettings,
     progress: Progress = silent,
 ) -> Scores:
-    """Scores of every candidate, in loss (`objective.UNIT`); `hidden` holds the teacher's states of all boundaries."""
+    """Scores of every candidate, in nats of KL (`objective.UNIT`); `hidden` holds the teacher's states everywhere."""
     choices: dict[str, _Choice] = {}
+    weights = measure_block_weights(stream, bank, hidden, settings.probe_tokens, progress)
     for index in range(stream.blocks):
         progress("measuring", index / stream.blocks)
-        learner, formats = _open_block(inventory, stream, bank, index)
+        learner, formats = _open_block(inventory, stream, bank, index, weights[index])
         grams = learner.measure_swaps(_all_batches(stream, hidden, index, settings.batch_tokens))
         for name, gram in grams.items():
             nbytes = torch.tensor([module_bytes(f) for f in formats[name]], dtype=torch.float64)
             choices[inventory.block_prefix(index) + name] = _Choice(
                 formats[name], nbytes, gram, torch.diagonal(gram).clone()
             )
-    record = _learn_interactions(inventory, stream, bank, hidden, settings, choices, progress)
-    return _scores(inventory, bank, settings, choices, record)
+    record = _learn_interactions(inventory, stream, bank, hidden, settings, weights, choices, progress)
+    return _scores(inventory, bank, settings, choices, {"block_weights": weights} | record)
 
 
 def _learn_interactions(
@@ -73,6 +75,7 @@ def _learn_interactions(
     bank: BankReader,
     hidden: HiddenStates,
     settings: LearningSettings,
+    weights: list[float],
     choices: dict[str, _Choice],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def _learn_interactions(
         index = visit % stream.blocks
         if index == 0:
             losses.append(0.0)
-        learner, formats = _open_block(inventory, stream, bank, index)
+        learner, formats = _open_block(inventory, stream, bank, index, weights[index])
         here = {name: choices[inventory.block_prefix(index) + name] for name in formats}
         for _ in range(settings.steps):
             price = lagrangian.effective(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
@@ -117,12 +120,12 @@ def _learn_interactions(
 
 
 def _open_block(
-    inventory: Inventory, stream: BlockStream, bank: BankReader, index: int
+    inventory: Inventory, stream: BlockStream, bank: BankReader, index: int, weight: float
 ) -> tuple[BlockLearner, dict[str, list[ModuleFormat]]]:
     block = stream.block(index)
     prefix = inventory.block_prefix(index)
     formats: dict[str, list[ModuleFormat]] = {}
-    weights: dict[str, Tensor] = {}
+    candidates: dict[str, Tensor] = {}
     for module in inventory.modules:
         if module.block != index or module.name not in bank.bank.modules:
             continue
@@ -130,9 +133,9 @@ def _open_block(
         source = block.get_parameter(f"{name}.weight").data
         stored = bank.bank.modules[module.name].candidates
         formats[name] = [*stored, ModuleFormat(shape=module.shape, num_bits=16)]
-        candidates = [bank.dequantized(module.name, f).to(source.device) for f in stored]
-        weights[name] = torch.stack([*candidates, source])
-    return BlockLearner(stream, block, BlockCandidates(weights)), formats
+        quantized = [bank.dequantized(module.name, f).to(source.device) for f in stored]
+        candidates[name] = torch.stack([*quantized, source])
+    return BlockLearner(stream, block, candidates, weight), formats
 
 
 def _all_batches(

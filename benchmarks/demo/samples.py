@@ -21,7 +21,11 @@ from allocator.pipeline import CandidateSettings, export, learn, solve_scores
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = Path("benchmarks/demo/model")
 OUT = Path("demo-out/samples")
-PROMPTS = ["It was a dark night, and the old man", '"I am very glad to see you," said', "The little girl ran to the window and"]
+PROMPTS = [
+    "It was a dark night, and the old man",
+    '"I am very glad to see you," said',
+    "The little girl ran to the window and",
+]
 BUDGET = "3500000"
 
 
