@@ -1,6 +1,7 @@
 """`gamma VERB ...`: finds the verb, turns errors into one line on stderr and an exit code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,6 +26,8 @@ _EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
+    # Read when torch loads. Threads that spin while they wait slow a busy machine down several times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="gamma",
         description="Give every module of a language model the bits it deserves, to the byte.",

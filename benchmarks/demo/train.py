@@ -4,7 +4,7 @@ Text -> pieces of about 20 kB (optionally only the simplest ones) -> byte-level 
 Hugging Face folder in bf16 plus `training.json`. The learning rate follows the wall clock, so a run surely
 ends. Every evaluation rewrites the model folder when the model is the best so far; a killed run that is
 started again with the same command resumes from the last checkpoint in --work-dir.
-On a machine that does other work too, OMP_WAIT_POLICY=passive in the environment is several times faster.
+On a machine that does other work too, set OMP_WAIT_POLICY=passive: threads then wait without spinning.
 """
 
 import argparse
