@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo demo-samples test test-fast lint format clean
+.PHONY: help setup demo bench-demo test test-fast lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,8 @@ setup: ## make .venv with everything that the other targets need (nothing to do 
 demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it
 	@$(PYTHON) benchmarks/demo/run.py
 
-demo-samples: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
-	@$(PYTHON) benchmarks/demo/samples.py
+bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
+	@$(PYTHON) benchmarks/demo/bench.py
 
 test: lint ## all checks and all tests
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

