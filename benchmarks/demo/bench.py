@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.blocks import calibration_from_model  # noqa: E402
+from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from allocator.evaluation import load_dequantized, measure_divergence  # noqa: E402
 from allocator.learning import LearningSettings  # noqa: E402
 from allocator.pipeline import CandidateSettings, export, learn, solve_scores  # noqa: E402
@@ -61,7 +62,7 @@ def main() -> None:
     os.chdir(ROOT)
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     models = {
-        "16 bits": (original, (MODEL / "model.safetensors").stat().st_size),
+        "16 bits": (original, sum(t.nbytes for t in read_folder_headers(MODEL).values())),
         "mixed, gptq, group 64": quantized("mixed", GPTQ, BUDGET),
         "2 bits, gptq, group 64": quantized("gptq-2", GPTQ, None),
         "2 bits, rtn, group 128": quantized("rtn-2", RTN, None),

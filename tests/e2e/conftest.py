@@ -3,14 +3,14 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
-MODELS = REPOSITORY.parent / "shared" / "data" / "models"
+DEMO = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
 
 _CYCLE = [
     # Three widths inside qkv with a 16-bit shard, and a 16-bit shard beside a quantized one in gate/up.
@@ -41,21 +41,12 @@ def serving():
 
 
 @pytest.fixture(scope="session")
-def source():
-    """Model name -> folder of the unquantized model."""
+def checkpoints(tmp_path_factory, trained_model, serving):
+    """Model name -> (gamma checkpoint, the same model as float32 weights for transformers).
 
-    def find(name: str) -> Path:
-        folder = MODELS / name
-        if not folder.is_dir():
-            pytest.skip(f"the model {name} is not in {os.path.relpath(MODELS, REPOSITORY)}")
-        return folder
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory, source, serving):
-    """Model name -> (gamma checkpoint, the same model as float32 weights for transformers)."""
+    "exported" is the demo model through `learn`, `solve` and `export`; the others are written by the tests, with
+    every neighbourhood of widths.
+    """
     from tests.e2e.make_checkpoint import make_checkpoint, widen_heads, write_dequantized
 
     widened = {"babyllama105": 2, "stories260K": 4}  # head sizes 16 and 8; vLLM's CPU attention begins at 32
@@ -63,8 +54,11 @@ def checkpoints(tmp_path_factory, source, serving):
 
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
+            if name == "exported":
+                made[name] = _exported(tmp_path_factory.mktemp(name))
+                return made[name]
+            model = DEMO if name == "demo" else trained_model(name)
             folder = tmp_path_factory.mktemp(name)
-            model = source(name)
             if name in widened:
                 widen_heads(model, folder / "wide", widened[name])
                 model = folder / "wide"
@@ -74,6 +68,21 @@ def checkpoints(tmp_path_factory, source, serving):
         return made[name]
 
     return get
+
+
+def _exported(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of the real pipeline, learned in seconds."""
+    from allocator.evaluation import load_dequantized
+    from allocator.learning import LearningSettings
+    from allocator.pipeline import CandidateSettings, fit
+
+    candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
+    learning = LearningSettings(passes=1, steps=2, batch_tokens=256)
+    fit(DEMO, folder / "work", folder / "gamma", None, 3.5, candidates, learning)
+    load_dequantized(folder / "gamma").save_pretrained(folder / "dequantized")
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, folder / "dequantized")
+    return folder / "gamma", folder / "dequantized"
 
 
 @pytest.fixture(scope="session")

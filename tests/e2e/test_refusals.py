@@ -105,7 +105,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory, checkpoints, run_engines):
     """What the engine says to every damaged checkpoint, and to two things that are no checkpoint of ours."""
-    gamma, dequantized = checkpoints("ref-7m")
+    gamma, dequantized = checkpoints("demo")
     folder = tmp_path_factory.mktemp("refusals")
     jobs = [
         {"name": "plain model", "model": str(dequantized), "options": {"quantization": "gamma"}},

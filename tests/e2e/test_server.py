@@ -87,7 +87,7 @@ def expected(checkpoints):
     """The continuation that transformers gives."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoints("ref-7m")[1], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("demo")[1], dtype=torch.float32)
     prompt = torch.tensor([PROMPT])
     with torch.inference_mode():
         output = model.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12, eos_token_id=None)
@@ -96,5 +96,5 @@ def expected(checkpoints):
 
 @pytest.mark.parametrize("flags", [(), ("--quantization", "gamma")], ids=["without flag", "with flag"])
 def test_the_openai_api_answers(expected, checkpoints, environment, tmp_path, flags):
-    with serve(checkpoints("ref-7m")[0], environment, tmp_path / "serve.log", *flags) as address:
+    with serve(checkpoints("demo")[0], environment, tmp_path / "serve.log", *flags) as address:
         assert complete(address) == expected
