@@ -1,7 +1,7 @@
 """The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,13 +12,22 @@ from allocator.contract.layout import WIDTHS
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
-from allocator.solving import Solver, budget_for_average_bits, make_manifest, parse_budget, solve
+from allocator.solving import Fusion, Solver, budget_for_average_bits, make_manifest, parse_budget, solve
 
 if TYPE_CHECKING:  # both bring torch
     from allocator.exporting import ExportReport
     from allocator.learning import LearningSettings
 
-__all__ = ["CandidateSettings", "LearnResult", "export", "fit", "learn", "resolve_model", "solve_scores"]
+__all__ = [
+    "CandidateSettings",
+    "LearnResult",
+    "SolveSettings",
+    "export",
+    "fit",
+    "learn",
+    "resolve_model",
+    "solve_scores",
+]
 
 SCORES_NAME = "scores.json"
 BANK_FOLDER = "bank"
@@ -159,16 +168,40 @@ def learn(
     return LearnResult(scores, scores_path, bank_folder, reused)
 
 
-def solve_scores(scores: Scores, budget: str | None, average_bits: float | None, solver: Solver = "highs") -> Manifest:
-    """The manifest of the best assignment for a budget in bytes (`5.9GiB`) or in average bits; exactly one is given."""
-    if (budget is None) == (average_bits is None):
+@dataclass(frozen=True)
+class SolveSettings:
+    """A budget, in bytes as text (`5.9GiB`) or in average bits (exactly one of them), and what the solver must keep:
+    widths by fnmatch pattern of module names, and whether fused modules get one width."""
+
+    budget: str | None = None
+    average_bits: float | None = None
+    pins: Mapping[str, int] = field(default_factory=dict)
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
+    fusion: Fusion = "free"
+    solver: Solver = "highs"
+
+
+def solve_scores(scores: Scores, settings: SolveSettings) -> Manifest:
+    """The manifest of the best assignment for a budget. Raises InputError, InfeasibleBudgetError."""
+    if (settings.budget is None) == (settings.average_bits is None):
         raise InputError("give exactly one of --budget and --average-bits")
-    if budget is not None:
-        requested, nbytes = budget, parse_budget(budget)
+    if settings.budget is not None:
+        requested, nbytes = settings.budget, parse_budget(settings.budget)
     else:
-        assert average_bits is not None
-        requested, nbytes = f"{average_bits} bits", budget_for_average_bits(scores, average_bits)
-    return make_manifest(scores, solve(scores, nbytes, solver=solver), requested, nbytes)
+        assert settings.average_bits is not None
+        requested = f"{settings.average_bits} bits"
+        nbytes = budget_for_average_bits(scores, settings.average_bits)
+    solution = solve(
+        scores,
+        nbytes,
+        pins=settings.pins,
+        ceilings=settings.ceilings,
+        floors=settings.floors,
+        fusion=settings.fusion,
+        solver=settings.solver,
+    )
+    return make_manifest(scores, solution, requested, nbytes)
 
 
 def export(
@@ -195,11 +228,9 @@ def fit(
     model: Path,
     work: Path,
     out: Path,
-    budget: str | None,
-    average_bits: float | None,
+    solving: SolveSettings,
     candidates: CandidateSettings,
     learning: "LearningSettings",
-    solver: Solver = "highs",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> tuple[Manifest, "ExportReport"]:
@@ -209,14 +240,14 @@ def fit(
 
     inventory = read_inventory(model)
     low, high = inventory.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
-    if budget is not None and parse_budget(budget) < low:
+    if solving.budget is not None and parse_budget(solving.budget) < low:
         raise InfeasibleBudgetError(
-            f"budget {budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
+            f"budget {solving.budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
             f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"
         )
     check_target(out, low, overwrite)
     result = learn(model, work, candidates, learning, progress)
-    manifest = solve_scores(result.scores, budget, average_bits, solver)
+    manifest = solve_scores(result.scores, solving)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress)
     return manifest, report
 

@@ -13,6 +13,7 @@ from allocator.cli.options import (
     add_model,
     candidate_settings,
     learning_settings,
+    solve_settings,
 )
 from allocator.cli.output import print_json, print_tables, show_progress
 
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
     with show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         manifest, report = fit(
-            model, work, args.out, args.budget, args.average_bits, candidates, learning,
-            solver=args.solver, overwrite=args.overwrite, progress=progress,
+            model, work, args.out, solve_settings(args), candidates, learning,
+            overwrite=args.overwrite, progress=progress,
         )  # fmt: skip
     if args.json:
         print_json(export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}})

@@ -9,7 +9,7 @@ from allocator.contract.layout import GROUP_SIZES, WIDTHS
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
     from allocator.learning.settings import LearningSettings
-    from allocator.pipeline import CandidateSettings
+    from allocator.pipeline import CandidateSettings, SolveSettings
 
 __all__ = [
     "add_budget",
@@ -18,6 +18,7 @@ __all__ = [
     "add_model",
     "candidate_settings",
     "learning_settings",
+    "solve_settings",
 ]
 
 
@@ -38,7 +39,44 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="stored bits a weight over the modules that can be quantized, scales and zero points included",
     )
+    for name, what in (("pin", "exactly"), ("ceiling", "at most"), ("floor", "at least")):
+        parser.add_argument(
+            f"--{name}",
+            type=_rule,
+            action="append",
+            default=[],
+            metavar="PATTERN=BITS",
+            help=f"modules that match take {what} this width, e.g. '*.down_proj=4'; may be repeated",
+        )
+    parser.add_argument(
+        "--fusion",
+        choices=["free", "tied"],
+        default="free",
+        help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
+    )
     parser.add_argument("--solver", choices=["highs", "cp-sat", "scip"], default="highs")
+
+
+def _rule(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdecimal() or int(bits) not in WIDTHS:
+        allowed = ", ".join(map(str, WIDTHS))
+        raise argparse.ArgumentTypeError(f"{text!r}: expected PATTERN=BITS with bits one of {allowed}")
+    return pattern, int(bits)
+
+
+def solve_settings(args: argparse.Namespace) -> "SolveSettings":
+    from allocator.pipeline import SolveSettings
+
+    return SolveSettings(
+        budget=args.budget,
+        average_bits=args.average_bits,
+        pins=dict(args.pin),
+        ceilings=dict(args.ceiling),
+        floors=dict(args.floor),
+        fusion=args.fusion,
+        solver=args.solver,
+    )
 
 
 def _widths(text: str) -> tuple[int, ...]:

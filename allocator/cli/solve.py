@@ -6,12 +6,13 @@ The budget counts every tensor of the checkpoint. Takes seconds at most and need
 import argparse
 from pathlib import Path
 
-from allocator.cli.options import add_budget, add_json
+from allocator.cli.options import add_budget, add_json, solve_settings
 from allocator.cli.output import print_json, print_tables
 
 EXAMPLES = """examples:
   gamma solve work/scores.json --budget 5.9GiB --out manifest.json
-  gamma solve work/scores.json --average-bits 3.0 --out manifest.json"""
+  gamma solve work/scores.json --average-bits 3.0 --out manifest.json
+  gamma solve work/scores.json --budget 6GB --pin '*.layers.0.*=8' --fusion tied"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.pipeline import solve_scores
     from allocator.reporting import manifest_tables
 
-    manifest = solve_scores(Scores.read(args.scores), args.budget, args.average_bits, args.solver)
+    manifest = solve_scores(Scores.read(args.scores), solve_settings(args))
     if args.out is not None:
         manifest.write(args.out)
     if args.json:

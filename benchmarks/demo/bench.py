@@ -21,7 +21,7 @@ from allocator.blocks import calibration_from_model  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from allocator.evaluation import load_dequantized, measure_divergence  # noqa: E402
 from allocator.learning import LearningSettings  # noqa: E402
-from allocator.pipeline import CandidateSettings, export, learn, solve_scores  # noqa: E402
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
 from benchmarks.demo.run import BUDGET, MODEL  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
@@ -53,7 +53,7 @@ def quantized(name: str, candidates: CandidateSettings, budget: str | None) -> t
     """The dequantized model at `budget` (None: the smallest there is) and its bytes of tensors."""
     folder = OUT / name
     result = learn(MODEL, folder / "work", candidates, LearningSettings(passes=2 if budget else 0, steps=8))
-    manifest = solve_scores(result.scores, budget or str(result.scores.feasible_bytes()[0]), None)
+    manifest = solve_scores(result.scores, SolveSettings(budget or str(result.scores.feasible_bytes()[0])))
     export(manifest, MODEL, result.bank_folder, folder / "checkpoint", overwrite=True)
     return load_dequantized(folder / "checkpoint"), manifest.tensor_bytes
 

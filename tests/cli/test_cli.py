@@ -76,6 +76,22 @@ def test_average_bits_are_met_from_below(tiny_model: Callable[[str], Path], tmp_
     assert 3.9 < 8 * stored / weights <= 4.0
 
 
+def test_rules_are_kept(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    gamma("learn", tiny_model("llama"), "--out", tmp_path, *SMALL)
+    rules = ["--pin", "*.0.*.o_proj=8", "--ceiling", "*.mlp.*=4", "--floor", "*.1.self_attn.*=5", "--fusion", "tied"]
+    manifest = json.loads(gamma("solve", tmp_path / "scores.json", "--average-bits", 5, *rules, "--json").stdout)
+    widths = {name: m["num_bits"] for name, m in manifest["modules"].items()}
+    assert widths["model.layers.0.self_attn.o_proj"] == 8
+    assert all(bits <= 4 for name, bits in widths.items() if ".mlp." in name)
+    assert all(bits >= 5 for name, bits in widths.items() if ".layers.1.self_attn." in name)
+    for block in (0, 1):
+        assert len({widths[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"}) == 1
+        assert len({widths[f"model.layers.{block}.mlp.{p}_proj"] for p in ("gate", "up")}) == 1
+    unknown = gamma("solve", tmp_path / "scores.json", "--average-bits", 5, "--pin", "nothing=4", code=2)
+    assert "nothing" in unknown.stderr
+    assert "PATTERN=BITS" in gamma("solve", "x", "--average-bits", 5, "--pin", "a=7", code=2).stderr
+
+
 def test_a_budget_that_cannot_be_met_names_the_range(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     for arguments in (["fit", tiny_model("llama"), "--out", tmp_path / "out", *SMALL],):
         message = gamma(*arguments, "--budget", "10KiB", code=4).stderr

@@ -74,11 +74,11 @@ def _exported(folder: Path) -> tuple[Path, Path]:
     """A checkpoint of the real pipeline, learned in seconds."""
     from allocator.evaluation import load_dequantized
     from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, fit
+    from allocator.pipeline import CandidateSettings, SolveSettings, fit
 
     candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
     learning = LearningSettings(passes=1, steps=2, batch_tokens=256)
-    fit(DEMO, folder / "work", folder / "gamma", None, 3.5, candidates, learning)
+    fit(DEMO, folder / "work", folder / "gamma", SolveSettings(average_bits=3.5), candidates, learning)
     load_dequantized(folder / "gamma").save_pretrained(folder / "dequantized")
     for path in DEMO.glob("tokenizer*"):
         shutil.copy(path, folder / "dequantized")

@@ -19,7 +19,7 @@ from allocator.evaluation import load_dequantized
 from allocator.exporting import export_checkpoint
 from allocator.inventory import model_digest, read_inventory
 from allocator.learning import LearningSettings
-from allocator.pipeline import CandidateSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 
 LEARNING = LearningSettings(passes=1, steps=2, batch_tokens=128)
 
@@ -42,7 +42,7 @@ def fitted(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
                 quantizer="rtn", group_size=32, symmetric=symmetric, sequences=4, sequence_length=32
             )
             result = learn(model, tmp_path_factory.mktemp("work"), candidates, LEARNING)
-            manifest = solve_scores(result.scores, None, 4.5)
+            manifest = solve_scores(result.scores, SolveSettings(average_bits=4.5))
             made[kind, symmetric] = Fitted(model, result.bank_folder, manifest)
         return made[kind, symmetric]
 
