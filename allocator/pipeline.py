@@ -150,7 +150,8 @@ def learn(
         ):
             return LearnResult(scores, scores_path, bank_folder, [*reused, "scores"])
 
-    _check_room(work, inventory.config["hidden_size"] * calibration.token_ids.numel() * 4 * (inventory.blocks + 1))
+    state_bytes = inventory.config["hidden_size"] * calibration.token_ids.numel() * 4
+    _check_room(work, state_bytes * (inventory.blocks + 1) * (1 + learning.draws))
     stream = BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu")
     hidden = HiddenStates(work / "hidden", candidates.sequences, length, inventory.config["hidden_size"])
     try:
@@ -163,7 +164,7 @@ def learn(
             )  # fmt: skip
         scores = learn_scores(inventory, stream, BankReader(bank_folder), hidden, learning, progress)
     finally:
-        hidden.clear()
+        hidden.remove()
     scores.write(scores_path)
     return LearnResult(scores, scores_path, bank_folder, reused)
 

@@ -1,5 +1,6 @@
 """Hidden states between blocks, on disk as memory-mapped files, so that the page cache and not the heap holds them."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ __all__ = ["HiddenStates"]
 
 
 class HiddenStates:
-    """The teacher's states before block 0, 1, ..., and after the last: one float32 file `[S, T, D]` each."""
+    """States before block 0, 1, ..., and after the last, or gradients at them: float32 files `[S, T, D]`."""
 
     def __init__(self, folder: Path, sequences: int, length: int, width: int) -> None:
         self.folder = folder
@@ -22,6 +23,10 @@ class HiddenStates:
         size = self.shape[0] * self.shape[1] * self.shape[2]
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self.shape)
 
-    def clear(self) -> None:
-        for path in self.folder.glob("states-*.f32"):
-            path.unlink()
+    def beside(self, name: str) -> "HiddenStates":
+        """An empty store of the same shape in the sub-folder `name`."""
+        return HiddenStates(self.folder / name, *self.shape)
+
+    def remove(self) -> None:
+        """Delete the files and the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)

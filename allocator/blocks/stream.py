@@ -14,7 +14,7 @@ from allocator.contract.errors import InputError
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 
-__all__ = ["BlockStream", "InputObserver", "record_inputs"]
+__all__ = ["BlockStream", "InputObserver", "batches", "record_inputs"]
 
 InputObserver = Callable[[list[str], Tensor], None]
 """Called with the names of the linear modules that share an input, and that input `[B, T, K]`."""
@@ -88,7 +88,7 @@ class BlockStream:
     def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor) -> None:
         """Write the states before block 0."""
         states = hidden.boundary(0)
-        for batch in _batches(token_ids):
+        for batch in batches(token_ids):
             states[batch] = self.embed(token_ids[batch]).cpu()
 
     def fill_block(
@@ -98,7 +98,7 @@ class BlockStream:
         block = self.block(index)
         before, after = hidden.boundary(index), hidden.boundary(index + 1)
         with torch.inference_mode():
-            for batch in _batches(before):
+            for batch in batches(before):
                 with record_inputs(block, recorded, see):
                     after[batch] = self.run(block, before[batch].to(self.device)).cpu()
 
@@ -144,7 +144,7 @@ def record_inputs(block: nn.Module, names: Sequence[str], see: InputObserver | N
             see(sharing, tensor)
 
 
-def _batches(rows: Tensor) -> list[slice]:
+def batches(rows: Tensor) -> list[slice]:
     """Slices of `[S, T, ...]` of about `_BATCH_TOKENS` tokens."""
     size = max(1, _BATCH_TOKENS // rows.shape[1])
     return [slice(i, i + size) for i in range(0, rows.shape[0], size)]

@@ -1,6 +1,7 @@
 """One decoder block with the candidates of its modules dequantized: measured swaps, and sampled assignments."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,37 +9,48 @@ from torch import Tensor, nn
 from allocator.blocks.stream import BlockStream
 from allocator.learning.objective import inner_products, reconstruction_loss
 
-__all__ = ["BlockLearner"]
+__all__ = ["Batch", "BlockLearner"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """states, teacher: input and output of the original block `[B, T, D]`; gradients: at the output `[S, B, T, D]`."""
+
+    states: Tensor
+    teacher: Tensor
+    gradients: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.states.shape[0] * self.states.shape[1]
 
 
 class BlockLearner:
     """Runs one block on the teacher's input and reads what each candidate does to its output.
 
     candidates: module name inside the block -> the weights of its candidates `[C, N, K]`, the 16-bit one being the
-    source's; weight: what a unit of the block's reconstruction loss counts (see `block_weights`).
+    source's.
     """
 
-    def __init__(self, stream: BlockStream, block: nn.Module, candidates: dict[str, Tensor], weight: float) -> None:
-        self._stream, self._block, self._candidates, self._weight = stream, block, candidates, weight
+    def __init__(self, stream: BlockStream, block: nn.Module, candidates: dict[str, Tensor]) -> None:
+        self._stream, self._block, self._candidates = stream, block, candidates
         self._source = {name: block.get_parameter(f"{name}.weight").data for name in candidates}
 
-    def measure_swaps(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Swap each candidate in alone. batches: (input, teacher output). Returns Gram matrices `[C, C]` of the
-        output errors by module; the diagonal is the loss of each single swap."""
+    def measure_swaps(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Swap each candidate in alone. Returns Gram matrices `[C, C]` of the output errors by module; the diagonal
+        is the loss of each single swap."""
         grams = {name: torch.zeros(len(w), len(w), dtype=torch.float64) for name, w in self._candidates.items()}
-        tokens = sum(x.shape[0] * x.shape[1] for x, _ in batches)
+        tokens = sum(batch.tokens for batch in batches)
         with torch.inference_mode():
-            for hidden, teacher in batches:
-                share = hidden.shape[0] * hidden.shape[1] / tokens
+            for batch in batches:
                 for name, weights in self._candidates.items():
-                    errors = torch.stack(
-                        [self._stream.run(self._block, hidden, {f"{name}.weight": w}) - teacher for w in weights]
-                    )
-                    grams[name] += self._weight * share * inner_products(errors, teacher).cpu()
+                    outputs = [self._stream.run(self._block, batch.states, {f"{name}.weight": w}) for w in weights]
+                    gram = inner_products(torch.stack(outputs) - batch.teacher, batch.gradients)
+                    grams[name] += batch.tokens / tokens * gram.cpu()
         return grams
 
     def marginal_losses(
-        self, choice: dict[str, int], grams: dict[str, Tensor], hidden: Tensor, teacher: Tensor
+        self, choice: dict[str, int], grams: dict[str, Tensor], batch: Batch
     ) -> tuple[float, dict[str, Tensor]]:
         """Loss of one sampled assignment, and the loss `[C]` that each candidate of each module adds to the others.
 
@@ -48,14 +60,12 @@ class BlockLearner:
         measured swaps, so the result keeps the measured part exact and learns what swaps cannot see: interaction.
         """
         weights = {name: self._candidates[name][index].clone().requires_grad_(True) for name, index in choice.items()}
-        output = self._stream.run(self._block, hidden, {f"{name}.weight": w for name, w in weights.items()})
-        loss = self._weight * reconstruction_loss(output, teacher)
-        gradients = torch.autograd.grad(loss, list(weights.values()))
+        output = self._stream.run(self._block, batch.states, {f"{name}.weight": w for name, w in weights.items()})
+        loss = reconstruction_loss(output, batch.teacher, batch.gradients)
+        slopes = torch.autograd.grad(loss, list(weights.values()))
         marginals = {}
-        for (name, index), gradient in zip(choice.items(), gradients, strict=True):
-            candidates = self._candidates[name]
-            slopes = candidates.flatten(1) @ gradient.flatten()
-            first_order = (slopes - (self._source[name] * gradient).sum()).double().cpu()
-            gram = grams[name]
-            marginals[name] = first_order - 2 * gram[index] + torch.diagonal(gram)
+        for (name, index), slope in zip(choice.items(), slopes, strict=True):
+            gains = self._candidates[name].flatten(1) @ slope.flatten()
+            first_order = (gains - (self._source[name] * slope).sum()).double().cpu()
+            marginals[name] = first_order - 2 * grams[name][index] + torch.diagonal(grams[name])
         return float(loss.detach()), marginals

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.inventory import Inventory
-from allocator.learning.block import BlockLearner
-from allocator.learning.block_weights import measure_block_weights
+from allocator.learning.block import Batch, BlockLearner
 from allocator.learning.lagrangian import AugmentedLagrangian
 from allocator.learning.objective import UNIT
 from allocator.learning.relaxation import expected_bytes, multiplier_of_budget, probabilities, sample
@@ -45,6 +45,30 @@ class _Choice:
         self.scores += (marginal - self.scores) / (self.samples + 1)
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """What the original model did on the calibration text: its states and, draw by draw, its gradients."""
+
+    hidden: HiddenStates
+    gradients: list[HiddenStates]
+
+    def batch(self, stream: BlockStream, index: int, rows: Tensor) -> Batch:
+        """Input, output and output gradients of block `index` for some sequences."""
+        states, teacher = (self.hidden.boundary(i)[rows].to(stream.device) for i in (index, index + 1))
+        gradients = torch.stack([g.boundary(index + 1)[rows] for g in self.gradients])
+        return Batch(states, teacher, gradients.to(stream.device))
+
+    def batches(self, stream: BlockStream, index: int, tokens: int) -> list[Batch]:
+        """All sequences, about `tokens` tokens a batch."""
+        rows = torch.split(torch.arange(self.hidden.shape[0]), max(1, tokens // self.hidden.shape[1]))
+        return [self.batch(stream, index, r) for r in rows]
+
+    def random_batch(self, stream: BlockStream, index: int, tokens: int, generator: torch.Generator) -> Batch:
+        """About `tokens` tokens of sequences drawn without replacement."""
+        order = torch.randperm(self.hidden.shape[0], generator=generator)
+        return self.batch(stream, index, order[: max(1, tokens // self.hidden.shape[1])])
+
+
 def learn_scores(
     inventory: Inventory,
     stream: BlockStream,
@@ -53,29 +77,47 @@ def learn_scores(
     settings: LearningSettings,
     progress: Progress = silent,
 ) -> Scores:
-    """Scores of every candidate, in nats of KL (`objective.UNIT`); `hidden` holds the teacher's states everywhere."""
+    """Scores of every candidate (`objective.UNIT`); `hidden` holds the teacher's states of all boundaries."""
+    gradients = [hidden.beside(f"gradients-{draw}") for draw in range(settings.draws)]
+    try:
+        fill_gradients(stream, hidden, gradients, settings.seed, progress)
+        teacher = _Teacher(hidden, gradients)
+        choices = _measure(inventory, stream, bank, teacher, settings, progress)
+        record = _learn_interactions(inventory, stream, bank, teacher, settings, choices, progress)
+    finally:
+        for store in gradients:
+            store.remove()
+    return _scores(inventory, bank, settings, choices, record)
+
+
+def _measure(
+    inventory: Inventory,
+    stream: BlockStream,
+    bank: BankReader,
+    teacher: _Teacher,
+    settings: LearningSettings,
+    progress: Progress,
+) -> dict[str, _Choice]:
     choices: dict[str, _Choice] = {}
-    weights = measure_block_weights(stream, bank, hidden, settings.probe_tokens, progress)
     for index in range(stream.blocks):
         progress("measuring", index / stream.blocks)
-        learner, formats = _open_block(inventory, stream, bank, index, weights[index])
-        grams = learner.measure_swaps(_all_batches(stream, hidden, index, settings.batch_tokens))
+        learner, formats = _open_block(inventory, stream, bank, index)
+        grams = learner.measure_swaps(teacher.batches(stream, index, settings.batch_tokens))
         for name, gram in grams.items():
             nbytes = torch.tensor([module_bytes(f) for f in formats[name]], dtype=torch.float64)
             choices[inventory.block_prefix(index) + name] = _Choice(
                 formats[name], nbytes, gram, torch.diagonal(gram).clone()
             )
-    record = _learn_interactions(inventory, stream, bank, hidden, settings, weights, choices, progress)
-    return _scores(inventory, bank, settings, choices, {"block_weights": weights} | record)
+    progress("measuring", 1.0)
+    return choices
 
 
 def _learn_interactions(
     inventory: Inventory,
     stream: BlockStream,
     bank: BankReader,
-    hidden: HiddenStates,
+    teacher: _Teacher,
     settings: LearningSettings,
-    weights: list[float],
     choices: dict[str, _Choice],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -95,7 +137,7 @@ def _learn_interactions(
         index = visit % stream.blocks
         if index == 0:
             losses.append(0.0)
-        learner, formats = _open_block(inventory, stream, bank, index, weights[index])
+        learner, formats = _open_block(inventory, stream, bank, index)
         here = {name: choices[inventory.block_prefix(index) + name] for name in formats}
         for _ in range(settings.steps):
             price = lagrangian.effective(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
@@ -103,8 +145,8 @@ def _learn_interactions(
                 name: sample(probabilities(c.scores, c.nbytes, price, temperature), generator)
                 for name, c in here.items()
             }
-            batch = _random_batch(stream, hidden, index, settings.batch_tokens, generator)
-            loss, marginals = learner.marginal_losses(choice, {name: c.gram for name, c in here.items()}, *batch)
+            batch = teacher.random_batch(stream, index, settings.batch_tokens, generator)
+            loss, marginals = learner.marginal_losses(choice, {name: c.gram for name, c in here.items()}, batch)
             losses[-1] += loss / settings.steps
             for name, marginal in marginals.items():
                 here[name].learn(marginal)
@@ -120,7 +162,7 @@ def _learn_interactions(
 
 
 def _open_block(
-    inventory: Inventory, stream: BlockStream, bank: BankReader, index: int, weight: float
+    inventory: Inventory, stream: BlockStream, bank: BankReader, index: int
 ) -> tuple[BlockLearner, dict[str, list[ModuleFormat]]]:
     block = stream.block(index)
     prefix = inventory.block_prefix(index)
@@ -135,27 +177,7 @@ def _open_block(
         formats[name] = [*stored, ModuleFormat(shape=module.shape, num_bits=16)]
         quantized = [bank.dequantized(module.name, f).to(source.device) for f in stored]
         candidates[name] = torch.stack([*quantized, source])
-    return BlockLearner(stream, block, candidates, weight), formats
-
-
-def _all_batches(
-    stream: BlockStream, hidden: HiddenStates, index: int, batch_tokens: int
-) -> list[tuple[Tensor, Tensor]]:
-    before, after = hidden.boundary(index), hidden.boundary(index + 1)
-    size = max(1, batch_tokens // before.shape[1])
-    return [
-        (before[i : i + size].to(stream.device), after[i : i + size].to(stream.device))
-        for i in range(0, before.shape[0], size)
-    ]
-
-
-def _random_batch(
-    stream: BlockStream, hidden: HiddenStates, index: int, batch_tokens: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    before, after = hidden.boundary(index), hidden.boundary(index + 1)
-    size = max(1, batch_tokens // before.shape[1])
-    rows = torch.randperm(before.shape[0], generator=generator)[:size]
-    return before[rows].to(stream.device), after[rows].to(stream.device)
+    return BlockLearner(stream, block, candidates), formats
 
 
 def _scores(

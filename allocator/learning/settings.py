@@ -12,7 +12,7 @@ class LearningSettings:
     passes: visits to each block; steps: hard samples drawn at each visit; batch_tokens: tokens of one step;
     temperature: of the relaxation, in units of what one bit of an average module is worth at the budget;
     penalty: of the augmented Lagrangian, relative to its first multiplier, per relative overshoot of 100 %;
-    probe_tokens: calibration tokens that block weights are measured on.
+    draws: gradients a position that the objective is measured with (see `objective`).
     """
 
     average_bits: float = 3.0
@@ -21,5 +21,5 @@ class LearningSettings:
     batch_tokens: int = 2048
     temperature: float = 0.5
     penalty: float = 2.0
-    probe_tokens: int = 4096
+    draws: int = 4
     seed: int = 0

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,12 +29,8 @@ def test_help_has_examples(verb: str) -> None:
     assert f"gamma {verb} " in gamma(verb, "--help").stdout.split("examples:")[1]
 
 
-def test_inspect_is_fast_and_complete(tiny_model: Callable[[str], Path]) -> None:
-    started = time.monotonic()
+def test_inspect_is_complete(tiny_model: Callable[[str], Path]) -> None:
     document = json.loads(gamma("inspect", tiny_model("llama"), "--group-size", 32, "--json").stdout)
-    assert (
-        time.monotonic() - started < 3
-    )  # the interpreter and its imports on a busy machine; the reading takes milliseconds
     assert len(document["modules"]) == 2 * 7 + 2
     q = document["modules"]["model.layers.1.self_attn.q_proj"]
     assert q["fused_group"] == "model.layers.1.self_attn.qkv_proj"

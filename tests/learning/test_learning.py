@@ -8,14 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allocator.blocks import BlockStream
+from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden import HiddenStates
 from allocator.candidates import BankReader
 from allocator.contract.scores import Scores
 from allocator.inventory import read_inventory
 from allocator.learning import LearningSettings
-from allocator.learning.block_weights import measure_block_weights
 from allocator.learning.lagrangian import AugmentedLagrangian
-from allocator.learning.learn import _open_block
+from allocator.learning.learn import _open_block, _Teacher
 from allocator.learning.objective import reconstruction_loss
 from allocator.learning.relaxation import expected_bytes, multiplier_of_budget, probabilities, sample
 from allocator.pipeline import CandidateSettings, LearnResult, learn
@@ -68,7 +68,7 @@ def test_a_second_run_uses_what_is_there_and_only_what_fits(
 
 
 def test_no_hidden_states_are_left_behind(learned: LearnResult) -> None:
-    assert not list((learned.scores_path.parent / "hidden").iterdir())
+    assert {p.name for p in learned.scores_path.parent.iterdir()} == {"bank", "scores.json"}
 
 
 def test_marginal_losses_match_measured_ones(
@@ -82,24 +82,29 @@ def test_marginal_losses_match_measured_ones(
     tokens = torch.randint(0, 320, (4, 32), generator=torch.Generator().manual_seed(5))
     hidden = HiddenStates(tmp_path, 4, 32, 64)
     stream.fill(hidden, tokens)
-    batch = (hidden.boundary(0).clone(), hidden.boundary(1).clone())
-    learner, formats = _open_block(inventory, stream, bank, 0, 1.0)
+    gradients = [hidden.beside(f"gradients-{draw}") for draw in range(8)]
+    fill_gradients(stream, hidden, gradients, seed=0)
+    batch = _Teacher(hidden, gradients).batch(stream, 0, torch.arange(4))
+    learner, formats = _open_block(inventory, stream, bank, 0)
     grams = learner.measure_swaps([batch])
     widths = [f.num_bits for f in formats["mlp.up_proj"]]
     choice = {name: widths.index(4) for name in formats}
-    _, marginals = learner.marginal_losses(choice, grams, *batch)
+    _, marginals = learner.marginal_losses(choice, grams, batch)
 
     def loss_with(name: str, index: int) -> float:
         weights = {f"{n}.weight": learner._candidates[n][i] for n, i in (choice | {name: index}).items()}
         with torch.inference_mode():
-            return float(reconstruction_loss(stream.run(learner._block, batch[0], weights), batch[1]))
+            output = stream.run(learner._block, batch.states, weights)
+            return float(reconstruction_loss(output, batch.teacher, batch.gradients))
 
+    errors, truths = dict.fromkeys((2, 3, 4), 0.0), dict.fromkeys((2, 3, 4), 0.0)
     for name in formats:
-        truth = torch.tensor([loss_with(name, i) for i in range(len(widths))], dtype=torch.float64)
-        truth -= truth[widths.index(16)].clone()
-        for width in (2, 3, 4):
-            index = widths.index(width)
-            assert float(marginals[name][index]) == pytest.approx(float(truth[index]), rel=0.15), (name, width)
+        without = loss_with(name, widths.index(16))
+        for width in errors:
+            truth = loss_with(name, widths.index(width)) - without
+            errors[width] += abs(float(marginals[name][widths.index(width)]) - truth)
+            truths[width] += abs(truth)
+    assert all(errors[width] < 0.2 * truths[width] for width in errors), (errors, truths)
 
 
 def test_gumbel_samples_follow_the_probabilities() -> None:
@@ -145,26 +150,31 @@ def test_changed_scores_are_refused(learned: LearnResult, tmp_path: Path) -> Non
         Scores.read(path)
 
 
-def test_block_weights_turn_losses_into_kl(
+def test_losses_of_single_swaps_are_the_kl_that_they_cause(
     learned: LearnResult, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Weight times loss of a block that is quantized as a whole is the KL that it causes, by the whole model."""
+    """Read off one block, without running the rest of the model, within the noise of a few draws."""
     inventory = read_inventory(tiny_model("llama"))
     stream, bank = BlockStream(inventory), BankReader(learned.bank_folder)
-    tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(7))
-    hidden = HiddenStates(tmp_path, 2, 24, 64)
+    tokens = torch.randint(0, 320, (16, 48), generator=torch.Generator().manual_seed(7))
+    hidden = HiddenStates(tmp_path / "states", 16, 48, 64)
     stream.fill(hidden, tokens)
-    weights = measure_block_weights(stream, bank, hidden, probe_tokens=48)
+    gradients = [hidden.beside(f"g{i}") for i in range(8)]
+    fill_gradients(stream, hidden, gradients, seed=0)
     original = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    with torch.inference_mode():
+        p = original(tokens).logits.double().log_softmax(-1)
+    ratios = []
     for index in range(2):
-        probed = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
-        changed = {n: m for n, m in bank.bank.modules.items() if n.startswith(inventory.block_prefix(index))}
-        for name, module in changed.items():
-            candidate = next(c for c in module.candidates if c.num_bits == 3)
-            probed.get_parameter(f"{name}.weight").data.copy_(bank.dequantized(name, candidate))
-        with torch.inference_mode():
-            p, q = (m(tokens).logits.double().log_softmax(-1) for m in (original, probed))
-            output = stream.run(probed.model.layers[index], hidden.boundary(index))
-        kl = float((p.exp() * (p - q)).sum(-1).mean())
-        loss = float(reconstruction_loss(output, hidden.boundary(index + 1)))
-        assert weights[index] * loss == pytest.approx(kl, rel=1e-3)
+        learner, formats = _open_block(inventory, stream, bank, index)
+        grams = learner.measure_swaps(_Teacher(hidden, gradients).batches(stream, index, 256))
+        for name, gram in grams.items():
+            candidate = next(i for i, f in enumerate(formats[name]) if f.num_bits == 5)
+            weight = original.get_parameter(f"{inventory.block_prefix(index)}{name}.weight")
+            source = weight.data.clone()
+            weight.data.copy_(learner._candidates[name][candidate])
+            with torch.inference_mode():
+                q = original(tokens).logits.double().log_softmax(-1)
+            weight.data.copy_(source)
+            ratios.append(float(gram[candidate, candidate]) / float((p.exp() * (p - q)).sum(-1).mean()))
+    assert all(0.7 < ratio < 1.4 for ratio in ratios), ratios
