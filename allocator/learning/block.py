@@ -37,35 +37,36 @@ class BlockLearner:
         self._source = {name: block.get_parameter(f"{name}.weight").data for name in candidates}
 
     def measure_swaps(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Swap each candidate in alone. Returns Gram matrices `[C, C]` of the output errors by module; the diagonal
-        is the loss of each single swap."""
-        grams = {name: torch.zeros(len(w), len(w), dtype=torch.float64) for name, w in self._candidates.items()}
-        tokens = sum(batch.tokens for batch in batches)
+        """Swap each candidate in alone. Returns Gram matrices of the output errors by module, one a batch:
+        `[batches, C, C]`; a diagonal holds the losses of the single swaps."""
+        grams: dict[str, Tensor] = {}
         with torch.inference_mode():
-            for batch in batches:
-                for name, weights in self._candidates.items():
+            for name, weights in self._candidates.items():
+                of_batches = []
+                for batch in batches:
                     outputs = [self._stream.run(self._block, batch.states, {f"{name}.weight": w}) for w in weights]
-                    gram = inner_products(torch.stack(outputs) - batch.teacher, batch.gradients)
-                    grams[name] += batch.tokens / tokens * gram.cpu()
+                    of_batches.append(inner_products(torch.stack(outputs) - batch.teacher, batch.gradients).cpu())
+                grams[name] = torch.stack(of_batches)
         return grams
 
-    def marginal_losses(
+    def interactions(
         self, choice: dict[str, int], grams: dict[str, Tensor], batch: Batch
     ) -> tuple[float, dict[str, Tensor]]:
-        """Loss of one sampled assignment, and the loss `[C]` that each candidate of each module adds to the others.
+        """Loss of one sampled assignment, and by module what each candidate's error and the other modules' errors
+        add to each other's loss: `[C]`. `grams` are those of the same batch, `[C, C]`.
 
         The straight-through gradient G at the sampled weights gives <G, Q_b - W> = 2 <e_b, e_all> to first order,
-        e being output errors. It counts the module's own sampled error b' twice, 2 <e_b, e_b'>, and leaves out the
-        candidate's own square <e_b, e_b>, without which a step to few bits looks free. Both are known from the
-        measured swaps, so the result keeps the measured part exact and learns what swaps cannot see: interaction.
+        e being output errors. It counts the module's own sampled error b' as well, 2 <e_b, e_b'>, which is known from
+        the measured swaps and taken off. The candidate's own square <e_b, e_b>, to which the gradient is blind (a
+        step to few bits looks free to it), is no part of the interaction: it is measured.
         """
         weights = {name: self._candidates[name][index].clone().requires_grad_(True) for name, index in choice.items()}
         output = self._stream.run(self._block, batch.states, {f"{name}.weight": w for name, w in weights.items()})
         loss = reconstruction_loss(output, batch.teacher, batch.gradients)
         slopes = torch.autograd.grad(loss, list(weights.values()))
-        marginals = {}
+        found = {}
         for (name, index), slope in zip(choice.items(), slopes, strict=True):
             gains = self._candidates[name].flatten(1) @ slope.flatten()
             first_order = (gains - (self._source[name] * slope).sum()).double().cpu()
-            marginals[name] = first_order - 2 * grams[name][index] + torch.diagonal(grams[name])
-        return float(loss.detach()), marginals
+            found[name] = first_order - 2 * grams[name][index]
+        return float(loss.detach()), found

@@ -2,8 +2,8 @@
 
 The relaxed objective F(p) = E_p[loss] + multiplier * E_p[bytes] - T H(p) is minimised over independent choices by
 its natural gradient, which is marginal loss minus score: each step moves every score of the visited block towards
-the marginal losses of one hard Gumbel sample. Under teacher forcing blocks are coupled by the budget alone, so one
-block is resident at a time.
+the marginal losses at one hard Gumbel sample, which are the measured loss and the sampled interaction. Under teacher
+forcing blocks are coupled by the budget alone, so one block is resident at a time.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,18 +31,20 @@ __all__ = ["learn_scores"]
 
 @dataclass
 class _Choice:
-    """The learned state of one module: its candidates, measured Gram matrix, and running mean of marginal losses."""
+    """What is known of one module: its candidates, their measured losses `[C]` and Gram matrices `[batches, C, C]`,
+    and its scores `[C]`: the losses and the running mean of learned interactions."""
 
     formats: list[ModuleFormat]
     nbytes: Tensor
-    gram: Tensor
+    grams: Tensor
+    losses: Tensor
     scores: Tensor
     samples: int = 0
 
-    def learn(self, marginal: Tensor) -> None:
+    def learn(self, interaction: Tensor) -> None:
         self.samples += 1
-        # The measured swap counts as the first sample.
-        self.scores += (marginal - self.scores) / (self.samples + 1)
+        # None at all counts as the first sample.
+        self.scores += (self.losses + interaction - self.scores) / (self.samples + 1)
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,9 @@ class _Teacher:
         gradients = torch.stack([g.boundary(index + 1)[rows] for g in self.gradients])
         return Batch(states, teacher, gradients.to(stream.device))
 
-    def batches(self, stream: BlockStream, index: int, tokens: int) -> list[Batch]:
-        """All sequences, about `tokens` tokens a batch."""
-        rows = torch.split(torch.arange(self.hidden.shape[0]), max(1, tokens // self.hidden.shape[1]))
-        return [self.batch(stream, index, r) for r in rows]
-
-    def random_batch(self, stream: BlockStream, index: int, tokens: int, generator: torch.Generator) -> Batch:
-        """About `tokens` tokens of sequences drawn without replacement."""
-        order = torch.randperm(self.hidden.shape[0], generator=generator)
-        return self.batch(stream, index, order[: max(1, tokens // self.hidden.shape[1])])
+    def partition(self, tokens: int) -> list[Tensor]:
+        """All sequences, cut into batches of about `tokens` tokens."""
+        return list(torch.split(torch.arange(self.hidden.shape[0]), max(1, tokens // self.hidden.shape[1])))
 
 
 def learn_scores(
@@ -102,11 +98,14 @@ def _measure(
     for index in range(stream.blocks):
         progress("measuring", index / stream.blocks)
         learner, formats = _open_block(inventory, stream, bank, index)
-        grams = learner.measure_swaps(teacher.batches(stream, index, settings.batch_tokens))
-        for name, gram in grams.items():
+        batches = [teacher.batch(stream, index, rows) for rows in teacher.partition(settings.batch_tokens)]
+        shares = torch.tensor([batch.tokens for batch in batches], dtype=torch.float64)
+        shares /= shares.sum()
+        for name, grams in learner.measure_swaps(batches).items():
             nbytes = torch.tensor([module_bytes(f) for f in formats[name]], dtype=torch.float64)
+            losses = shares @ torch.diagonal(grams, dim1=1, dim2=2)
             choices[inventory.block_prefix(index) + name] = _Choice(
-                formats[name], nbytes, gram, torch.diagonal(gram).clone()
+                formats[name], nbytes, grams, losses, losses.clone()
             )
     progress("measuring", 1.0)
     return choices
@@ -131,6 +130,7 @@ def _learn_interactions(
     multiplier, temperature = multiplier_of_budget(all_scores, all_bytes, budget, settings.temperature)
     lagrangian = AugmentedLagrangian(multiplier, settings.penalty * multiplier / budget, budget)
     generator = torch.Generator().manual_seed(settings.seed)
+    partition = teacher.partition(settings.batch_tokens)
     losses: list[float] = []
     for visit in range(settings.passes * stream.blocks):
         progress("learning", visit / (settings.passes * stream.blocks))
@@ -145,11 +145,12 @@ def _learn_interactions(
                 name: sample(probabilities(c.scores, c.nbytes, price, temperature), generator)
                 for name, c in here.items()
             }
-            batch = teacher.random_batch(stream, index, settings.batch_tokens, generator)
-            loss, marginals = learner.marginal_losses(choice, {name: c.gram for name, c in here.items()}, batch)
+            drawn = int(torch.randint(len(partition), (1,), generator=generator))
+            batch = teacher.batch(stream, index, partition[drawn])
+            loss, found = learner.interactions(choice, {name: c.grams[drawn] for name, c in here.items()}, batch)
             losses[-1] += loss / settings.steps
-            for name, marginal in marginals.items():
-                here[name].learn(marginal)
+            for name, interaction in found.items():
+                here[name].learn(interaction)
         lagrangian.update(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
     progress("learning", 1.0)
     return {
