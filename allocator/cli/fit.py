@@ -18,7 +18,7 @@ from allocator.cli.options import (
 from allocator.cli.output import print_json, print_tables, show_progress
 
 EXAMPLES = """examples:
-  gamma fit ./Qwen3-8B --budget 3.9GiB --calibration text.jsonl --out Qwen3-8B-gamma
+  gamma fit ./Qwen3-8B --budget 5.2GiB --calibration text.jsonl --out Qwen3-8B-gamma
   gamma fit ./Qwen3-8B --average-bits 3.5 --calibration text.jsonl --out Qwen3-8B-3.5bit
   vllm serve Qwen3-8B-gamma"""
 
