@@ -51,8 +51,9 @@ class CandidateSettings:
 
 @dataclass(frozen=True)
 class LearnResult:
-    """scores_path and bank_folder are in the work folder; reused says which of them were already there."""
+    """model_digest is that of the model as it was read; reused says which of bank and scores were already there."""
 
+    model_digest: str
     scores: Scores
     scores_path: Path
     bank_folder: Path
@@ -148,7 +149,7 @@ def learn(
             and scores.bank_digest == bank.digest
             and asdict(learning).items() <= scores.settings.items()
         ):
-            return LearnResult(scores, scores_path, bank_folder, [*reused, "scores"])
+            return LearnResult(reference.digest, scores, scores_path, bank_folder, [*reused, "scores"])
 
     state_bytes = inventory.config["hidden_size"] * calibration.token_ids.numel() * 4
     _check_room(work, state_bytes * (inventory.blocks + 1) * (1 + learning.draws))
@@ -166,7 +167,7 @@ def learn(
     finally:
         hidden.remove()
     scores.write(scores_path)
-    return LearnResult(scores, scores_path, bank_folder, reused)
+    return LearnResult(reference.digest, scores, scores_path, bank_folder, reused)
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,16 @@ def export(
     out: Path,
     overwrite: bool = False,
     progress: Progress = silent,
+    digest: str | None = None,
 ) -> "ExportReport":
-    """Write the checkpoint of `manifest` to `out`."""
+    """Write the checkpoint of `manifest` to `out`. `digest` is the model's if it was just computed."""
     from allocator.candidates import BankReader
     from allocator.exporting import export_checkpoint
     from allocator.inventory import model_digest, read_inventory
 
     inventory = read_inventory(model)
-    digest = model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1)))
+    if digest is None:
+        digest = model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1)))
     return export_checkpoint(
         manifest, inventory, digest, BankReader(bank_folder), out, overwrite=overwrite, progress=progress
     )
@@ -249,7 +252,7 @@ def fit(
     check_target(out, low, overwrite)
     result = learn(model, work, candidates, learning, progress)
     manifest = solve_scores(result.scores, solving)
-    report = export(manifest, model, result.bank_folder, out, overwrite, progress)
+    report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
 
 

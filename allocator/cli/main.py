@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from allocator import __version__
-from allocator.contract.errors import GammaError
+from allocator.contract.errors import GammaError, InputError
 
 __all__ = ["main"]
 
@@ -53,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GammaError as error:
         print(f"gamma {parsed.verb}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "allocator"):
+            raise
+        print(
+            f"gamma {parsed.verb}: needs the package {package}, which is not installed; "
+            "pip install 'gamma-vllm[learn]' brings what learning and exporting need",
+            file=sys.stderr,
+        )
+        return InputError.exit_code
     except KeyboardInterrupt:
         print(f"gamma {parsed.verb}: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

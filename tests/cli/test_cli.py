@@ -139,3 +139,21 @@ def test_what_is_written_meets_the_published_schema(tiny_model: Callable[[str], 
     for name, path in files.items():
         schema = json.loads(gamma("schema", name).stdout)
         jsonschema.validate(json.loads((tmp_path / path).read_text()), schema)
+
+
+def test_a_missing_extra_is_named(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """An installation without the extra `learn`: inspecting works, learning says what to install."""
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None)\n"
+        "from allocator.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def bare(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert bare("inspect", tiny_model("llama")).returncode == 0
+    learning = bare("learn", tiny_model("llama"), "--out", tmp_path / "work", *SMALL)
+    assert learning.returncode == 2
+    assert "gamma-vllm[learn]" in learning.stderr
+    assert "Traceback" not in learning.stderr

@@ -1,7 +1,6 @@
 """Real servers: the OpenAI API of `vllm serve`."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -30,7 +29,6 @@ def serve(checkpoint, environment, log_path, *flags):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "GAMMA_KERNEL": "torch"}
-    environment |= _metadata(log_path.parent)
     command = [Path(sys.executable).with_name("vllm"), "serve", str(checkpoint), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "gamma", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "128", "--max-num-seqs", "2", *flags]
@@ -48,18 +46,6 @@ def serve(checkpoint, environment, log_path, *flags):
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def _metadata(folder):
-    """`vllm serve` asks for the version of a distribution `vllm`, which `vllm-cpu` alone does not provide."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        importlib.metadata.version("vllm")
-        return {}
-    version = importlib.metadata.version("vllm-cpu") + "+cpu"
-    info = folder / "metadata" / f"vllm-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(info.parent), os.environ.get("PYTHONPATH")]))}
 
 
 def _wait(process, address, log_path):
