@@ -1,7 +1,7 @@
 """The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,7 +12,7 @@ from allocator.contract.layout import WIDTHS
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
-from allocator.solving import Fusion, Solver, budget_for_average_bits, make_manifest, parse_budget, solve
+from allocator.solving import SolveSettings, parse_budget, solve_scores
 
 if TYPE_CHECKING:  # both bring torch
     from allocator.exporting import ExportReport
@@ -168,42 +168,6 @@ def learn(
         hidden.remove()
     scores.write(scores_path)
     return LearnResult(reference.digest, scores, scores_path, bank_folder, reused)
-
-
-@dataclass(frozen=True)
-class SolveSettings:
-    """A budget, in bytes as text (`5.9GiB`) or in average bits (exactly one of them), and what the solver must keep:
-    widths by fnmatch pattern of module names, and whether fused modules get one width."""
-
-    budget: str | None = None
-    average_bits: float | None = None
-    pins: Mapping[str, int] = field(default_factory=dict)
-    ceilings: Mapping[str, int] = field(default_factory=dict)
-    floors: Mapping[str, int] = field(default_factory=dict)
-    fusion: Fusion = "free"
-    solver: Solver = "highs"
-
-
-def solve_scores(scores: Scores, settings: SolveSettings) -> Manifest:
-    """The manifest of the best assignment for a budget. Raises InputError, InfeasibleBudgetError."""
-    if (settings.budget is None) == (settings.average_bits is None):
-        raise InputError("give exactly one of --budget and --average-bits")
-    if settings.budget is not None:
-        requested, nbytes = settings.budget, parse_budget(settings.budget)
-    else:
-        assert settings.average_bits is not None
-        requested = f"{settings.average_bits} bits"
-        nbytes = budget_for_average_bits(scores, settings.average_bits)
-    solution = solve(
-        scores,
-        nbytes,
-        pins=settings.pins,
-        ceilings=settings.ceilings,
-        floors=settings.floors,
-        fusion=settings.fusion,
-        solver=settings.solver,
-    )
-    return make_manifest(scores, solution, requested, nbytes)
 
 
 def export(

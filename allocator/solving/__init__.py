@@ -3,15 +3,18 @@
 from allocator.solving.budget import budget_for_average_bits, format_bytes, parse_budget
 from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Solution, Solver, solve
+from allocator.solving.request import SolveSettings, solve_scores
 from allocator.solving.units import Fusion
 
 __all__ = [
     "Fusion",
     "Solution",
+    "SolveSettings",
     "Solver",
     "budget_for_average_bits",
     "format_bytes",
     "make_manifest",
     "parse_budget",
     "solve",
+    "solve_scores",
 ]

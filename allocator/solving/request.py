@@ -1,0 +1,51 @@
+"""From a budget as people write it to a manifest: what `gamma solve` and the sidecar both call."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from allocator.contract.errors import InputError
+from allocator.contract.manifest import Manifest
+from allocator.contract.scores import Scores
+from allocator.solving.budget import budget_for_average_bits, parse_budget
+from allocator.solving.manifest import make_manifest
+from allocator.solving.program import Solver, solve
+from allocator.solving.units import Fusion
+
+__all__ = ["SolveSettings", "solve_scores"]
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """A budget, in bytes as text (`5.9GiB`) or in average bits (exactly one of them), and what the solver must keep:
+    widths by fnmatch pattern of module names, and whether fused modules get one width."""
+
+    budget: str | None = None
+    average_bits: float | None = None
+    pins: Mapping[str, int] = field(default_factory=dict)
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
+    fusion: Fusion = "free"
+    solver: Solver = "highs"
+
+
+def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: float = 60.0) -> Manifest:
+    """The manifest of the best assignment for a budget. Raises InputError, InfeasibleBudgetError."""
+    if (settings.budget is None) == (settings.average_bits is None):
+        raise InputError("give exactly one of --budget and --average-bits")
+    if settings.budget is not None:
+        requested, nbytes = settings.budget, parse_budget(settings.budget)
+    else:
+        assert settings.average_bits is not None
+        requested = f"{settings.average_bits} bits"
+        nbytes = budget_for_average_bits(scores, settings.average_bits)
+    solution = solve(
+        scores,
+        nbytes,
+        pins=settings.pins,
+        ceilings=settings.ceilings,
+        floors=settings.floors,
+        fusion=settings.fusion,
+        solver=settings.solver,
+        time_limit_seconds=time_limit_seconds,
+    )
+    return make_manifest(scores, solution, requested, nbytes)
