@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.shards import Module
 
@@ -124,30 +125,32 @@ class GammaConfig(QuantizationConfig):
 
     def _lm_head(self, prefix: str) -> QuantizeMethodBase:
         if prefix not in self.modules and self.ties_embeddings:
+            if self._embedding_module("").format.quantized:
+                return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
-        return _unquantized_vocabulary(self._modules_of(prefix))
+        return self._vocabulary(self._modules_of(prefix)[0], gathers=False, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:
+        module = self._embedding_module(prefix)
+        return self._vocabulary(module, gathers=True, multiplies=self.ties_embeddings)
+
+    def _embedding_module(self, prefix: str) -> Module:
         if prefix:
-            return _unquantized_vocabulary(self._modules_of(prefix))
+            return self._modules_of(prefix)[0]
         # Llama does not say which of its modules this is.
         modules = [m for name, m in self.modules.items() if name.rpartition(".")[2] in _EMBEDDING_NAMES]
-        if not modules:
+        if len(modules) != 1:
+            found = ", ".join(m.name for m in modules) or "no entry"
             raise ContractError(
-                "the input embedding: quantization_config has no entry for a module named "
-                f"{', '.join(_EMBEDDING_NAMES)}; export the checkpoint again"
+                f"the input embedding: quantization_config has {found} for a module named "
+                f"{', '.join(_EMBEDDING_NAMES)}, exactly one is needed; export the checkpoint again"
             )
-        return _unquantized_vocabulary(modules)
+        return modules[0]
 
-
-def _unquantized_vocabulary(modules: list[Module]) -> QuantizeMethodBase:
-    for module in modules:
-        if module.format.quantized:
-            raise ContractError(
-                f"{module.name}: declared at {module.format.num_bits} bits, this release serves embeddings "
-                "and lm_head at 16 bits only; export the checkpoint again with this module at 16 bits"
-            )
-    return UnquantizedEmbeddingMethod()
+    def _vocabulary(self, module: Module, *, gathers: bool, multiplies: bool) -> QuantizeMethodBase:
+        if not module.format.quantized:
+            return UnquantizedEmbeddingMethod()
+        return GammaVocabularyMethod(module, self.checkpoint.dtype, gathers=gathers, multiplies=multiplies)
 
 
 def _check_folder(folder: Path, declared: CheckpointConfig) -> None:

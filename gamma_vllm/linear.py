@@ -12,9 +12,9 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from gamma_vllm.kernels.choose import Kernel, choose_kernel
 from gamma_vllm.parameters import FlatParameter, join_zero_points
-from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, merge, plan_shards, windows
+from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
-__all__ = ["GammaLinearMethod", "layer_geometry"]
+__all__ = ["GammaLinearMethod", "layer_geometry", "parameter_name"]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -50,9 +50,11 @@ class GammaLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the flat parameters. Raises ContractError when the config contradicts the layer."""
-        self.kernel = choose_kernel(torch.get_default_device())
         geometry = layer_geometry(layer, input_size_per_partition, output_partition_sizes, input_size, output_size)
-        shards = plan_shards(self.modules, geometry)
+        self._register(layer, plan_shards(self.modules, geometry), geometry.prefix, params_dtype)
+
+    def _register(self, layer: nn.Module, shards: list[Shard], prefix: str, params_dtype: torch.dtype) -> None:
+        self.kernel = choose_kernel(torch.get_default_device())
         self.segments = merge(shards)
         config = get_current_vllm_config_or_none()
         if config is not None:
@@ -64,7 +66,7 @@ class GammaLinearMethod(LinearMethodBase):
             table = windows(shards, part)
             if table:
                 dtype = dtypes.get(part, torch.int32)
-                layer.register_parameter(part, FlatParameter.empty(part, table, dtype, geometry.prefix))
+                layer.register_parameter(part, FlatParameter.empty(part, table, dtype, prefix))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Cut the flat parameters into segments and let the kernel pack them.
@@ -80,13 +82,16 @@ class GammaLinearMethod(LinearMethodBase):
         for part in flat:
             delattr(layer, part)
         for number, segment in enumerate(self.segments):
-            tensors = _segment_tensors(segment, flat)
-            if segment.quantized:
-                tensors = self.kernel.pack(segment, tensors)
-            for name, tensor in tensors.items():
-                layer.register_parameter(_name(number, name), nn.Parameter(tensor, requires_grad=False))
+            self._keep(layer, number, segment, _segment_tensors(segment, flat))
         empty = torch.empty(0, dtype=packed.dtype, device=packed.device)
         layer.register_parameter("weight_packed", nn.Parameter(empty, requires_grad=False))
+
+    def _keep(self, layer: nn.Module, number: int, segment: Segment, tensors: dict[str, Tensor]) -> None:
+        """Register what `apply` reads of one segment, given the checkpoint's tensors."""
+        if segment.quantized:
+            tensors = self.kernel.pack(segment, tensors)
+        for name, tensor in tensors.items():
+            layer.register_parameter(parameter_name(number, name), nn.Parameter(tensor, requires_grad=False))
 
     def _check_loaded(self, parameters: list[FlatParameter]) -> None:
         if not self.expects_load and not any(p.loaded for p in parameters):
@@ -103,10 +108,12 @@ class GammaLinearMethod(LinearMethodBase):
         outputs = []
         for number, segment in enumerate(self.segments):
             if segment.quantized:
-                tensors = {name: getattr(layer, _name(number, name)) for name in self.kernel.tensor_names(segment)}
+                tensors = {
+                    name: getattr(layer, parameter_name(number, name)) for name in self.kernel.tensor_names(segment)
+                }
                 outputs.append(self.kernel.linear(segment, tensors, x))
             else:
-                outputs.append(F.linear(x, getattr(layer, _name(number, "weight"))))
+                outputs.append(F.linear(x, getattr(layer, parameter_name(number, "weight"))))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
 
@@ -149,7 +156,8 @@ def layer_geometry(
     )
 
 
-def _name(number: int, name: str) -> str:
+def parameter_name(number: int, name: str) -> str:
+    """Name of the parameter that holds the kernel's tensor `name` of segment `number`."""
     return f"gamma_{number}_{name}"
 
 

@@ -64,7 +64,7 @@ class FlatParameter(BasevLLMParameter):
             _check_shape(window.shard.module, self.part, loaded_weight)
             target.copy_(torch.empty_like(target))
             return
-        target.copy_(slice_tensor(window.shard, self.part, loaded_weight))
+        target.copy_(_filled(slice_tensor(window.shard, self.part, loaded_weight), target))
         self.loaded = self.loaded | {index}
 
 
@@ -88,6 +88,12 @@ def load_flat(param: Any, loaded_weight: Tensor, loaded_shard_id: Any = None) ->
         )
     for index in indices:
         param.load_shard(index, loaded_weight)
+
+
+def _filled(part: Tensor, target: Tensor) -> Tensor:
+    """`part` with rows of zeros below, up to those of `target`: a padded vocabulary."""
+    missing = target.shape[0] - part.shape[0]
+    return part if not missing else torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
 
 
 def _check_shape(module: Module, part: str, tensor: Tensor) -> None:

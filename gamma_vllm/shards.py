@@ -20,6 +20,7 @@ __all__ = [
     "Window",
     "merge",
     "plan_shards",
+    "plan_vocabulary",
     "windows",
 ]
 
@@ -168,6 +169,20 @@ def plan_shards(modules: Sequence[Module], geometry: LayerGeometry) -> list[Shar
             f"{count} shards; the checkpoint is for another architecture"
         )
     return shards
+
+
+def plan_vocabulary(module: Module, vocabulary: int, hidden_size: int, row_start: int, rows: int) -> Shard:
+    """The rows of an embedding or lm_head `[vocabulary, hidden_size]` on one rank.
+
+    vLLM pads the vocabulary, so `row_start + rows` may lie past the last row: what is not in the checkpoint is
+    filled with zeros. Raises ContractError when the module has another shape.
+    """
+    if module.format.shape != (vocabulary, hidden_size):
+        raise ContractError(
+            f"{module.name}: quantization_config says shape {list(module.format.shape)}, "
+            f"the model has a vocabulary of {vocabulary} and hidden size {hidden_size}"
+        )
+    return Shard(module, min(row_start, vocabulary), rows, 0, hidden_size)
 
 
 def _shard(module: Module, offset: int, index: int, geometry: LayerGeometry) -> Shard:

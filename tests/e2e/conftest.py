@@ -27,9 +27,16 @@ _OTHERS = [(8, 128, False), (16, 0, True), (3, 64, True), (6, 32, False), (4, 12
 
 def mixed(module: str) -> tuple[int, int, bool]:
     """The width, group size and symmetry of a module: every kind of neighbourhood occurs."""
+    if "layers." not in module:
+        return 16, 0, True
     layer, leaf = int(module.split(".")[2]), module.rpartition(".")[2].removesuffix("_proj")
     choice = _CYCLE[layer % len(_CYCLE)].get(leaf)
     return choice or _OTHERS[(layer + (leaf == "down") * 2) % len(_OTHERS)]
+
+
+def mixed_with_vocabulary(module: str) -> tuple[int, int, bool]:
+    """As `mixed`, and embedding and lm_head below 16 bits as well."""
+    return {"embed_tokens": (5, 64, False), "lm_head": (6, 32, True)}.get(module.rpartition(".")[2]) or mixed(module)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +69,7 @@ def checkpoints(tmp_path_factory, trained_model, serving):
             if name in widened:
                 widen_heads(model, folder / "wide", widened[name])
                 model = folder / "wide"
-            make_checkpoint(model, folder / "gamma", mixed)
+            make_checkpoint(model, folder / "gamma", mixed_with_vocabulary if name == "babyllama105" else mixed)
             write_dequantized(folder / "gamma", folder / "dequantized")
             made[name] = folder / "gamma", folder / "dequantized"
         return made[name]

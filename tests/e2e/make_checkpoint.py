@@ -16,7 +16,7 @@ from torch import Tensor
 from allocator.contract.bank import ModelReference
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.digest import digest_bytes
-from allocator.contract.layout import ModuleFormat, module_bytes, usable_group_size
+from allocator.contract.layout import ModuleFormat, module_bytes, module_tensors, usable_group_size
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 
@@ -26,11 +26,12 @@ Choice = Callable[[str], tuple[int, int, bool]]
 """Module name -> (width, largest group size, symmetric)."""
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LINEAR = (*_LINEAR, "qkv_proj", "gate_up_proj", "w1", "w2", "w3")  # fused on disk; Mixtral's experts
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
 def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointConfig:
-    """Quantize every linear module of the model folder `source` as `choose` says, and write a checkpoint."""
+    """Quantize every module of the model folder `source` as `choose` says, and write a checkpoint."""
     target.mkdir(parents=True)
     tensors, modules = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -39,12 +40,13 @@ def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointCon
         if kind != "weight" or leaf not in (*_LINEAR, *_VOCABULARY):
             tensors[name] = tensor
             continue
-        num_bits, group_size, symmetric = choose(module) if leaf in _LINEAR else (16, 0, True)
+        num_bits, group_size, symmetric = choose(module)
         usable = usable_group_size(tensor.shape[1], group_size) if num_bits != 16 else None
         stored, modules[module] = quantize(tensor, num_bits, usable, symmetric)
         tensors |= {f"{module}.{part}": value for part, value in stored.items()}
 
-    other_bytes = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] not in modules)
+    declared = {t.name for name, module in modules.items() for t in module_tensors(name, module, "BF16")}
+    other_bytes = sum(t.nbytes for n, t in tensors.items() if n not in declared)
     sizes = {name: module_bytes(module) for name, module in modules.items()}
     total = other_bytes + sum(sizes.values())
     config = json.loads((source / "config.json").read_text())

@@ -89,14 +89,14 @@ def test_experts_are_refused(gamma):
 
 
 @pytest.mark.parametrize("prefix", ["model.embed_tokens", ""], ids=["named", "as Llama makes it"])
-def test_embeddings_are_served_at_sixteen_bits_only(gamma, prefix):
+def test_an_embedding_gets_the_method_of_its_width(gamma, prefix):
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     layer = of_type("VocabParallelEmbedding")
-    served = gamma({"model.embed_tokens": SIXTEEN}).get_quant_method(layer, prefix)
-    assert isinstance(served, UnquantizedEmbeddingMethod)
-    with pytest.raises(ContractError, match=r"model\.embed_tokens: declared at 8 bits"):
-        gamma({"model.embed_tokens": EIGHT}).get_quant_method(layer, prefix)
+    plain = gamma({"model.embed_tokens": SIXTEEN}).get_quant_method(layer, prefix)
+    assert isinstance(plain, UnquantizedEmbeddingMethod)
+    quantized = gamma({"model.embed_tokens": EIGHT}).get_quant_method(layer, prefix)
+    assert (quantized.gathers, quantized.multiplies) == (True, False)
     with pytest.raises(ContractError, match=r"no entry for .*embed_tokens"):
         gamma({}).get_quant_method(layer, prefix)
 
@@ -104,15 +104,22 @@ def test_embeddings_are_served_at_sixteen_bits_only(gamma, prefix):
 def test_lm_head_needs_an_entry_unless_it_is_tied(gamma):
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+    from gamma_vllm.embedding import TiedHeadMethod
+
     layer = of_type("ParallelLMHead")
     config = gamma({"model.embed_tokens": SIXTEEN})
     with pytest.raises(ContractError, match="no entry for lm_head"):
         config.get_quant_method(layer, "lm_head")
-    text_config = SimpleNamespace(tie_word_embeddings=True)
-    config.maybe_update_config("no/folder", SimpleNamespace(get_text_config=lambda: text_config))
+    tied = SimpleNamespace(get_text_config=lambda: SimpleNamespace(tie_word_embeddings=True))
+    config.maybe_update_config("no/folder", tied)
     assert isinstance(config.get_quant_method(layer, "lm_head"), UnquantizedEmbeddingMethod)
-    with pytest.raises(ContractError, match="lm_head: declared at 8 bits"):
-        gamma({"lm_head": EIGHT}).get_quant_method(layer, "lm_head")
+    config = gamma({"model.embed_tokens": EIGHT})
+    config.maybe_update_config("no/folder", tied)
+    assert isinstance(config.get_quant_method(layer, "lm_head"), TiedHeadMethod)
+    embedding = config.get_quant_method(of_type("VocabParallelEmbedding"), "model.embed_tokens")
+    assert (embedding.gathers, embedding.multiplies) == (True, True)
+    head = gamma({"lm_head": EIGHT}).get_quant_method(layer, "lm_head")
+    assert (head.gathers, head.multiplies) == (False, True)
 
 
 def test_modules_follow_the_renaming_of_the_model_class(gamma):
