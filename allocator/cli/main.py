@@ -17,6 +17,8 @@ VERBS = {
     "solve": "find the best assignment for a budget",
     "export": "write the checkpoint of an assignment",
     "fit": "learn, solve and export in one step",
+    "show": "show an assignment: width of every module, bytes, a heat map",
+    "diff": "show what changed between two assignments of one model",
     "verify": "check that a checkpoint is what it declares",
     "schema": "print the JSON Schema of a file format",
 }

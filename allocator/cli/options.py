@@ -13,9 +13,11 @@ if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
 
 __all__ = [
     "add_budget",
+    "add_figure",
     "add_json",
     "add_learning",
     "add_model",
+    "add_output",
     "candidate_settings",
     "learning_settings",
     "solve_settings",
@@ -29,6 +31,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
+    group.add_argument("--csv", action="store_true", help="print CSV on stdout instead of a table")
+
+
+def add_figure(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"draw {what} to a .png or .svg file; may be repeated (needs the extra gamma-vllm[report])",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
 """Tables and JSON on stdout, progress on stderr."""
 
+import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +13,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from allocator import progress
 
-__all__ = ["print_json", "print_tables", "show_progress"]
+__all__ = ["print_csv", "print_json", "print_tables", "show_progress"]
 
 
 def print_json(document: Any) -> None:
     json.dump(document, sys.stdout, indent=1)
     sys.stdout.write("\n")
+
+
+def print_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A head and one line a row; an unknown value is empty."""
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def print_tables(*renderables: RenderableType) -> None:

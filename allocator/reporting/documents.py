@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from allocator.contract.layout import WIDTHS, module_bytes
+from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.inventory import Inventory
 
 if TYPE_CHECKING:  # brings torch
     from allocator.exporting import ExportReport
 
-__all__ = ["export_document", "inventory_document", "scores_document"]
+__all__ = ["export_document", "inventory_document", "manifest_rows", "scores_document"]
 
 
 def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -> dict[str, Any]:
@@ -49,6 +50,22 @@ def scores_document(scores: Scores) -> dict[str, Any]:
         "feasible_bytes": [low, high],
         "modules": {n: {str(c.format.num_bits): c.score for c in m.candidates} for n, m in scores.modules.items()},
     }
+
+
+def manifest_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """One row a module: its width, how it is stored, and its bytes."""
+    return [
+        {
+            "module": name,
+            "bits": form.num_bits,
+            "group_size": form.group_size,
+            "symmetric": form.symmetric,
+            "out_features": form.shape[0],
+            "in_features": form.shape[1],
+            "bytes": manifest.module_bytes[name],
+        }
+        for name, form in manifest.modules.items()
+    ]
 
 
 def export_document(report: "ExportReport") -> dict[str, Any]:

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
-from allocator.reporting.tables import bytes_table, new_table, short_name, widths_table
+from allocator.reporting.grid import kind_of, local_name, short_kind
+from allocator.reporting.tables import bytes_table, new_table, widths_table
+from allocator.solving.budget import format_bytes
 
 if TYPE_CHECKING:  # brings torch
     from allocator.exporting import ExportReport
 
-__all__ = ["export_table", "manifest_tables", "scores_table"]
+__all__ = ["block_bits", "export_table", "manifest_tables", "manifest_title", "scores_table"]
 
 
 def scores_table(scores: Scores) -> RenderableType:
@@ -21,7 +23,7 @@ def scores_table(scores: Scores) -> RenderableType:
     kinds: dict[str, dict[int, float]] = {}
     for name, module in scores.modules.items():
         if len(module.candidates) > 1:
-            sums = kinds.setdefault(short_name(re.sub(r"\.\d+\.", ".", name)), {})
+            sums = kinds.setdefault(short_kind(kind_of(local_name(name))), {})
             for c in module.candidates:
                 sums[c.format.num_bits] = sums.get(c.format.num_bits, 0.0) + c.score
     widths = sorted({b for sums in kinds.values() for b in sums})
@@ -40,12 +42,11 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
     table = new_table("assignment")
     table.add_column("")
     table.add_column("", overflow="fold")
-    over = {name for name in manifest.modules if re.search(r"\.\d+\.", name)}
     rows = [
         ("budget", f"{manifest.budget.requested} = {manifest.budget.nbytes:,} bytes"),
         ("all tensors", f"{manifest.tensor_bytes:,} bytes ({manifest.tensor_bytes / 2**30:.4f} GiB)"),
         ("left over", f"{manifest.budget.nbytes - manifest.tensor_bytes:,} bytes"),
-        ("average width", f"{average_bits(manifest.modules, over):.3f} bits, scales and zero points included,"),
+        ("average width", f"{block_bits(manifest):.3f} bits, scales and zero points included,"),
         ("", "over the linear modules of all blocks"),
     ]
     if manifest.proof is not None:
@@ -55,6 +56,17 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
     for what, value in rows:
         table.add_row(what, value)
     return [widths_table(manifest.modules), table]
+
+
+def block_bits(manifest: Manifest) -> float:
+    """Average stored bits a weight over the linear modules of all blocks, scales and zero points included."""
+    return average_bits(manifest.modules, {name for name in manifest.modules if re.search(r"\.\d+\.", name)})
+
+
+def manifest_title(manifest: Manifest) -> str:
+    """One line for a figure: model, size, average width."""
+    size = format_bytes(manifest.tensor_bytes).partition(" (")[0]
+    return f"{manifest.model.name}, {size}, {block_bits(manifest):.2f} bits on average"
 
 
 def export_table(report: "ExportReport") -> Table:

@@ -3,7 +3,6 @@
 Every table fits 80 columns, and says by text what it says by colour.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -14,11 +13,11 @@ from rich.text import Text
 
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.inventory import Inventory, Module
+from allocator.reporting.grid import grid_of, kind_of, local_name, short_kind, short_name
 
-__all__ = ["bytes_table", "inventory_table", "new_table", "short_name", "width_text", "widths_table"]
+__all__ = ["bytes_table", "inventory_table", "joined_rows", "new_table", "width_text", "widths_table"]
 
 _STYLES = {2: "bold red", 3: "red", 4: "yellow", 5: "green", 6: "cyan", 8: "blue", 16: "bold magenta"}
-_BLOCK_NUMBER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 
 def width_text(num_bits: int) -> Text:
@@ -56,22 +55,31 @@ def inventory_table(inventory: Inventory, widths: Iterable[int], group_size: int
 
 
 def widths_table(modules: Mapping[str, ModuleFormat], title: str = "width of each module") -> Table:
-    """Widths of an assignment: blocks down, modules across. Neighbouring blocks with equal widths share a row."""
-    blocks, outside = _by_block(modules)
-    columns = list(dict.fromkeys(name for row in blocks.values() for name in row))
+    """Widths of an assignment: blocks down, modules across. Neighbouring blocks with equal widths share a row.
+
+    The experts of a layer share a column, which shows their mean width.
+    """
+    grid = grid_of({name: form.num_bits for name, form in modules.items()})
     table = new_table(title)
     table.add_column("block", justify="right", no_wrap=True)
-    for name in columns:
-        table.add_column(short_name(name), justify="right", no_wrap=True)
-    rows = [(number, tuple(row.get(name) for name in columns)) for number, row in sorted(blocks.items())]
-    for widths, run in groupby(rows, key=lambda r: r[1]):
-        numbers = [number for number, _ in run]
-        label = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        table.add_row(label, *(Text("-") if bits is None else width_text(bits) for bits in widths))
-    if outside:
-        parts = [Text.assemble(f"{name} ", width_text(bits)) for name, bits in outside.items()]
+    for kind in grid.kinds:
+        table.add_column(short_kind(kind), justify="right", no_wrap=True)
+    rows = [(block, tuple(_cell(row.get(kind)) for kind in grid.kinds)) for block, row in grid.cells.items()]
+    for label, cells in joined_rows(rows):
+        table.add_row(label, *cells)
+    if grid.outside:
+        parts = [Text.assemble(f"{name} ", width_text(bits)) for name, bits in grid.outside.items()]
         table.caption = Text(", ").join(parts)
     return table
+
+
+def joined_rows(rows: Iterable[tuple[int, tuple[Text, ...]]]) -> list[tuple[str, tuple[Text, ...]]]:
+    """Rows by block number; neighbours that read the same become one, labelled `3-7`."""
+    joined = []
+    for cells, run in groupby(rows, key=lambda row: row[1]):
+        numbers = [number for number, _ in run]
+        joined.append((str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", cells))
+    return joined
 
 
 def bytes_table(rows: Sequence[tuple[str, int, int | None]], title: str = "bytes") -> Table:
@@ -103,9 +111,7 @@ def _kinds(modules: Iterable[Module]) -> dict[tuple[str, tuple[int, int]], list[
     """Modules of one local name and shape together, in model order."""
     kinds: dict[tuple[str, tuple[int, int]], list[Module]] = {}
     for module in modules:
-        match = _BLOCK_NUMBER.match(module.name)
-        local = module.name if match is None else match[3]
-        kinds.setdefault((local, module.shape), []).append(module)
+        kinds.setdefault((kind_of(local_name(module.name)), module.shape), []).append(module)
     return kinds
 
 
@@ -114,8 +120,7 @@ def _inventory_lines(
 ) -> list[Text]:
     fused: dict[str, list[str]] = {}
     for group, members in inventory.fused_groups.items():
-        local = _local(group)
-        fused.setdefault(local, [short_name(_local(m)) for m in members])
+        fused.setdefault(local_name(group), list(dict.fromkeys(short_name(local_name(m)) for m in members)))
     smallest, largest = inventory.feasible_bytes(widths, group_size, symmetric)
     lines = ["fused in vLLM: " + "; ".join(f"{name} = {', '.join(ms)}" for name, ms in fused.items())]
     lines += [f"16 bits only: {note} ({count})" for note, count in notes.items()]
@@ -128,28 +133,13 @@ def _inventory_lines(
     return [Text(line) for line in lines]
 
 
-def _by_block(
-    modules: Mapping[str, ModuleFormat],
-) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
-    blocks: dict[int, dict[str, int]] = {}
-    outside: dict[str, int] = {}
-    for name, form in modules.items():
-        match = _BLOCK_NUMBER.match(name)
-        if match is None:
-            outside[name] = form.num_bits
-        else:
-            blocks.setdefault(int(match[2]), {})[match[3]] = form.num_bits
-    return blocks, outside
-
-
-def _local(name: str) -> str:
-    match = _BLOCK_NUMBER.match(name)
-    return name if match is None else match[3]
-
-
-def short_name(local: str) -> str:
-    """The last part of a name, without what all have in common: `self_attn.q_proj` -> `q`."""
-    return local.rsplit(".", 1)[-1].removesuffix("_proj")
+def _cell(widths: Sequence[int] | None) -> Text:
+    if not widths:
+        return Text("-")
+    if len(set(widths)) == 1:
+        return width_text(widths[0])
+    mean = sum(widths) / len(widths)
+    return Text(f"{mean:.1f}", style=_STYLES.get(min(_STYLES, key=lambda bits: abs(bits - mean)), ""))
 
 
 def _number(value: float) -> str:
