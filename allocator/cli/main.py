@@ -20,8 +20,12 @@ VERBS = {
     "show": "show an assignment: width of every module, bytes, a heat map",
     "diff": "show what changed between two assignments of one model",
     "verify": "check that a checkpoint is what it declares",
+    "store": "fill and list a store that the sidecar and prepare read",
+    "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",
     "schema": "print the JSON Schema of a file format",
 }
+_EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}
+"""What brings the packages of a verb, if not the extra `learn`."""
 _EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 a file was refused,
 4 the budget cannot be met, 130 interrupted"""
 
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"gamma {parsed.verb}: needs the package {package}, which is not installed; "
-            "pip install 'gamma-vllm[learn]' brings what learning and exporting need",
+            f"pip install 'gamma-vllm[{_EXTRAS.get(parsed.verb, 'learn')}]' brings what this verb needs",
             file=sys.stderr,
         )
         return InputError.exit_code

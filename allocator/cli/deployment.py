@@ -1,0 +1,91 @@
+"""Options of `gamma prepare` and of `gamma sidecar --node`: one set, each also taken from the environment."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allocator.contract.errors import InputError
+
+if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
+    from allocator.sidecar.settings import PrepareSettings
+
+__all__ = ["add_deployment", "add_store", "from_environment", "prepare_settings"]
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        metavar="DIR_OR_URL",
+        help="folder or object storage (s3://, gs://) of scores and banks, filled by `gamma store add`",
+    )
+
+
+def add_deployment(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to prepare")
+    group.add_argument("--out", type=Path, metavar="DIR", help="gets checkpoint/, vllm.yaml, plan.json, manifest.json")
+    group.add_argument("--gpu", default="auto", metavar="NAME", help="a GPU of `gamma plan`, or auto: the visible one")
+    group.add_argument("--gpu-memory", metavar="BYTES", help="memory of one GPU, e.g. 24GiB; beats what is read")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="default: what the model allows")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="requests at once (default: vLLM's)")
+    group.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    group.add_argument("--gpu-memory-utilization", type=float, metavar="F", help="default: vLLM's")
+    group.add_argument(
+        "--budget",
+        default="auto",
+        metavar="auto|5.9GiB|3.25bits|sha256:MANIFEST",
+        help="auto: what the GPU leaves for weights; else bytes of all tensors, average bits, or a stored manifest",
+    )
+    group.add_argument("--served-model-name", metavar="NAME", help="default: the model's name in the store")
+
+
+def from_environment(parser: argparse.ArgumentParser) -> None:
+    """Let every long option of `parser` default to the environment variable GAMMA_<OPTION>; flags given win."""
+    for action in parser._actions:
+        longest = max(action.option_strings, key=len, default="")
+        name = "GAMMA_" + (longest.removeprefix("--") or action.dest).replace("-", "_").upper()
+        value = os.environ.get(name)
+        if value is None or action.dest == "help":
+            continue
+        if action.nargs == 0:
+            if value.lower() not in ("1", "true", "yes", "0", "false", "no", ""):
+                parser.error(f"{name}={value!r}: allowed are true and false")
+            action.default = value.lower() in ("1", "true", "yes")
+        elif isinstance(action, argparse._AppendAction):
+            parts = [part for part in value.split(",") if part]
+            action.default = [action.type(p) if callable(action.type) else p for p in parts]
+        else:
+            if action.choices is not None and value not in action.choices:
+                parser.error(f"{name}={value!r}: choose from {', '.join(map(str, action.choices))}")
+            action.default = value  # argparse converts a default that is text
+        action.required = False
+
+
+def prepare_settings(args: argparse.Namespace) -> "PrepareSettings":
+    """Raises InputError for what is missing or out of range."""
+    from pydantic import ValidationError
+
+    from allocator.contract.documents import explain
+    from allocator.sidecar.settings import PrepareSettings
+    from allocator.solving import parse_budget
+
+    for name in ("model", "store", "out"):
+        if not getattr(args, name):
+            what = "MODEL" if name == "model" else f"--{name}"
+            raise InputError(f"{what} is missing; give it, or set GAMMA_{name.upper()}")
+    try:
+        return PrepareSettings(
+            model=args.model,
+            gpu=args.gpu,
+            gpu_memory_bytes=None if args.gpu_memory is None else parse_budget(args.gpu_memory),
+            tensor_parallel_size=args.tensor_parallel_size,
+            max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+            kv_cache_dtype=args.kv_cache_dtype,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            budget=args.budget,
+            served_model_name=args.served_model_name,
+        )
+    except ValidationError as error:
+        raise InputError(explain(error)) from None

@@ -1,0 +1,44 @@
+"""Choose an assignment for the GPU at hand and write what `vllm serve` needs: once, for init containers.
+
+Reads scores and bank from a store. Writes DIR/checkpoint, DIR/vllm.yaml, DIR/plan.json and DIR/manifest.json. The same
+request with its checkpoint present has nothing to do. Every option can come from the environment: GAMMA_STORE,
+GAMMA_MAX_MODEL_LEN and so on; an option on the command line wins.
+"""
+
+import argparse
+
+from allocator.cli.deployment import add_deployment, add_store, from_environment, prepare_settings
+from allocator.cli.options import add_json
+from allocator.cli.output import print_json, print_tables, show_progress
+
+EXAMPLES = """examples:
+  gamma prepare Qwen3-8B --store /store --out /served --max-model-len 8192
+  gamma prepare Qwen3-8B --store s3://models/gamma --out /served --gpu l4 --kv-cache-dtype fp8
+  gamma prepare Qwen3-8B --store /store --out /served --budget 5.9GiB
+  vllm serve --config /served/vllm.yaml"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="name or digest in the store, or a folder or hub id")
+    add_store(parser)
+    add_deployment(parser)
+    add_json(parser)
+    from_environment(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.sidecar.prepare import prepare
+    from allocator.sidecar.store import Store
+
+    settings = prepare_settings(args)
+    with show_progress() as progress:
+        prepared = prepare(settings, Store(args.store), args.out.absolute(), progress)
+    if args.json:
+        print_json(prepared.model_dump(mode="json", exclude_none=True))
+    else:
+        print_tables(
+            f"{'already prepared' if prepared.unchanged else 'prepared'}: {prepared.checkpoint}, "
+            f"manifest {prepared.manifest_digest}, {prepared.tensor_bytes:,} bytes of tensors",
+            f"because {prepared.reason}",
+            f"serve it: vllm serve --config {args.out.absolute() / 'vllm.yaml'}",
+        )

@@ -1,0 +1,85 @@
+"""Fill and list a store: a folder or object storage (s3://, gs://) that the sidecar and `gamma prepare` read."""
+
+import argparse
+from pathlib import Path
+
+from allocator.cli.options import add_json
+from allocator.cli.output import print_json, print_tables, show_progress
+
+EXAMPLES = """examples:
+  gamma store add work --model ./Qwen3-8B --store /store
+  gamma store add work --model Qwen/Qwen3-8B --store s3://models/gamma --copy-model
+  gamma store list --store /store"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="action", metavar="add|list", required=True)
+    add = verbs.add_parser("add", help="publish the bank and scores of a work folder")
+    add.add_argument("work", type=Path, metavar="WORK", help="folder that `gamma learn` wrote")
+    add.add_argument("--model", required=True, help="the model folder or hub id that it was learned from")
+    add.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add.add_argument("--name", help="name to offer it under (default: the model's)")
+    add.add_argument(
+        "--copy-model",
+        action="store_true",
+        help="put the 16-bit model into the store too, so that nothing else is needed to make checkpoints",
+    )
+    listing = verbs.add_parser("list", help="what a store offers")
+    for verb in (add, listing):
+        verb.add_argument("--store", required=True, metavar="DIR_OR_URL")
+        add_json(verb)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.sidecar.store import Store
+
+    store = Store(args.store)
+    if args.action == "add":
+        _add(args, store)
+    else:
+        _list(args, store)
+
+
+def _add(args: argparse.Namespace, store: object) -> None:
+    from allocator.pipeline import resolve_model
+    from allocator.sidecar.entry import Source
+    from allocator.sidecar.publish import publish
+    from allocator.sidecar.store import Store
+
+    assert isinstance(store, Store)
+    with show_progress() as progress:
+        folder = resolve_model(args.model, args.revision)
+        if args.copy_model:
+            source = Source(kind="store")
+        elif Path(args.model).is_dir():
+            source = Source(kind="folder", location=str(folder.resolve()))
+        else:
+            source = Source(kind="hub", location=args.model, revision=args.revision)
+        published = publish(args.work, folder, store, source, args.name, progress)
+    if args.json:
+        print_json({"entry": published.entry.payload(), "written_bytes": published.written_bytes})
+    else:
+        entry = published.entry
+        print_tables(
+            f"{store.url} offers {entry.name}: scores {entry.scores_digest}, bank {entry.bank_digest}, "
+            f"{published.written_bytes:,} bytes written"
+        )
+
+
+def _list(args: argparse.Namespace, store: object) -> None:
+    from allocator.reporting.tables import new_table
+    from allocator.sidecar.store import Store
+
+    assert isinstance(store, Store)
+    entries = store.entries()
+    if args.json:
+        print_json([entry.payload() for entry in entries])
+        return
+    table = new_table(store.url)
+    for column in ("model", "scores", "method", "widths", "feasible GiB", "added"):
+        table.add_column(column, no_wrap=True)
+    for e in entries:
+        low, high = (size / 2**30 for size in e.feasible_bytes)
+        widths = ",".join(map(str, e.widths))
+        table.add_row(e.name, e.scores_digest[7:19], e.method, widths, f"{low:.2f}-{high:.2f}", e.added[:10])
+    print_tables(table)

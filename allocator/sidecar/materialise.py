@@ -1,0 +1,104 @@
+"""Makes checkpoints in a process of its own, which loads torch: the service never does."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from allocator.contract.bank import BANK_NAME, Bank
+from allocator.contract.documents import write_atomically
+from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
+from allocator.contract.manifest import Manifest
+from allocator.progress import Progress, silent
+from allocator.sidecar.entry import Entry
+from allocator.sidecar.store import Store, document_text, hex_of
+
+__all__ = ["materialise"]
+
+_ERRORS: dict[int, type[GammaError]] = {
+    kind.exit_code: kind for kind in (InputError, ContractError, InfeasibleBudgetError)
+}
+
+
+def materialise(
+    manifest: Manifest, entry: Entry, store: Store, out: Path, scratch: Path, progress: Progress = silent
+) -> None:
+    """Write the checkpoint of `manifest` to `out`, atomically, from the bank and the model of `entry`.
+
+    What lies in object storage is first copied to a temporary folder in `scratch`, which needs room for it. Raises the
+    error that the export met, with its reason.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".gamma-") as name:
+        temporary = Path(name)
+        bank = _local_bank(store, manifest.bank_digest, temporary / "bank", progress)
+        model = _local_model(store, entry, temporary / "model", progress)
+        manifest_path = temporary / "manifest.json"
+        write_atomically(manifest_path, document_text(manifest))
+        task = {"model": model, "manifest": str(manifest_path), "bank": str(bank), "out": str(out)}
+        for line in _run(task):
+            if "share" in line:
+                progress(str(line["what"]), float(str(line["share"])))
+            elif "error" in line:
+                raise _ERRORS.get(int(str(line["exit_code"])), GammaError)(str(line["error"]))
+
+
+def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> Path:
+    at = f"banks/{hex_of(digest)}"
+    content = store.backend.read(f"{at}/{BANK_NAME}")
+    if content is None:
+        raise InputError(f"{store.url} has no bank {digest}; add it with `gamma store add`")
+    if store.backend.folder is not None:
+        return store.backend.folder / at
+    store.backend.download(f"{at}/{BANK_NAME}", target / BANK_NAME)
+    bank = Bank.read(target / BANK_NAME)
+    for done, module in enumerate(bank.modules.values()):
+        progress("bank", done / len(bank.modules))
+        store.backend.download(f"{at}/{module.file}", target / module.file)
+    progress("bank", 1.0)
+    return target
+
+
+def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -> str:
+    """A folder, or a hub id, which the export resolves."""
+    if entry.source.kind != "store":
+        return str(entry.source.location)
+    at = f"sources/{hex_of(entry.model.digest)}"
+    if store.backend.folder is not None:
+        return str(store.backend.folder / at)
+    names = store.backend.names(at)
+    for done, name in enumerate(names):
+        progress("model", done / len(names))
+        store.backend.download(f"{at}/{name}", target / name)
+    progress("model", 1.0)
+    return str(target)
+
+
+@contextmanager
+def _process(task: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "allocator.exporting.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            yield process
+        finally:
+            process.kill()
+
+
+def _run(task: dict[str, str]) -> Iterator[dict[str, object]]:
+    with _process(task) as process:
+        assert process.stdout is not None
+        ended = False
+        for text in process.stdout:
+            line = json.loads(text)
+            ended = "done" in line or "error" in line
+            yield line
+            if ended:
+                process.wait()
+        if not ended:
+            raise GammaError(f"the export ended with exit code {process.wait()} and no answer; is there enough memory?")

@@ -1,0 +1,94 @@
+"""From a store and a GPU to a folder that `vllm serve` starts from: choose, solve, export, write the arguments."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.digest import digest_json
+from allocator.contract.documents import Digest, Strict, write_atomically
+from allocator.contract.errors import ContractError, InputError
+from allocator.contract.manifest import Manifest
+from allocator.progress import Progress, silent
+from allocator.sidecar.choice import choose_budget, find_entry
+from allocator.sidecar.materialise import materialise
+from allocator.sidecar.settings import PrepareSettings
+from allocator.sidecar.store import Store
+
+__all__ = ["Prepared", "prepare"]
+
+_RECORD = "prepared.json"
+
+
+class Prepared(Strict):
+    """What lies in the folder, and why it was chosen. `unchanged`: it had been there already."""
+
+    request_digest: Digest
+    checkpoint: str
+    manifest_digest: Digest
+    tensor_bytes: int
+    vllm_arguments: dict[str, Any]
+    reason: str
+    unchanged: bool = False
+
+
+def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progress = silent) -> Prepared:
+    """Fill `out`: checkpoint/, vllm.yaml, plan.json (when a GPU is known), manifest.json, and prepared.json.
+
+    The checkpoint appears as a whole or not at all, prepared.json last. With the same request and a sound checkpoint
+    nothing is done. Raises InputError (no such model, nothing to choose by), ContractError (files that do not belong
+    together), InfeasibleBudgetError (it does not fit; says what would).
+    """
+    entry = find_entry(store, settings.model)
+    choice = choose_budget(settings, entry, store, progress)
+    checkpoint = out / "checkpoint"
+    request = digest_json({
+        "settings": settings.model_dump(mode="json"),
+        "scores": entry.scores_digest,
+        "manifest": choice.manifest.digest,
+        "arguments": choice.vllm_arguments,
+    })  # fmt: skip
+    present = _present(out, request, choice.manifest)
+    if present is not None:
+        return present
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _RECORD).unlink(missing_ok=True)
+    store.add_manifest(choice.manifest)
+    materialise(choice.manifest, entry, store, checkpoint, out, progress)
+    arguments = {
+        "model": str(checkpoint),
+        "served-model-name": settings.served_model_name or entry.name,
+        **choice.vllm_arguments,
+    }
+    write_atomically(out / "vllm.yaml", _yaml(arguments))
+    choice.manifest.write(out / "manifest.json")
+    if choice.plan is not None:
+        choice.plan.write(out / "plan.json")
+    else:
+        (out / "plan.json").unlink(missing_ok=True)
+    prepared = Prepared(
+        request_digest=request,
+        checkpoint=str(checkpoint),
+        manifest_digest=choice.manifest.digest,
+        tensor_bytes=choice.manifest.tensor_bytes,
+        vllm_arguments=arguments,
+        reason=choice.reason,
+    )
+    write_atomically(out / _RECORD, prepared.model_dump_json(indent=1) + "\n")
+    return prepared
+
+
+def _present(out: Path, request: str, manifest: Manifest) -> Prepared | None:
+    """What was prepared before, if it was for the same request and the checkpoint is still sound."""
+    try:
+        prepared = Prepared.model_validate_json((out / _RECORD).read_text(encoding="utf-8"))
+        _config, found = check_checkpoint(Path(prepared.checkpoint))
+    except (OSError, ValueError, ContractError, InputError):
+        return None
+    same = prepared.request_digest == request and found.digest == manifest.digest
+    return prepared.model_copy(update={"unchanged": True}) if same and (out / "vllm.yaml").is_file() else None
+
+
+def _yaml(arguments: dict[str, Any]) -> str:
+    """`vllm serve --config` reads YAML; every JSON scalar is one."""
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in arguments.items())

@@ -1,0 +1,121 @@
+"""Brings a work folder of `gamma learn` into a store: scores, bank, and where the model lies."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from allocator.contract.bank import BANK_NAME, Bank
+from allocator.contract.digest import digest_file
+from allocator.contract.errors import ContractError, InputError
+from allocator.contract.scores import Scores
+from allocator.inventory import model_digest, read_inventory
+from allocator.progress import Progress, silent
+from allocator.sidecar.entry import Entry, Source
+from allocator.sidecar.store import Store, hex_of
+
+__all__ = ["Published", "publish"]
+
+_MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The entry, and how many bytes were written (0: everything was there)."""
+
+    entry: Entry
+    written_bytes: int
+
+
+def publish(
+    work: Path,
+    model: Path,
+    store: Store,
+    source: Source,
+    name: str | None = None,
+    progress: Progress = silent,
+) -> Published:
+    """Add `work` (scores.json and bank/) to `store`. `model` is the folder of the model that it was learned from.
+
+    With a source of kind "store" the model's files are added too. What the store has is not written again. The
+    entry is written last, so an interrupted call leaves nothing on offer that is not whole. Raises ContractError
+    when scores, bank and model do not belong together.
+    """
+    scores = Scores.read(work / "scores.json")
+    bank_folder = work / "bank"
+    bank = Bank.read(bank_folder / BANK_NAME)
+    if scores.bank_digest != bank.digest or scores.model != bank.model:
+        raise ContractError(
+            f"{work}: the scores are of bank {scores.bank_digest}, the bank is {bank.digest}; run `gamma learn` again"
+        )
+    inventory = read_inventory(model)
+    digest = model_digest(inventory, lambda done, total: progress("reading the model", done / max(total, 1)))
+    if digest != scores.model.digest:
+        raise ContractError(
+            f"{work} was learned from model {scores.model.digest}, {model} is {digest}; give that model"
+        )
+    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", scores.model.name).strip("-._")[:128] or "model"
+    if _FILE_NAME.fullmatch(name) is None or len(name) > 128:
+        raise InputError(f"name {name!r}: allowed are letters, digits, dots, dashes and underscores, at most 128")
+
+    written = _add_bank(store, bank_folder, bank, progress)
+    if source.kind == "store":
+        written += _add_source(store, model, digest, progress)
+    store.add_scores(scores)
+    low, high = scores.feasible_bytes()
+    entry = Entry(
+        name=name,
+        model=scores.model,
+        config=inventory.config,
+        source=source,
+        scores_digest=scores.digest,
+        bank_digest=bank.digest,
+        method=scores.method,
+        unit=scores.unit,
+        quantizer=bank.quantizer,
+        group_size=bank.group_size,
+        symmetric=bank.symmetric,
+        widths=sorted({c.format.num_bits for m in scores.modules.values() for c in m.candidates}),
+        modules=len(scores.modules),
+        feasible_bytes=(low, high),
+        added=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+    store.add_entry(entry)
+    return Published(entry, written)
+
+
+def _add_bank(store: Store, folder: Path, bank: Bank, progress: Progress) -> int:
+    at, written = f"banks/{hex_of(bank.digest)}", 0
+    if store.backend.exists(f"{at}/{BANK_NAME}"):
+        return 0
+    for done, (name, module) in enumerate(bank.modules.items()):
+        progress("bank", done / len(bank.modules))
+        path = folder / module.file
+        if _FILE_NAME.fullmatch(module.file) is None:
+            raise ContractError(f"{folder}: {module.file!r} is no name of a bank file")
+        found = digest_file(path) if path.is_file() else "missing"
+        if found != module.file_digest:
+            raise ContractError(f"{path}: content of {name} is {found}, {BANK_NAME} says {module.file_digest}")
+        store.backend.upload(path, f"{at}/{module.file}")
+        written += path.stat().st_size
+    store.backend.upload(folder / BANK_NAME, f"{at}/{BANK_NAME}")
+    progress("bank", 1.0)
+    return written + (folder / BANK_NAME).stat().st_size
+
+
+def _add_source(store: Store, model: Path, digest: str, progress: Progress) -> int:
+    """config.json is written last: without it a source is unfinished."""
+    at, written = f"sources/{hex_of(digest)}", 0
+    if store.backend.exists(f"{at}/config.json"):
+        return 0
+    files = [p for p in sorted(model.iterdir()) if p.is_file() and p.suffix in _MODEL_FILES and p.name[0] != "."]
+    files.sort(key=lambda p: p.name == "config.json")
+    total = sum(p.stat().st_size for p in files)
+    for path in files:
+        if _FILE_NAME.fullmatch(path.name) is None:
+            raise InputError(f"{path}: the store takes names of letters, digits, dots, dashes and underscores only")
+        store.backend.upload(path, f"{at}/{path.name}")
+        written += path.stat().st_size
+        progress("model", written / max(total, 1))
+    return written

@@ -1,0 +1,97 @@
+"""The store: scores, banks, manifests, allocations and jobs by content digest. The service keeps no other state.
+
+    entries/<scores hex>.json      what is offered (`Entry`)
+    scores/<hex>.json              `Scores`
+    banks/<hex>/...                a bank folder, `bank.json` written last
+    sources/<model hex>/...        the 16-bit model, if it was published too
+    manifests/<hex>.json           `Manifest`, as `gamma solve --out` writes it
+    allocations/<hex>.json         request digest -> manifest digest
+    jobs/<hex>/...                 see `jobs.py`
+
+Hex is the SHA-256 of the content (of the request for allocations and jobs), so two services that write the same
+object write the same bytes, and it does not matter which was first.
+"""
+
+import json
+import re
+from typing import TypeVar
+
+from allocator.contract.documents import Document, parse_json
+from allocator.contract.errors import ContractError
+from allocator.contract.manifest import Manifest
+from allocator.contract.scores import Scores
+from allocator.sidecar.backends import Backend, open_backend
+from allocator.sidecar.entry import Entry
+
+__all__ = ["Store", "document_text", "hex_of"]
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def hex_of(digest: str) -> str:
+    """The part of a digest that names its object. Raises ValueError for anything that is no digest."""
+    if _DIGEST.fullmatch(digest) is None:
+        raise ValueError(f"{digest[:80]!r} is no digest")
+    return digest.removeprefix("sha256:")
+
+
+def document_text(document: Document) -> str:
+    """The document as `Document.write` writes it."""
+    return json.dumps(document.payload() | {"digest": document.digest}, indent=1, allow_nan=False) + "\n"
+
+
+class Store:
+    """Documents over a backend. What is read is checked: schema, digest, and that it is what was asked for."""
+
+    def __init__(self, url: str) -> None:
+        self.backend: Backend = open_backend(url)
+        self.url = self.backend.url
+
+    def entries(self) -> list[Entry]:
+        """Everything on offer, the newest last."""
+        found = []
+        for name in self.backend.names("entries"):
+            content = self.backend.read(f"entries/{name}")
+            if content is not None:
+                found.append(_parse(Entry, content, f"{self.url}/entries/{name}"))
+        return sorted(found, key=lambda e: (e.added, e.scores_digest))
+
+    def scores(self, digest: str) -> Scores | None:
+        return self._document(Scores, "scores", digest)
+
+    def manifest(self, digest: str) -> Manifest | None:
+        return self._document(Manifest, "manifests", digest)
+
+    def manifest_text(self, digest: str) -> bytes | None:
+        """The file of a manifest, byte for byte as `gamma solve --out` writes it."""
+        return self.backend.read(f"manifests/{hex_of(digest)}.json")
+
+    def add_entry(self, entry: Entry) -> None:
+        self.backend.replace(f"entries/{hex_of(entry.scores_digest)}.json", document_text(entry).encode())
+
+    def add_scores(self, scores: Scores) -> None:
+        self.backend.create(f"scores/{hex_of(scores.digest)}.json", document_text(scores).encode())
+
+    def add_manifest(self, manifest: Manifest) -> None:
+        self.backend.create(f"manifests/{hex_of(manifest.digest)}.json", document_text(manifest).encode())
+
+    def _document(self, kind: type[AnyDocument], folder: str, digest: str) -> AnyDocument | None:
+        path = f"{folder}/{hex_of(digest)}.json"
+        content = self.backend.read(path)
+        if content is None:
+            return None
+        document = _parse(kind, content, f"{self.url}/{path}")
+        if document.digest != digest:
+            raise ContractError(f"{self.url}/{path}: holds {document.digest}; remove it and add it again")
+        return document
+
+
+def _parse(kind: type[AnyDocument], content: bytes, where: str) -> AnyDocument:
+    if len(content) > kind.MAX_BYTES:
+        raise ContractError(f"{where}: {len(content)} bytes, allowed are {kind.MAX_BYTES}")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ContractError(f"{where}: not valid JSON ({error})") from None
+    return kind.parse(parse_json(text, where), where)

@@ -1,0 +1,74 @@
+"""`gamma prepare`: from a store to a folder that can be served, once."""
+
+import json
+import shutil
+from pathlib import Path
+
+from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.manifest import Manifest
+
+from .conftest import gamma
+
+
+def test_prepare_writes_a_served_folder_and_has_nothing_to_do_the_second_time(
+    learned: tuple[Path, Path], tiny_store: Path, tmp_path: Path
+) -> None:
+    _, work = learned
+    out = tmp_path / "served"
+    arguments = ["tiny", "--store", tiny_store, "--out", out, "--budget", "4.5bits", "--max-model-len", 64, "--json"]
+    first = json.loads(gamma("prepare", *arguments).stdout)
+    assert not first["unchanged"]
+    solved = json.loads(gamma("solve", work / "scores.json", "--average-bits", "4.5", "--json").stdout)
+    assert first["manifest_digest"] == solved["digest"] == Manifest.read(out / "manifest.json").digest
+    _, found = check_checkpoint(out / "checkpoint")
+    assert found.digest == solved["digest"]
+    lines = (out / "vllm.yaml").read_text().splitlines()
+    assert lines == [f'model: "{out}/checkpoint"', 'served-model-name: "tiny"', "max-model-len: 64"]
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert json.loads(gamma("prepare", *arguments).stdout)["unchanged"]
+    assert times == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+    (out / "checkpoint" / "model.safetensors").unlink()
+    assert not json.loads(gamma("prepare", *arguments).stdout)["unchanged"]
+    check_checkpoint(out / "checkpoint")
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "manifest.json", "prepared.json", "vllm.yaml"]
+
+
+def test_options_come_from_the_environment_and_flags_win(tiny_store: Path, tmp_path: Path) -> None:
+    environment = {
+        "GAMMA_MODEL": "tiny", "GAMMA_STORE": str(tiny_store), "GAMMA_OUT": str(tmp_path / "a"),
+        "GAMMA_BUDGET": "10GiB", "GAMMA_MAX_NUM_SEQS": "3", "GAMMA_SERVED_MODEL_NAME": "chat",
+    }  # fmt: skip
+    gamma("prepare", "--max-num-seqs", "2", **environment)
+    assert (tmp_path / "a/vllm.yaml").read_text().splitlines()[1:] == ['served-model-name: "chat"', "max-num-seqs: 2"]
+    wrong = gamma("prepare", code=2, **environment | {"GAMMA_KV_CACHE_DTYPE": "int3"})
+    assert "GAMMA_KV_CACHE_DTYPE" in wrong.stderr
+
+
+def test_a_stored_manifest_can_be_asked_for(tiny_store: Path, tmp_path: Path) -> None:
+    base = ["tiny", "--store", tiny_store, "--json"]
+    first = json.loads(gamma("prepare", *base, "--out", tmp_path / "a", "--budget", "5bits").stdout)
+    second = json.loads(gamma("prepare", *base, "--out", tmp_path / "b", "--budget", first["manifest_digest"]).stdout)
+    assert second["manifest_digest"] == first["manifest_digest"]
+    a, b = (tmp_path / name / "checkpoint/model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_what_cannot_be_prepared_says_why(tiny_store: Path, tmp_path: Path) -> None:
+    base = ["--store", tiny_store, "--out", tmp_path / "out"]
+    assert "it offers tiny" in gamma("prepare", "nothing", *base, "--budget", "1GiB", code=2).stderr
+    assert "feasible are" in gamma("prepare", "tiny", *base, "--budget", "10KiB", code=4).stderr
+    assert "unit" in gamma("prepare", "tiny", *base, "--budget", "3parsec", code=2).stderr
+    assert "--store" in gamma("prepare", "tiny", "--out", tmp_path, code=2).stderr
+    assert "has no manifest" in gamma("prepare", "tiny", *base, "--budget", "sha256:" + "0" * 64, code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_bank_leaves_no_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+    for file in store.glob("banks/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    refused = gamma("prepare", "tiny", "--store", store, "--out", tmp_path / "out", "--budget", "3bits", code=3)
+    assert "sha256" in refused.stderr
+    assert list((tmp_path / "out").iterdir()) == []
