@@ -5,11 +5,12 @@ import argparse
 from allocator.cli.output import print_json
 
 EXAMPLES = """examples:
-  gamma schema manifest"""
+  gamma schema manifest
+  gamma schema gpus"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=["bank", "scores", "manifest", "checkpoint"])
+    parser.add_argument("name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus"])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,9 +19,12 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.documents import Document
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
+    from allocator.fitting import Catalogue, Plan
 
     if args.name == "checkpoint":
         print_json(CheckpointConfig.model_json_schema())
+    elif args.name == "gpus":
+        print_json(Catalogue.published_schema())
     else:
-        documents: dict[str, type[Document]] = {"bank": Bank, "scores": Scores, "manifest": Manifest}
+        documents: dict[str, type[Document]] = {"bank": Bank, "scores": Scores, "manifest": Manifest, "plan": Plan}
         print_json(documents[args.name].published_schema())

@@ -2,5 +2,6 @@
 
 from allocator.inventory.digest import model_digest
 from allocator.inventory.inventory import Inventory, Module, read_inventory
+from allocator.inventory.shape import ModelShape, read_shape
 
-__all__ = ["Inventory", "Module", "model_digest", "read_inventory"]
+__all__ = ["Inventory", "ModelShape", "Module", "model_digest", "read_inventory", "read_shape"]

@@ -1,29 +1,28 @@
 """Every module of a model folder with its shape, role and possible formats, from headers alone."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import InputError
 from allocator.contract.layout import (
     GROUP_SIZES,
-    PACK_UNIT,
     WIDTHS,
     Dtype16,
     ModuleFormat,
     module_bytes,
     usable_group_size,
 )
+from allocator.contract.resident import Split
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
-from allocator.inventory.architectures import Architecture, architecture_of
+from allocator.inventory.architectures import architecture_of
+from allocator.inventory.shape import ModelShape, ModuleKind, Role, read_shape
 
 __all__ = ["Inventory", "Module", "Role", "read_inventory"]
-
-Role = Literal["linear", "embedding", "lm_head"]
 
 _CONFIG_MAX_BYTES = 64 << 20
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -34,7 +33,7 @@ class Module:
     """One weight of the program. `shape` is `[out_features, in_features]`, `dtype` that of the source.
 
     `fused_group` is the full name of the vLLM layer that this module becomes a part of. `why_16` says why the
-    module can only be stored at 16 bits; None if it can be quantized.
+    module can only be stored at 16 bits; None if it can be quantized. `split` says how tensor parallelism cuts it.
     """
 
     name: str
@@ -45,6 +44,7 @@ class Module:
     fused_group: str | None
     tensor: StoredTensor
     why_16: str | None
+    split: Split = "column"
 
     @property
     def parameters(self) -> int:
@@ -69,6 +69,7 @@ class Inventory:
     others: tuple[StoredTensor, ...]
     dropped: tuple[StoredTensor, ...]
     blocks: int
+    shape: ModelShape
 
     @cached_property
     def _by_name(self) -> dict[str, StoredTensor]:
@@ -143,34 +144,51 @@ def read_inventory(folder: Path) -> Inventory:
     safetensors, a tensor missing or of another shape or dtype), ContractError for damaged files.
     """
     config = _read_config(folder)
-    name, rules = architecture_of(config)
+    shape = read_shape(config)
+    if shape.plan_only is not None:
+        raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
     stored = _read_headers(folder)
-    blocks = rules.dimension(rules.block_count, config)
-    _refuse_more_blocks(folder, rules, stored, blocks)
-    tied = _flag(config, "tie_word_embeddings")
-
-    modules = [_module(folder, rules, config, stored, rules.embedding.name, rules.embedding.shape, "embedding")]
-    for i in range(blocks):
-        for linear, shape in rules.linears.items():
-            modules.append(_module(folder, rules, config, stored, linear, shape, "linear", i))
-    head = f"{rules.lm_head.name}.weight"
-    dropped = tuple(t for t in [stored.get(head)] if tied and t is not None)
-    if not tied:
-        modules.append(_module(folder, rules, config, stored, rules.lm_head.name, rules.lm_head.shape, "lm_head"))
-    _check_others(folder, rules, config, stored, blocks)
+    _refuse_more_blocks(folder, config, stored, shape.blocks)
+    modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
+    rules = architecture_of(config)[1]
+    head = stored.get(f"{rules.lm_head.name}.weight")
+    dropped = (head,) if shape.tied and head is not None else ()
+    for other in shape.others:
+        for name in other.names():
+            _checked(folder, stored, name, other.shape, other.terms)
 
     taken = {m.tensor.name for m in modules} | {t.name for t in dropped}
     return Inventory(
         folder=folder,
-        architecture=name,
+        architecture=shape.architecture,
         config=config,
         dtype=_storage_dtype(folder, modules),
-        tied=tied,
+        tied=shape.tied,
         modules=tuple(modules),
         others=tuple(sorted((t for n, t in stored.items() if n not in taken), key=lambda t: t.name)),
         dropped=dropped,
-        blocks=blocks,
+        blocks=shape.blocks,
+        shape=shape,
     )
+
+
+def _in_model_order(shape: ModelShape) -> Iterator[tuple[ModuleKind, int | None, int]]:
+    """Kind, block and expert of each module: the embedding, block after block, the head."""
+    for kind in shape.modules:
+        if kind.role == "embedding":
+            yield kind, None, 0
+    linears = [kind for kind in shape.modules if kind.role == "linear"]
+    for block in range(shape.blocks):
+        here = [kind for kind in linears if block in kind.blocks]
+        for kind in (k for k in here if not k.experts):
+            yield kind, block, 0
+        mixed = [k for k in here if k.experts]
+        for expert in range(mixed[0].experts if mixed else 0):
+            for kind in mixed:
+                yield kind, block, expert
+    for kind in shape.modules:
+        if kind.role == "lm_head":
+            yield kind, None, 0
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -211,14 +229,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     return read_folder_headers(folder)
 
 
-def _flag(config: dict[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be true or false, given {value!r}")
-    return bool(value)
-
-
-def _refuse_more_blocks(folder: Path, rules: Architecture, stored: dict[str, StoredTensor], blocks: int) -> None:
+def _refuse_more_blocks(folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int) -> None:
+    rules = architecture_of(config)[1]
     pattern = re.compile(re.escape(rules.block).replace(r"\{i\}", r"(\d+)") + r"\.")
     for name in stored:
         match = pattern.match(name)
@@ -228,72 +240,41 @@ def _refuse_more_blocks(folder: Path, rules: Architecture, stored: dict[str, Sto
             )
 
 
-def _module(
-    folder: Path,
-    rules: Architecture,
-    config: dict[str, Any],
-    stored: dict[str, StoredTensor],
-    local_name: str,
-    dimensions: tuple[str, str],
-    role: Role,
-    block: int | None = None,
-) -> Module:
-    prefix = "" if block is None else rules.block.replace("{i}", str(block)) + "."
-    name = prefix + local_name
-    tensor = _checked(folder, rules, config, stored, f"{name}.weight", dimensions)
+def _module(folder: Path, stored: dict[str, StoredTensor], kind: ModuleKind, block: int | None, expert: int) -> Module:
+    def numbered(pattern: str) -> str:
+        return pattern.replace("{i}", str(block)).replace("{e}", str(expert))
+
+    name = numbered(kind.name)
+    tensor = _checked(folder, stored, f"{name}.weight", kind.shape, kind.terms)
     if tensor.dtype not in _WEIGHT_DTYPES:
         raise InputError(f"{folder}: {tensor.name} has dtype {tensor.dtype}, allowed are {', '.join(_WEIGHT_DTYPES)}")
-    group = rules.fused_group_of(local_name) if role == "linear" else None
-    shape = (tensor.shape[0], tensor.shape[1])
     return Module(
         name=name,
-        shape=shape,
+        shape=kind.shape,
         dtype=tensor.dtype,
-        role=role,
+        role=kind.role,
         block=block,
-        fused_group=None if group is None else prefix + group,
+        fused_group=None if kind.fused is None else numbered(kind.fused),
         tensor=tensor,
-        why_16=_why_16(role, shape[1]),
+        why_16=kind.why_16,
+        split=kind.split,
     )
 
 
-def _why_16(role: Role, in_features: int) -> str | None:
-    if role != "linear":
-        return f"this release keeps {role} at 16 bits"
-    if in_features % PACK_UNIT:
-        return f"in_features {in_features} is no multiple of {PACK_UNIT}"
-    return None
-
-
 def _checked(
-    folder: Path,
-    rules: Architecture,
-    config: dict[str, Any],
-    stored: dict[str, StoredTensor],
-    name: str,
-    dimensions: tuple[str, ...],
+    folder: Path, stored: dict[str, StoredTensor], name: str, shape: tuple[int, ...], terms: tuple[str, ...]
 ) -> StoredTensor:
     """The stored tensor `name`, present and of the shape that config.json says."""
-    tensor, shape = stored.get(name), rules.shape(dimensions, config)
+    tensor = stored.get(name)
     if tensor is None:
-        hint = "; is tie_word_embeddings missing from config.json?" if name.startswith(rules.lm_head.name) else ""
+        hint = "; is tie_word_embeddings missing from config.json?" if name.startswith("lm_head") else ""
         raise InputError(f"{folder}: tensor {name} (shape {list(shape)}) is missing from the files{hint}")
     if tensor.shape != shape:
         raise InputError(
             f"{folder}: tensor {name} has shape {list(tensor.shape)}, "
-            f"config.json says {list(shape)} ({', '.join(dimensions)})"
+            f"config.json says {list(shape)} ({', '.join(terms)})"
         )
     return tensor
-
-
-def _check_others(
-    folder: Path, rules: Architecture, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int
-) -> None:
-    for other in rules.others:
-        if other.when is not None and not _flag(config, other.when):
-            continue
-        for i in range(blocks) if "{i}" in other.name else range(1):
-            _checked(folder, rules, config, stored, other.name.replace("{i}", str(i)), other.shape)
 
 
 def _storage_dtype(folder: Path, modules: list[Module]) -> Dtype16:

@@ -1,0 +1,89 @@
+"""What a plan is asked for: the traffic, and how vLLM will be started."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from allocator.contract.documents import Strict
+from allocator.contract.errors import InputError
+from allocator.contract.resident import Kernel, Ranks
+from allocator.inventory.shape import ModelShape
+
+__all__ = ["KV_CACHE_DTYPES", "PlanRequest", "check_request", "default_batched_tokens"]
+
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+_FP8_CAPABILITY = (8, 0)
+
+
+class PlanRequest(Strict):
+    """Arguments of `vllm serve` that decide about memory; defaults are vLLM's where it has one.
+
+    `max_model_len` None means the model's own; `max_num_batched_tokens` None what vLLM takes on the device.
+    `kernel` is the one that will multiply (humming on CUDA).
+    """
+
+    max_model_len: int | None = Field(default=None, ge=1, le=1 << 26)
+    max_num_seqs: int = Field(default=1, ge=1, le=1 << 16)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
+    expert_parallel: bool = False
+    gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    enforce_eager: bool = False
+    kernel: Kernel = "humming"
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.tensor_parallel_size, self.expert_parallel)
+
+    @property
+    def kv_element_bytes(self) -> int:
+        return 1 if self.kv_cache_dtype.startswith("fp8") else 2
+
+
+def default_batched_tokens(cuda_bytes: int, name: str = "") -> int:
+    """What `vllm serve` takes for `--max-num-batched-tokens` (`EngineArgs`, by memory and name of the device)."""
+    if cuda_bytes >= 160 << 30:
+        return 16384
+    if cuda_bytes >= 70 << 30 and "a100" not in name.lower():
+        return 8192
+    return 2048
+
+
+def check_request(request: PlanRequest, shape: ModelShape, capability: tuple[int, int] | None) -> PlanRequest:
+    """`request` with the model's own context length filled in.
+
+    Raises InputError for what vLLM would refuse: a context beyond the model's, heads or sizes that the ranks do
+    not divide, more stages than blocks, an fp8 KV cache on a GPU without kernels for it.
+    """
+    longest = shape.max_model_len
+    if request.max_model_len is None:
+        if longest is None:
+            raise InputError("config.json has no max_position_embeddings; give --max-model-len")
+        request = request.model_copy(update={"max_model_len": longest})
+    elif longest is not None and request.max_model_len > longest:
+        raise InputError(
+            f"--max-model-len {request.max_model_len} is beyond the model's {longest} (max_position_embeddings); "
+            f"give at most {longest}"
+        )
+    size = request.tensor_parallel_size
+    if shape.heads.query % size:
+        fitting = [n for n in range(1, shape.heads.query + 1) if shape.heads.query % n == 0]
+        raise InputError(
+            f"--tensor-parallel-size {size} does not divide the model's {shape.heads.query} attention heads; "
+            f"possible are {', '.join(map(str, fitting))}"
+        )
+    if request.pipeline_parallel_size > shape.blocks:
+        raise InputError(
+            f"--pipeline-parallel-size {request.pipeline_parallel_size} is more than the model's {shape.blocks} blocks"
+        )
+    if request.kv_element_bytes == 1 and capability is not None and capability < _FP8_CAPABILITY:
+        raise InputError(
+            f"--kv-cache-dtype {request.kv_cache_dtype} needs compute capability "
+            f"{_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} or newer, this GPU has "
+            f"{capability[0]}.{capability[1]}; use --kv-cache-dtype auto"
+        )
+    return request

@@ -1,0 +1,33 @@
+"""Configurations of published models: what their config.json says of sizes, and how many parameters they have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from allocator.inventory import ModelShape, read_shape
+
+FOLDER = Path(__file__).with_name("fixtures") / "configs"
+
+PUBLISHED_PARAMETERS = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "gemma-3-27b": 27_432_406_640,
+    "phi-3-mini-4k": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "deepseek-v2-lite": 15_706_484_224,
+}
+"""As the model's page shows them (the total of its safetensors headers)."""
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def shape_of(name: str) -> ModelShape:
+    return read_shape(config_of(name))
