@@ -1,0 +1,196 @@
+"""What the examples become: the same under helm 3 and 4 and every Kubernetes version, valid, and as written down."""
+
+import shutil
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, allocation, by_kind, render
+from tests.helm.golden import CASES, GOLDEN, compact, expand
+from tests.helm.validation import check_object
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(helm, name):
+    expected = list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text()))
+    for kube in KUBERNETES:
+        rendered = compact(render(helm, *CASES[name], kube=kube))
+        assert rendered == expected, (
+            f"Kubernetes {kube}; is it meant? python -m tests.helm.golden, and look at the diff"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_object_is_valid(name):
+    objects = expand(list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text())))
+    for kube in KUBERNETES:
+        for item in objects:
+            check_object(item, kube)
+
+
+def test_validation_would_see_a_mistake():
+    objects = list(yaml.safe_load_all((GOLDEN / "cluster-virginia.yaml").read_text()))
+    deployment = by_kind(objects, "Deployment")[0]
+    deployment["spec"]["template"]["spec"]["containers"][0]["porst"] = []
+    with pytest.raises(Exception, match="porst"):
+        check_object(deployment, "1.34")
+    monitor = by_kind(objects, "ServiceMonitor")[0]
+    monitor["spec"]["endpoints"][0]["interval"] = "30 sec"
+    with pytest.raises(jsonschema.ValidationError, match="30 sec"):
+        check_object(monitor, "1.34")
+
+
+def test_no_golden_is_left_over():
+    assert {path.stem for path in GOLDEN.glob("*.yaml")} == set(CASES)
+
+
+def test_lint(helm):
+    for values in EXAMPLES.values():
+        helm.run("lint", "--strict", CHART, "-f", values)
+
+
+def test_package(helm, tmp_path):
+    helm.run("package", CHART, "-d", tmp_path)
+    (package,) = tmp_path.glob("gamma-*.tgz")
+    helm.run("template", "demo", package, "-f", EXAMPLES["one-gpu"])
+    shutil.unpack_archive(package, tmp_path)
+    assert not list((tmp_path / "gamma").rglob("*.py")) or [p.name for p in (tmp_path / "gamma").rglob("*.py")] == [
+        "check.py"
+    ]
+
+
+def test_kubernetes_that_is_too_old_is_refused(helm):
+    with pytest.raises(ValueError, match=r"1\.28"):
+        render(helm, EXAMPLES["one-gpu"], kube="1.28")
+
+
+def test_a_budget_changes_the_pods_and_nothing_else(helm4):
+    """A rollout is what a new budget is for; other objects stay, and going back gives the former pods exactly."""
+    before = render(helm4, allocation(budget="auto"))
+    after = render(helm4, allocation(budget="5.5GiB"))
+    assert before == render(helm4, allocation(budget="auto"))
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert [a["kind"] for a, _ in changed] == ["Deployment"]
+    (old, new) = (item["spec"].pop("template") for item in changed[0])
+    assert changed[0][0] == changed[0][1]
+    assert old["metadata"]["annotations"]["gamma/request"] != new["metadata"]["annotations"]["gamma/request"]
+    assert new["metadata"]["annotations"]["gamma/budget"] == "5.5GiB"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "Qwen3-4B"},
+        {"gpu": "h100"},
+        {"count": 2},
+        {"maxModelLen": 8192},
+        {"maxNumSeqs": 9},
+        {"kvCacheDtype": "fp8"},
+        {"budget": "sha256:" + "0" * 64},
+        {"gpuMemoryUtilization": 0.8},
+    ],
+    ids=lambda change: f"new-{next(iter(change))}",
+)
+def test_every_part_of_a_request_has_a_folder_of_its_own(helm4, change):
+    """Pods of a former budget that share the volume keep their checkpoint."""
+
+    def folder(objects):
+        (deployment,) = by_kind(objects, "Deployment")
+        (argument,) = (
+            a for a in deployment["spec"]["template"]["spec"]["containers"][0]["args"] if a.startswith("--config=")
+        )
+        return argument
+
+    assert folder(render(helm4, allocation())) != folder(render(helm4, allocation(**change)))
+
+
+def test_chart_upgrade_alone_leaves_pods_as_they_are(helm4, tmp_path):
+    copy = tmp_path / "gamma"
+    shutil.copytree(CHART, copy)
+    chart = (copy / "Chart.yaml").read_text()
+    (copy / "Chart.yaml").write_text(chart.replace("\nversion: ", "\nversion: 9"))
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(allocation()))
+    rendered = [
+        list(yaml.safe_load_all(helm4.run("template", "demo", folder, "-f", values).stdout)) for folder in (CHART, copy)
+    ]
+    old, new = (by_kind(objects, "Deployment")[0] for objects in rendered)
+    assert old["metadata"] != new["metadata"]
+    assert old["spec"] == new["spec"]
+
+
+def test_affinity_of_the_user_and_of_the_profile_both_hold(helm4):
+    zone = {"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"]}
+    mine = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [zone]}]}}
+    objects = render(helm4, allocation(gpu="any-24gb") | {"affinity": {"nodeAffinity": mine}})
+    spec = by_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]
+    required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    memory = {"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["21999"]}
+    assert required == {"nodeSelectorTerms": [{"matchExpressions": [zone, memory]}]}
+
+
+def test_a_start_that_takes_as_long_as_allowed_is_no_failed_rollout(helm4):
+    objects = render(helm4, allocation() | {"vllm": {"startupTimeoutSeconds": 3000}})
+    spec = by_kind(objects, "Deployment")[0]["spec"]
+    probe = spec["template"]["spec"]["containers"][0]["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3000
+    assert spec["progressDeadlineSeconds"] > 3000 + 1800  # and the preparation
+
+
+def test_a_profile_that_reads_the_device_gives_it_to_the_init_container(helm4):
+    def limits(gpu):
+        spec = by_kind(render(helm4, allocation(gpu=gpu)), "Deployment")[0]["spec"]["template"]["spec"]
+        return spec["initContainers"][0]["resources"]["limits"]
+
+    assert limits("any")["nvidia.com/gpu"] == 1
+    assert limits("h100-mig-3g.40gb")["nvidia.com/mig-3g.40gb"] == 1
+    assert "nvidia.com/gpu" not in limits("l4")
+
+
+def test_a_read_only_root_has_every_writable_path_mounted(helm4):
+    """HOME and every cache that the environment names lie on a mounted volume that may be written."""
+    for case in ("cluster-virginia", "native-sidecar", "learn", "mig"):
+        for item in render(helm4, EXAMPLES[case]):
+            template = item["spec"].get("template", item) if item["kind"] in ("Deployment", "Job", "Pod") else None
+            if template is None:
+                continue
+            for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
+                assert container["securityContext"]["readOnlyRootFilesystem"]
+                writable = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
+                for variable in container.get("env", []):
+                    if variable["name"] in ("HOME", "HF_HOME") or "CACHE" in variable["name"]:
+                        assert any(variable["value"].startswith(path) for path in writable), variable
+
+
+def test_extras(helm4):
+    values = allocation() | {
+        "extraVolumes": [{"name": "models", "nfs": {"server": "nas", "path": "/models"}}],
+        "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
+        "extraInitContainers": [{"name": "first", "image": "busybox:1"}],
+        "extraContainers": [{"name": "beside", "image": "busybox:1"}],
+        "extraObjects": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "own"}, "data": {"a": "b"}},
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: '{{ .Release.Name }}-text'}\n",
+        ],
+        "podLabels": {"team": "a"},
+        "commonLabels": {"owner": "b"},
+        "priorityClassName": "high",
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+    }
+    objects = render(helm4, values)
+    for item in objects:
+        check_object(item, "1.34")
+    assert {"own", "demo-text"} <= {item["metadata"]["name"] for item in by_kind(objects, "ConfigMap")}
+    deployment = by_kind(objects, "Deployment")[0]
+    assert deployment["metadata"]["labels"]["owner"] == "b"
+    template = deployment["spec"]["template"]
+    assert template["metadata"]["labels"]["team"] == "a"
+    spec = template["spec"]
+    assert [c["name"] for c in spec["initContainers"]] == ["first", "prepare"]
+    assert [c["name"] for c in spec["containers"]] == ["vllm", "sidecar", "beside"]
+    chart_made = [spec["initContainers"][1], *spec["containers"][:2]]
+    assert all("/models" in [m["mountPath"] for m in c["volumeMounts"]] for c in chart_made)
+    assert spec["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]["gamma/allocation"] == "one"

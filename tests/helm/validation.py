@@ -1,0 +1,29 @@
+"""Checks objects against the schemas of Kubernetes and of the three custom resources that the chart makes."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import jsonschema
+
+from tests.helm.charts import Object
+
+__all__ = ["check_object"]
+
+_CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
+
+
+@cache
+def _crd(kind: str) -> jsonschema.Draft202012Validator:
+    schema = json.loads((Path(__file__).parent / "crds" / f"{kind.lower()}.json").read_text())
+    return jsonschema.Draft202012Validator(schema)
+
+
+def check_object(item: Object, kubernetes: str) -> None:
+    """Raises what is wrong with the object. `kubernetes` is a version such as 1.34."""
+    import kubernetes_validate
+
+    if item["kind"] in _CRDS:
+        _crd(item["kind"]).validate(item)
+    else:
+        kubernetes_validate.validate(item, kubernetes, strict=True)
