@@ -15,7 +15,7 @@ from allocator.progress import Progress, silent
 from allocator.solving import SolveSettings, parse_budget, solve_scores
 
 if TYPE_CHECKING:  # both bring torch
-    from allocator.exporting import ExportReport
+    from allocator.exporting import Declaration, ExportReport
     from allocator.learning import LearningSettings
 
 __all__ = [
@@ -178,18 +178,21 @@ def export(
     overwrite: bool = False,
     progress: Progress = silent,
     digest: str | None = None,
+    declaration: "Declaration" = "gamma",
 ) -> "ExportReport":
     """Write the checkpoint of `manifest` to `out`. `digest` is the model's if it was just computed."""
     from allocator.candidates import BankReader
-    from allocator.exporting import export_checkpoint
+    from allocator.exporting import check_declarable, export_checkpoint
     from allocator.inventory import model_digest, read_inventory
 
     inventory = read_inventory(model)
+    check_declarable(manifest, inventory, declaration)
     if digest is None:
         digest = model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1)))
     return export_checkpoint(
-        manifest, inventory, digest, BankReader(bank_folder), out, overwrite=overwrite, progress=progress
-    )
+        manifest, inventory, digest, BankReader(bank_folder), out,
+        declaration=declaration, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
 
 
 def fit(

@@ -1,4 +1,8 @@
-"""Write the checkpoint of a manifest, and prove it: predicted bytes against written bytes."""
+"""Write the checkpoint of a manifest, and prove it: predicted bytes against written bytes.
+
+With --format compressed-tensors the same tensors are declared so that stock vLLM and Hugging Face transformers load
+them without this package. The manifest must have equal widths inside each fused layer: `gamma solve --fusion tied`.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +12,8 @@ from allocator.cli.output import print_json, print_tables, show_progress
 
 EXAMPLES = """examples:
   gamma export ./Qwen3-8B --manifest manifest.json --bank work/bank --out Qwen3-8B-gamma
-  vllm serve Qwen3-8B-gamma"""
+  vllm serve Qwen3-8B-gamma
+  gamma export ./Qwen3-8B --manifest tied.json --bank work/bank --format compressed-tensors --out Qwen3-8B-ct"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="manifest of `gamma solve`")
     parser.add_argument("--bank", type=Path, required=True, help="bank folder of `gamma learn`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
+    parser.add_argument(
+        "--format",
+        choices=["gamma", "compressed-tensors"],
+        default="gamma",
+        help="gamma: any widths, served with the plugin (default); compressed-tensors: also loaded without it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_json(parser)
 
@@ -28,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     manifest = Manifest.read(args.manifest)
     with show_progress() as progress:
         model = resolve_model(args.model, args.revision)
-        report = export(manifest, model, args.bank, args.out, args.overwrite, progress)
+        report = export(manifest, model, args.bank, args.out, args.overwrite, progress, declaration=args.format)
     if args.json:
         print_json(export_document(report))
     else:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
+from allocator.contract import compressed_tensors
 from allocator.contract.documents import Digest, Strict, explain, parse_json, read_text_limited
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
@@ -60,19 +61,30 @@ class CheckpointConfig(Strict):
 def check_checkpoint(folder: Path) -> tuple[CheckpointConfig, Manifest]:
     """Check a checkpoint folder without reading weights: config, manifest and safetensors headers must agree.
 
+    The folder may declare itself as `gamma` or as `compressed-tensors`; the tensors are the same.
+
     Raises ContractError naming the module and both values at the first disagreement: another manifest, a changed
     width, a missing, cut or additional tensor, a shape or dtype that contradicts the declaration.
     """
-    config_path = folder / "config.json"
+    config_path, manifest_path = folder / "config.json", folder / MANIFEST_NAME
     document = parse_json(read_text_limited(config_path, 64 << 20), config_path)
     quantization = document.get("quantization_config") if isinstance(document, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != CheckpointConfig.QUANT_METHOD:
+    if not isinstance(quantization, dict):
+        quantization = {}
+    method = quantization.get("quant_method")
+    if method == CheckpointConfig.QUANT_METHOD:
+        config = CheckpointConfig.parse(quantization, f"{config_path}: quantization_config")
+        manifest = Manifest.read(manifest_path)
+        _check_same(config, manifest, config_path, manifest_path)
+    elif method == compressed_tensors.QUANT_METHOD and manifest_path.exists():
+        manifest = Manifest.read(manifest_path)
+        config = CheckpointConfig.of_manifest(manifest)
+        _check_same_declaration(quantization, manifest, config_path, manifest_path)
+    else:
         raise ContractError(
-            f"{config_path}: no quantization_config with quant_method gamma; this is no gamma checkpoint"
+            f"{config_path}: no quantization_config with quant_method gamma, nor one of compressed-tensors beside a "
+            f"{MANIFEST_NAME}; this is no gamma checkpoint"
         )
-    config = CheckpointConfig.parse(quantization, f"{config_path}: quantization_config")
-    manifest = Manifest.read(folder / MANIFEST_NAME)
-    _check_same(config, manifest, config_path, folder / MANIFEST_NAME)
 
     stored = read_folder_headers(folder)
     declared: set[str] = set()
@@ -106,6 +118,20 @@ def _check_same(config: CheckpointConfig, manifest: Manifest, config_path: Path,
             f"{config_path} was written for manifest {config.manifest_digest} of model {config.model_digest}, "
             f"{manifest_path} is {manifest.digest} of model {manifest.model.digest}; export the checkpoint again"
         )
+
+
+def _check_same_declaration(
+    quantization: dict[str, Any], manifest: Manifest, config_path: Path, manifest_path: Path
+) -> None:
+    """A declaration for compressed-tensors follows from the manifest, key by key."""
+    expected = compressed_tensors.compressed_tensors_config(manifest.modules)
+    for key in sorted(quantization.keys() | expected.keys()):
+        if quantization.get(key) != expected.get(key):
+            given, wanted = (json.dumps(value)[:200] for value in (quantization.get(key), expected.get(key)))
+            raise ContractError(
+                f"{config_path}: quantization_config says {key} {given}, by {manifest_path} it is {wanted}; "
+                "export the checkpoint again"
+            )
 
 
 def _check_others(folder: Path, stored: dict[str, Any], declared: set[str], manifest: Manifest) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from allocator.blocks.source import read_tensor, torch_dtype, write_safetensors
 from allocator.candidates.reader import BankReader
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
+from allocator.contract.compressed_tensors import compressed_tensors_config
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.layout import TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.safetensors_file import INDEX_NAME
+from allocator.exporting.declaration import Declaration, check_declarable
 from allocator.exporting.plan import MAX_SHARD_BYTES, plan_checkpoint
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
@@ -41,6 +43,7 @@ def export_checkpoint(
     bank: BankReader,
     out: Path,
     *,
+    declaration: Declaration = "gamma",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
@@ -48,9 +51,11 @@ def export_checkpoint(
     """Write the checkpoint of `manifest` to `out`, through a temporary folder that is renamed when all is checked.
 
     Raises ContractError when manifest, bank and model do not belong together or one byte differs from the
-    prediction, InputError when `out` exists (unless `overwrite`) or the disk has too little room.
+    prediction, InputError when `out` exists (unless `overwrite`), the disk has too little room, or the widths
+    cannot be declared as asked.
     """
     _check_belongs(manifest, inventory, model_digest, bank)
+    check_declarable(manifest, inventory, declaration)
     plan = plan_checkpoint(manifest, inventory.others, max_shard_bytes)
     if plan.tensor_bytes != manifest.tensor_bytes:
         raise ContractError(f"the plan has {plan.tensor_bytes} bytes of tensors, the manifest {manifest.tensor_bytes}")
@@ -67,7 +72,7 @@ def export_checkpoint(
             write_safetensors(content, temporary / name)
         if plan.index is not None:
             (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
-        _write_side_files(manifest, inventory, temporary)
+        _write_side_files(manifest, inventory, declaration, temporary)
         written = {name: (temporary / name).stat().st_size for name in plan.files}
         if written != predicted:
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
@@ -130,12 +135,16 @@ def _content(
     return {name: tensor.contiguous() for name, tensor in content.items()}
 
 
-def _write_side_files(manifest: Manifest, inventory: Inventory, folder: Path) -> None:
+def _write_side_files(manifest: Manifest, inventory: Inventory, declaration: Declaration, folder: Path) -> None:
     """config.json with the declaration, the manifest, and tokenizer and generation files as they are."""
     for path in sorted(inventory.folder.iterdir()):
         if path.is_file() and path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES:
             shutil.copyfile(path, folder / path.name)
     config = dict(inventory.config)
-    config["quantization_config"] = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)
+    if declaration == "gamma":
+        quantization = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)
+    else:
+        quantization = compressed_tensors_config(manifest.modules)
+    config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     manifest.write(folder / MANIFEST_NAME)
