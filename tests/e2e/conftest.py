@@ -101,14 +101,18 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_engines(environment):
-    """Runs `engine.py` on jobs in one process of its own; gives the results by job name."""
+    """Runs `engine.py` on jobs in one process of its own; gives the results by job name.
 
-    def run(jobs: list[dict], folder: Path) -> dict[str, dict]:
+    With `stock`, vLLM loads no plugin: ours is not there for it.
+    """
+
+    def run(jobs: list[dict], folder: Path, stock: bool = False) -> dict[str, dict]:
         (folder / "jobs.json").write_text(json.dumps(jobs))
         script = Path(__file__).with_name("engine.py")
         with (folder / "engine.log").open("w") as log:
             command = [sys.executable, script, folder / "jobs.json", folder / "results.json"]
-            process = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            variables = environment | ({"VLLM_PLUGINS": ""} if stock else {})
+            process = subprocess.run(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         saved = folder / "results.json"
         results = json.loads(saved.read_text()) if saved.exists() else {}
         if len(results) != len(jobs):

@@ -1,8 +1,9 @@
 """Checkpoints declared for compressed-tensors, against the parsers, decompressor and weight loaders of others."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
 from allocator.evaluation import load_dequantized
 from allocator.learning import LearningSettings
-from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, export, learn
+from allocator.solving import SolveSettings, solve_scores
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -34,7 +36,13 @@ def make(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
             work = tmp_path_factory.mktemp("work")
             learned[key] = learn(tiny_model(kind), work, candidates, LearningSettings(passes=0))
         result = learned[key]
-        return tiny_model(kind), result.bank_folder, lambda **rules: solve_scores(result.scores, SolveSettings(**rules))
+        modules = result.scores.modules.items()
+        vocabulary = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}
+
+        def manifest(pins: Mapping[str, int] = MappingProxyType({}), **rules: Any) -> Manifest:
+            return solve_scores(result.scores, SolveSettings(pins={**vocabulary, **pins}, **rules))
+
+        return tiny_model(kind), result.bank_folder, manifest
 
     return get
 
@@ -69,7 +77,7 @@ def test_free_widths_are_refused_with_the_names_of_the_layers(make: Callable[...
 
 def test_a_manifest_with_nothing_quantized_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:
     model, bank, solve = make("llama", False)
-    manifest = solve(budget="1GiB", pins={"*": 16})
+    manifest = solve(budget="1GiB")
     with pytest.raises(InputError, match="below 16 bits"):
         export(manifest, model, bank, tmp_path / "out", declaration="compressed-tensors")
 
