@@ -2,6 +2,8 @@
 
 Its functions take bare pointers and check little: bfloat16 activations crash the process and bfloat16 scales
 give garbage. So this file is the only caller, and hands over contiguous float32 activations and scales.
+
+A blob holds codes, float32 scales and, if asymmetric, one byte a zero point; see `blob_bytes`.
 """
 
 import functools
@@ -15,11 +17,27 @@ from allocator.contract.packing import unpack_codes, unpack_zero_points
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["ArkKernel"]
+__all__ = ["ArkKernel", "blob_bytes"]
 
 _COMPUTE_VARIABLE = "GAMMA_ARK_COMPUTE"
 _COMPUTE_TYPES = ("fp32", "bf16", "int8")
 _SCALE_TYPE = "fp32"
+
+
+_ROW_TILE = 24
+_HEADER_BYTES = 128
+
+
+def blob_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of the blob of a segment `[rows, columns]`: what stays resident of it.
+
+    With R = rows rounded up to 24: `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`.
+    Found by packing 4 860 shapes with auto-round-lib 0.16.0 on a CPU with AVX-512 and without AMX; the compute type
+    does not count.
+    """
+    padded = -(-rows // _ROW_TILE) * _ROW_TILE
+    scales = padded * (columns // group_size) * (4 if symmetric else 5)
+    return padded * columns * num_bits // 8 + scales + _HEADER_BYTES
 
 
 def _compute_type() -> str:

@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.kernels import torch_reference
-from gamma_vllm.kernels.ark import ArkKernel
+from gamma_vllm.kernels.ark import ArkKernel, blob_bytes
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
@@ -53,6 +53,16 @@ def test_ark_agrees_with_the_reference(num_bits, symmetric):
                 expected = reference.linear(segment, tensors, x)
                 assert relative_error(expected, x @ weight.T) < 1e-5
                 assert relative_error(ark.linear(segment, packed, x), expected) < 1e-3
+
+
+@needs_ark
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_bytes_of_a_blob_are_known_ahead(num_bits, symmetric):
+    for rows, columns, group_size in ((1, 32, 32), (24, 128, 128), (25, 96, 32), (100, 256, 64), (1024, 384, 128)):
+        segment, tensors, _ = make_segment(rows, columns, num_bits, group_size, symmetric)
+        blob = ark.pack(segment, tensors)["blob"]
+        assert blob.nbytes == blob_bytes(rows, columns, num_bits, group_size, symmetric)
 
 
 @needs_ark
