@@ -48,6 +48,8 @@ def from_environment(parser: argparse.ArgumentParser) -> None:
         value = os.environ.get(name)
         if value is None or action.dest == "help":
             continue
+        if name == "GAMMA_PORT" and value.startswith("tcp://"):
+            continue  # Kubernetes sets it so in pods beside a Service named gamma
         if action.nargs == 0:
             if value.lower() not in ("1", "true", "yes", "0", "false", "no", ""):
                 parser.error(f"{name}={value!r}: allowed are true and false")

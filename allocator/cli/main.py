@@ -22,6 +22,7 @@ VERBS = {
     "verify": "check that a checkpoint is what it declares",
     "store": "fill and list a store that the sidecar and prepare read",
     "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",
+    "sidecar": "serve the allocation API and its console",
     "schema": "print the JSON Schema of a file format",
 }
 _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}

@@ -1,10 +1,10 @@
 """Makes checkpoints in a process of its own, which loads torch: the service never does."""
 
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,26 +24,35 @@ _ERRORS: dict[int, type[GammaError]] = {
 
 
 def materialise(
-    manifest: Manifest, entry: Entry, store: Store, out: Path, scratch: Path, progress: Progress = silent
+    manifest: Manifest,
+    entry: Entry,
+    store: Store,
+    out: Path,
+    progress: Progress = silent,
+    started: Callable[[subprocess.Popen[str]], None] = lambda _process: None,
 ) -> None:
     """Write the checkpoint of `manifest` to `out`, atomically, from the bank and the model of `entry`.
 
-    What lies in object storage is first copied to a temporary folder in `scratch`, which needs room for it. Raises the
-    error that the export met, with its reason.
+    What lies in object storage is first copied to a hidden folder beside `out`, which needs room for it. `started` is
+    given the process; killing it ends the work. Raises the error that the export met, with its reason.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".gamma-") as name:
-        temporary = Path(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.sources")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
         bank = _local_bank(store, manifest.bank_digest, temporary / "bank", progress)
         model = _local_model(store, entry, temporary / "model", progress)
         manifest_path = temporary / "manifest.json"
         write_atomically(manifest_path, document_text(manifest))
         task = {"model": model, "manifest": str(manifest_path), "bank": str(bank), "out": str(out)}
-        for line in _run(task):
+        for line in _run(task, started):
             if "share" in line:
                 progress(str(line["what"]), float(str(line["share"])))
             elif "error" in line:
                 raise _ERRORS.get(int(str(line["exit_code"])), GammaError)(str(line["error"]))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> Path:
@@ -90,8 +99,9 @@ def _process(task: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def _run(task: dict[str, str]) -> Iterator[dict[str, object]]:
+def _run(task: dict[str, str], started: Callable[[subprocess.Popen[str]], None]) -> Iterator[dict[str, object]]:
     with _process(task) as process:
+        started(process)
         assert process.stdout is not None
         ended = False
         for text in process.stdout:

@@ -54,7 +54,7 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     out.mkdir(parents=True, exist_ok=True)
     (out / _RECORD).unlink(missing_ok=True)
     store.add_manifest(choice.manifest)
-    materialise(choice.manifest, entry, store, checkpoint, out, progress)
+    materialise(choice.manifest, entry, store, checkpoint, progress)
     arguments = {
         "model": str(checkpoint),
         "served-model-name": settings.served_model_name or entry.name,

@@ -1,12 +1,16 @@
 """What users and operators set: for preparing a folder, and for the service."""
 
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from allocator.contract.documents import Strict
+from allocator.contract.errors import InputError
 
-__all__ = ["PrepareSettings"]
+__all__ = ["PrepareSettings", "ServiceSettings"]
 
 
 class PrepareSettings(Strict):
@@ -22,3 +26,52 @@ class PrepareSettings(Strict):
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     budget: str = "auto"
     served_model_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How the service runs. Raises InputError for what is not safe or not possible.
+
+    `solvers` processes solve; `solver_queue` requests may wait for them, `job_queue` checkpoints may wait or be made.
+    `checkpoints` is where checkpoints go; by default into a store that is a folder.
+    """
+
+    store: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token_files: tuple[Path, ...] = ()
+    read_only: bool = False
+    checkpoints: Path | None = None
+    solvers: int = 2
+    solver_queue: int = 32
+    solver_seconds: float = 20.0
+    job_queue: int = 8
+    body_bytes: int = 1 << 20
+    body_seconds: float = 10.0
+    memory_bytes: int = 32 << 20
+    log_level: str = "info"
+    node: PrepareSettings | None = None
+    node_out: Path | None = None
+    allowed_hosts: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "::1"))
+
+    def __post_init__(self) -> None:
+        if not self.token_files and not is_loopback(self.host):
+            raise InputError(
+                f"--host {self.host} is reachable from other machines: give --token-file FILE "
+                "(lines `read TOKEN` or `write TOKEN`), or --host 127.0.0.1"
+            )
+        if not 0 <= self.port < 65536:
+            raise InputError(f"--port {self.port}: allowed are 0 to 65535")
+        for name in ("solvers", "solver_queue", "job_queue", "body_bytes", "solver_seconds", "body_seconds"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name.replace('_', '-')} must be greater than 0, given {getattr(self, name)}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a socket bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

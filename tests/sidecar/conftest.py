@@ -1,10 +1,12 @@
 """A store with a tiny model that was really learned, and one with scores of Qwen3-32B's shapes."""
 
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,13 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.sidecar.entry import Entry, Source
 from allocator.sidecar.store import Store
 
+from .serving import Running, running
+
 LEARN = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32", "--passes", "1"]
 DIGEST = "sha256:" + "0" * 64
 
 
 def gamma(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     command = [sys.executable, "-m", "allocator.cli.main", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert done.returncode == code, done.stderr + done.stdout
@@ -108,9 +110,17 @@ def add_scores_only(store: Store, scores: Scores, name: str, config: dict[str, o
 
 
 @pytest.fixture(scope="session")
-def large_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder store that offers scores of Qwen3-32B's shapes as "Qwen3-32B"."""
-    folder = tmp_path_factory.mktemp("large") / "store"
+def store(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder store that offers both; only added to."""
+    folder = tmp_path_factory.mktemp("both") / "store"
+    shutil.copytree(tiny_store, folder)
     scores = scores_like(QWEN3_32B, "Qwen3-32B", "Qwen3ForCausalLM")
     add_scores_only(Store(str(folder)), scores, "Qwen3-32B", QWEN3_CONFIG)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sidecar(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One service for all tests that do not harm it."""
+    with running(tmp_path_factory.mktemp("sidecar") / "log", "--store", store) as service:
+        yield service

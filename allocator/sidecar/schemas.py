@@ -1,0 +1,259 @@
+"""What the API takes and gives. The client uses the same classes, so that the two cannot differ."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from allocator.contract.documents import Digest
+from allocator.contract.manifest import Proof
+
+__all__ = [
+    "Allocation", "AllocationRequest", "CheckpointRequest", "DiffRequest", "ErrorBody", "ErrorResponse", "GpuInfo",
+    "Health", "Job", "JobState", "ModelInfo", "NodeStatus", "PlanHardware", "PlanRequestBody", "SweepPoint",
+    "SweepRequest", "SweepResult", "Version", "page_of",
+]  # fmt: skip
+
+ModelId = Annotated[
+    str,
+    Field(
+        pattern=r"^(sha256:[0-9a-f]{64}|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$",
+        description="name in the store, or digest of a model or of scores",
+        examples=["Qwen3-32B"],
+    ),
+]
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+Width = Literal[2, 3, 4, 5, 6, 8, 16]
+Rules = Annotated[dict[Pattern, Width], Field(max_length=64)]
+Amount = Annotated[
+    str, Field(min_length=1, max_length=40, description="bytes: 123456789, 5.9GiB or 6GB", examples=["18GiB"])
+]
+
+
+class Body(BaseModel):
+    """Base of requests: unknown keys are refused, values are never coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    """Base of responses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanHardware(Body):
+    """The hardware, and how vLLM is started on it; defaults are vLLM's."""
+
+    gpu: str | None = Field(default=None, max_length=80, examples=["l4"], description="a GPU of /v1/gpus")
+    gpu_memory: Amount | None = Field(default=None, description="memory of one GPU instead of a name")
+    max_model_len: int | None = Field(default=None, ge=1, le=1 << 26, description="default: what the model allows")
+    max_num_seqs: int = Field(default=1, ge=1, le=1 << 16, description="sequences of max_model_len that must fit")
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
+    enforce_eager: bool = False
+
+    @model_validator(mode="after")
+    def _one_device(self) -> "PlanHardware":
+        if (self.gpu is None) == (self.gpu_memory is None):
+            raise ValueError("give exactly one of gpu and gpu_memory")
+        return self
+
+
+class PlanRequestBody(PlanHardware):
+    """`POST /v1/plans`."""
+
+    model: ModelId
+
+
+class AllocationRequest(Body):
+    """`POST /v1/allocations`: a model, and exactly one of `budget`, `average_bits` and `plan`."""
+
+    model: ModelId
+    budget: Amount | None = None
+    average_bits: float | None = Field(default=None, gt=0, le=16)
+    plan: PlanHardware | None = Field(default=None, description="the budget is what the hardware leaves for weights")
+    pins: Rules = Field(default_factory=dict, description="modules (fnmatch pattern) with exactly this width")
+    ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
+    floors: Rules = Field(default_factory=dict, description="modules with at least this width")
+    fusion: Literal["free", "tied"] = "free"
+    solver: Literal["highs", "cp-sat", "scip"] = "highs"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "AllocationRequest":
+        if sum(x is not None for x in (self.budget, self.average_bits, self.plan)) != 1:
+            raise ValueError("give exactly one of budget, average_bits and plan")
+        return self
+
+
+class Allocation(Answer):
+    """An assignment that was solved. `id` is the digest of the request, `predicted_loss` the sum of scores."""
+
+    object: Literal["allocation"] = "allocation"
+    id: Digest
+    model: str
+    model_digest: Digest
+    scores_digest: Digest
+    bank_digest: Digest
+    manifest_digest: Digest
+    request: AllocationRequest
+    requested: str
+    budget_bytes: int
+    tensor_bytes: int
+    average_bits: float
+    predicted_loss: float
+    unit: str
+    proof: Proof | None = None
+    plan: dict[str, Any] | None = Field(default=None, description="the plan that the budget is from")
+
+
+class SweepRequest(Body):
+    """`POST /v1/sweeps`: the best assignment for `points` budgets between two, evenly spaced."""
+
+    model: ModelId
+    smallest: Amount | None = Field(default=None, description="default: the smallest that is feasible")
+    largest: Amount | None = Field(default=None, description="default: the largest that is feasible")
+    points: int = Field(default=17, ge=2, le=65)
+    fusion: Literal["free", "tied"] = "free"
+
+
+class SweepPoint(Answer):
+    """One budget. `bound`: no assignment within the budget has a smaller loss."""
+
+    budget_bytes: int
+    tensor_bytes: int
+    average_bits: float
+    predicted_loss: float
+    bound: float
+    measured_loss: float | None = None
+
+
+class SweepResult(Answer):
+    """The Pareto curve, with one width for all modules beside it for comparison."""
+
+    object: Literal["sweep"] = "sweep"
+    id: Digest
+    model: str
+    scores_digest: Digest
+    unit: str
+    points: list[SweepPoint]
+    uniform: dict[str, SweepPoint]
+
+
+class DiffRequest(Body):
+    """`POST /v1/diff`: two manifests of one model, by digest of the store or whole."""
+
+    before: Digest | dict[str, Any] = Field(description="digest of a stored manifest, or a manifest")
+    after: Digest | dict[str, Any]
+
+
+class CheckpointRequest(Body):
+    """`POST /v1/checkpoints`: the stored manifest to materialise."""
+
+    manifest: Digest
+
+
+JobState = Literal["queued", "running", "succeeded", "failed"]
+
+
+class Job(Answer):
+    """A checkpoint being made. `id` is the digest of what is asked for, so the same request is the same job."""
+
+    object: Literal["job"] = "job"
+    id: Digest
+    kind: Literal["checkpoint"] = "checkpoint"
+    state: JobState
+    manifest_digest: Digest
+    step: str = ""
+    progress: float = Field(default=0.0, ge=0, le=1)
+    attempt: int = 0
+    checkpoint: str | None = Field(default=None, description="folder of the checkpoint, once it is whole")
+    tensor_bytes: int
+    error: str | None = None
+    created: str
+    updated: str
+
+
+class ModelInfo(Answer):
+    """One scores file on offer."""
+
+    object: Literal["model"] = "model"
+    name: str
+    architecture: str
+    model_digest: Digest
+    scores_digest: Digest
+    bank_digest: Digest
+    method: str
+    unit: str
+    quantizer: str
+    group_size: int
+    symmetric: bool
+    widths: list[int]
+    modules: int
+    feasible_bytes: list[int] = Field(min_length=2, max_length=2)
+    added: str
+
+
+class GpuInfo(Answer):
+    """One GPU of the catalogue; `mig` are the names of its slices, to be given as `name:profile`."""
+
+    object: Literal["gpu"] = "gpu"
+    name: str
+    id: str
+    memory_bytes: int
+    compute_capability: str
+    segment: str
+    product_label: str
+    mig: list[str]
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class GpuList(Answer):
+    object: Literal["list"] = "list"
+    data: list[GpuInfo]
+
+
+class NodeStatus(Answer):
+    """What `gamma sidecar --node` prepared."""
+
+    object: Literal["node"] = "node"
+    state: Literal["off", "preparing", "ready", "failed"]
+    message: str = ""
+    step: str = ""
+    progress: float = 0.0
+    manifest_digest: str | None = None
+    checkpoint: str | None = None
+    vllm_arguments: dict[str, Any] | None = None
+
+
+class Health(Answer):
+    status: Literal["ok", "not ready"]
+    message: str = ""
+
+
+class Version(Answer):
+    name: Literal["gamma"] = "gamma"
+    version: str
+    api: Literal["v1"] = "v1"
+
+
+class ErrorBody(Answer):
+    type: str
+    message: str
+    param: str | None = None
+
+
+class ErrorResponse(Answer):
+    """Every answer that is no success."""
+
+    error: ErrorBody
+
+
+def page_of(items: list[Any]) -> dict[str, Any]:
+    """The shape of a list."""
+    return {"object": "list", "data": items}

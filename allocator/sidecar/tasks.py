@@ -1,0 +1,198 @@
+"""What the solver processes do. Each keeps the scores that it used last; nothing else lives between two calls."""
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import OrderedDict
+from multiprocessing.connection import wait
+from typing import Any
+
+from allocator.contract.errors import ContractError, InputError
+from allocator.contract.layout import WIDTHS, ModuleFormat
+from allocator.contract.manifest import Manifest, average_bits
+from allocator.contract.scores import Scores
+from allocator.reporting.differences import compare, comparison_document
+from allocator.sidecar.dispatch import Solved
+from allocator.sidecar.schemas import Allocation, AllocationRequest, SweepPoint, SweepRequest, SweepResult
+from allocator.sidecar.store import Store, document_text
+from allocator.solving import SolveSettings, parse_budget, solve, solve_scores
+
+__all__ = ["allocate", "begin", "diff", "sweep", "warm"]
+
+_KEPT_SCORES = 4
+_scores: OrderedDict[str, Scores] = OrderedDict()
+_store: Store | None = None
+
+
+def begin(store_url: str) -> None:
+    """Run in each new process: it ends with the service, also when that is killed, and not by Ctrl-C before it."""
+    global _store
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    _store = Store(store_url)
+
+
+def warm() -> int:
+    """Does nothing, in a process that has everything loaded then."""
+    return os.getpid()
+
+
+def allocate(identity: str, request_json: str, scores_digest: str, name: str, persist: bool, seconds: float) -> Solved:
+    """Solve one request and, with `persist`, store it. If another process stored it meanwhile, its answer counts."""
+    request = AllocationRequest.model_validate_json(request_json)
+    scores = _scores_of(scores_digest)
+    settings = SolveSettings(
+        budget=request.budget,
+        average_bits=request.average_bits,
+        pins=request.pins,
+        ceilings=request.ceilings,
+        floors=request.floors,
+        fusion=request.fusion,
+        solver=request.solver,
+    )
+    started = time.perf_counter()
+    manifest = solve_scores(scores, settings, seconds)
+    taken = time.perf_counter() - started
+    content = _allocation(identity, request, name, scores, manifest).model_dump_json(exclude_none=True).encode()
+    text = document_text(manifest).encode()
+    if persist:
+        backend = _opened().backend
+        backend.create(f"manifests/{manifest.digest[7:]}.json", text)
+        path = f"allocations/{identity[7:]}.json"
+        if not backend.create(path, content):
+            content = backend.read(path) or content
+            digest = Allocation.model_validate_json(content).manifest_digest
+            text = _opened().manifest_text(digest) or text
+    proof = manifest.proof
+    gap = 0.0 if proof is None or not proof.gap else proof.gap / max(abs(proof.objective), 1e-300)
+    return Solved(content, text, taken, gap)
+
+
+def sweep(identity: str, request_json: str, scores_digest: str, name: str, seconds: float) -> bytes:
+    """The Pareto curve as the answer of the API."""
+    request = SweepRequest.model_validate_json(request_json)
+    scores = _scores_of(scores_digest)
+    low, high = scores.feasible_bytes()
+    first = low if request.smallest is None else parse_budget(request.smallest)
+    last = high if request.largest is None else parse_budget(request.largest)
+    if not low <= first < last:
+        raise InputError(
+            f"smallest {first} and largest {last} bytes: smallest must be at least {low} (the smallest assignment) "
+            "and below largest"
+        )
+    budgets = [first + (last - first) * i // (request.points - 1) for i in range(request.points)]
+    points = [_point(scores, budget, request, seconds / request.points) for budget in budgets]
+    uniform = {str(bits): point for bits in WIDTHS if (point := _uniform(scores, bits)) is not None}
+    result = SweepResult(
+        id=identity, model=name, scores_digest=scores_digest, unit=scores.unit, points=points, uniform=uniform
+    )
+    return result.model_dump_json(exclude_none=True).encode()
+
+
+def diff(before: str | dict[str, Any], after: str | dict[str, Any]) -> dict[str, Any]:
+    """What changed between two manifests, with the losses of the scores they were solved from, if stored."""
+    old, new = _manifest_of(before, "before"), _manifest_of(after, "after")
+    scores = _scores_of(new.scores_digest) if new.scores_digest and _has_scores(new.scores_digest) else None
+    if scores is not None and scores.model.digest != old.model.digest:
+        scores = None
+    try:
+        return comparison_document(compare(old, new, scores))
+    except ContractError as error:
+        raise InputError(str(error)) from None
+
+
+def _allocation(identity: str, request: AllocationRequest, name: str, scores: Scores, manifest: Manifest) -> Allocation:
+    assert manifest.proof is not None
+    return Allocation(
+        id=identity,
+        model=name,
+        model_digest=manifest.model.digest,
+        scores_digest=scores.digest,
+        bank_digest=manifest.bank_digest,
+        manifest_digest=manifest.digest,
+        request=request,
+        requested=manifest.budget.requested,
+        budget_bytes=manifest.budget.nbytes,
+        tensor_bytes=manifest.tensor_bytes,
+        average_bits=average_bits(manifest.modules, _choosable(scores)),
+        predicted_loss=manifest.proof.objective,
+        unit=scores.unit,
+        proof=manifest.proof,
+    )
+
+
+def _point(scores: Scores, budget: int, request: SweepRequest, seconds: float) -> SweepPoint:
+    solution = solve(scores, budget, fusion=request.fusion, time_limit_seconds=seconds)
+    return SweepPoint(
+        budget_bytes=budget,
+        tensor_bytes=solution.tensor_bytes,
+        average_bits=average_bits(solution.assignment, _choosable(scores)),
+        predicted_loss=solution.objective,
+        bound=solution.bound,
+    )
+
+
+def _uniform(scores: Scores, bits: int) -> SweepPoint | None:
+    """All modules that have a choice at `bits`; None if one of them has no such candidate."""
+    chosen: dict[str, ModuleFormat] = {}
+    losses, size = [], scores.other_bytes
+    for name, module in scores.modules.items():
+        of_width = [c for c in module.candidates if c.format.num_bits == bits or len(module.candidates) == 1]
+        if not of_width:
+            return None
+        chosen[name] = of_width[0].format
+        losses.append(of_width[0].score)
+        size += of_width[0].nbytes
+    loss = math.fsum(losses)
+    over = _choosable(scores)
+    return SweepPoint(
+        budget_bytes=size, tensor_bytes=size, average_bits=average_bits(chosen, over), predicted_loss=loss, bound=loss
+    )
+
+
+def _choosable(scores: Scores) -> set[str]:
+    return {name for name, module in scores.modules.items() if len(module.candidates) > 1}
+
+
+def _manifest_of(given: str | dict[str, Any], where: str) -> Manifest:
+    if isinstance(given, str):
+        manifest = _opened().manifest(given)
+        if manifest is None:
+            raise InputError(f"the store has no manifest {given}")
+        return manifest
+    try:
+        return Manifest.parse(given, where)
+    except ContractError as error:
+        raise InputError(str(error)) from None
+
+
+def _has_scores(digest: str) -> bool:
+    return digest in _scores or _opened().backend.exists(f"scores/{digest[7:]}.json")
+
+
+def _scores_of(digest: str) -> Scores:
+    scores = _scores.get(digest)
+    if scores is None:
+        scores = _opened().scores(digest)
+        if scores is None:
+            raise ContractError(f"the store has lost the scores {digest}; add them again with `gamma store add`")
+        _scores[digest] = scores
+    _scores.move_to_end(digest)
+    while len(_scores) > _KEPT_SCORES:
+        _scores.popitem(last=False)
+    return scores
+
+
+def _opened() -> Store:
+    assert _store is not None
+    return _store
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
