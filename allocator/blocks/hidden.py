@@ -1,5 +1,6 @@
 """Hidden states between blocks, on disk as memory-mapped files, so that the page cache and not the heap holds them."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,23 +11,49 @@ __all__ = ["HiddenStates"]
 
 
 class HiddenStates:
-    """States before block 0, 1, ..., and after the last, or gradients at them: float32 files `[S, T, D]`."""
+    """States before block 0, 1, ..., and after the last, or gradients at them: files of `dtype` `[S, T, D]`.
 
-    def __init__(self, folder: Path, sequences: int, length: int, width: int) -> None:
+    float32 for states, whose errors are measured; bfloat16 is safe for gradients, which only weigh those errors.
+    """
+
+    def __init__(
+        self, folder: Path, sequences: int, length: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.folder = folder
         self.shape = (sequences, length, width)
+        self.dtype = dtype
         folder.mkdir(parents=True, exist_ok=True)
 
-    def boundary(self, index: int) -> Tensor:
-        """The states before block `index`, mapped for reading and writing."""
-        path = self.folder / f"states-{index:04d}.f32"
-        size = self.shape[0] * self.shape[1] * self.shape[2]
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self.shape)
+    @property
+    def boundary_bytes(self) -> int:
+        """Bytes of the file of one boundary."""
+        return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
-    def beside(self, name: str) -> "HiddenStates":
-        """An empty store of the same shape in the sub-folder `name`."""
-        return HiddenStates(self.folder / name, *self.shape)
+    def boundary(self, index: int) -> Tensor:
+        """The states before block `index`, mapped for reading and writing.
+
+        Pages that were touched count as the process's memory for as long as the tensor lives: map it anew for each
+        batch when there are many.
+        """
+        size = self.shape[0] * self.shape[1] * self.shape[2]
+        return torch.from_file(str(self._path(index)), shared=True, size=size, dtype=self.dtype).view(self.shape)
+
+    def settle(self, index: int) -> None:
+        """Return once the states before block `index` are on the disk."""
+        with self._path(index).open("rb") as file:
+            os.fsync(file.fileno())
+
+    def forget(self, index: int) -> None:
+        """Delete the states before block `index`."""
+        self._path(index).unlink(missing_ok=True)
+
+    def beside(self, name: str, dtype: torch.dtype = torch.float32) -> "HiddenStates":
+        """A store of the same shape in the sub-folder `name`."""
+        return HiddenStates(self.folder / name, *self.shape, dtype=dtype)
 
     def remove(self) -> None:
         """Delete the files and the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"states-{index:04d}.{'f32' if self.dtype == torch.float32 else 'bf16'}"

@@ -31,6 +31,8 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.chmod(temporary, 0o644)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,8 +13,9 @@ from allocator.blocks.source import read_tensor
 from allocator.contract.errors import InputError
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
+from allocator.running import ALONE, Journal, Team
 
-__all__ = ["BlockStream", "InputObserver", "batches", "record_inputs"]
+__all__ = ["BlockStream", "InputObserver", "batches", "record_inputs", "state_step"]
 
 InputObserver = Callable[[list[str], Tensor], None]
 """Called with the names of the linear modules that share an input, and that input `[B, T, K]`."""
@@ -58,10 +59,10 @@ class BlockStream:
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, float32, in eval mode, without gradients."""
-        layer: nn.Module = copy.deepcopy(self._backbone.layers[index]).to_empty(device=self.device)
+        layer: nn.Module = copy.deepcopy(self._backbone.layers[index])  # on meta: structure without memory
         prefix = self.inventory.block_prefix(index)
         state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
-        layer.load_state_dict(state)
+        layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 
     def run(self, block: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -85,35 +86,56 @@ class BlockStream:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor) -> None:
+    def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, team: Team = ALONE) -> None:
         """Write the states before block 0."""
-        states = hidden.boundary(0)
-        for batch in batches(token_ids):
-            states[batch] = self.embed(token_ids[batch]).cpu()
+        for _, batch in team.share(batches(token_ids.shape)):
+            hidden.boundary(0)[batch] = self.embed(token_ids[batch]).cpu()
+        self._settle(hidden, 0, team)
 
     def fill_block(
-        self, hidden: HiddenStates, index: int, recorded: Sequence[str] = (), see: InputObserver | None = None
+        self,
+        hidden: HiddenStates,
+        index: int,
+        recorded: Sequence[str] = (),
+        see: InputObserver | None = None,
+        team: Team = ALONE,
     ) -> None:
-        """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`."""
-        block = self.block(index)
-        before, after = hidden.boundary(index), hidden.boundary(index + 1)
-        with torch.inference_mode():
-            for batch in batches(before):
-                with record_inputs(block, recorded, see):
-                    after[batch] = self.run(block, before[batch].to(self.device)).cpu()
+        """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`.
 
-    def fill(self, hidden: HiddenStates, token_ids: Tensor, progress: Progress = silent) -> None:
-        """Write the states of all boundaries."""
-        self.fill_embeddings(hidden, token_ids)
+        With a team, each process runs its own sequences and `see` is shown the inputs of those.
+        """
+        block = self.block(index)
+        with torch.inference_mode():
+            for _, batch in team.share(batches(hidden.shape)):
+                with record_inputs(block, recorded, see):
+                    states = hidden.boundary(index)[batch].to(self.device)
+                    hidden.boundary(index + 1)[batch] = self.run(block, states).cpu()
+        self._settle(hidden, index + 1, team)
+
+    def fill(
+        self, hidden: HiddenStates, token_ids: Tensor, progress: Progress = silent, journal: Journal | None = None
+    ) -> None:
+        """Write the states of all boundaries that `journal` (its steps are boundaries) does not have."""
+        journal = journal or Journal.nowhere()
+        if journal.load(state_step(0)) is None:
+            self.fill_embeddings(hidden, token_ids, journal.team)
+            journal.save(state_step(0), True)
         for index in range(self.blocks):
             progress("teacher states", index / self.blocks)
-            self.fill_block(hidden, index)
+            if journal.load(state_step(index + 1)) is None:
+                self.fill_block(hidden, index, team=journal.team)
+                journal.save(state_step(index + 1), True)
         progress("teacher states", 1.0)
+
+    def _settle(self, hidden: HiddenStates, index: int, team: Team) -> None:
+        team.wait()
+        if team.leads:
+            hidden.settle(index)
 
     def head(self) -> nn.Module:
         """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`."""
-        norm = copy.deepcopy(self._backbone.norm).to_empty(device=self.device)
-        norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()})
+        norm = copy.deepcopy(self._backbone.norm)
+        norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()}, assign=True)
         name = f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight"
         weight = self.read(name).float()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -144,7 +166,12 @@ def record_inputs(block: nn.Module, names: Sequence[str], see: InputObserver | N
             see(sharing, tensor)
 
 
-def batches(rows: Tensor) -> list[slice]:
+def batches(shape: Sequence[int]) -> list[slice]:
     """Slices of `[S, T, ...]` of about `_BATCH_TOKENS` tokens."""
-    size = max(1, _BATCH_TOKENS // rows.shape[1])
-    return [slice(i, i + size) for i in range(0, rows.shape[0], size)]
+    size = max(1, _BATCH_TOKENS // shape[1])
+    return [slice(i, i + size) for i in range(0, shape[0], size)]
+
+
+def state_step(index: int) -> str:
+    """What the journal calls the step that wrote the states before block `index`."""
+    return f"states-{index:04d}"

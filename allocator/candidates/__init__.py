@@ -1,6 +1,7 @@
 """The bank of candidates: every module at every width, quantized once and stored packed."""
 
+from allocator.candidates.block import BlockCandidates
 from allocator.candidates.build import build_bank
 from allocator.candidates.reader import BankReader
 
-__all__ = ["BankReader", "build_bank"]
+__all__ = ["BankReader", "BlockCandidates", "build_bank"]

@@ -1,6 +1,7 @@
 """Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 from allocator.blocks.calibration import Calibration
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.source import torch_dtype, write_safetensors
-from allocator.blocks.stream import BlockStream
+from allocator.blocks.stream import BlockStream, state_step
+from allocator.candidates.statistics import MomentSums
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
-from allocator.inventory import Inventory, Module
+from allocator.contract.layout import ModuleFormat
+from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 from allocator.quantizers import InputStatistics, Quantizer
+from allocator.running import Journal, Team
 
 __all__ = ["build_bank"]
 
@@ -31,34 +35,29 @@ def build_bank(
     symmetric: bool,
     folder: Path,
     progress: Progress = silent,
+    states: Journal | None = None,
+    journal: Journal | None = None,
 ) -> Bank:
     """Quantize every quantizable module to every width below 16, write `folder`, fill `hidden` with teacher states.
 
-    `bank.json` is written last: a folder without it is an unfinished bank.
+    `bank.json` is written last: a folder without it is an unfinished bank. Steps that the journals have (`states`:
+    boundaries of `hidden`; `journal`: modules whose file is there) are not done again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / BANK_NAME).unlink(missing_ok=True)
+    states, journal = states or Journal.nowhere(), journal or Journal.nowhere()
+    team = journal.team
+    if team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BANK_NAME).unlink(missing_ok=True)
+    team.wait()
+    if states.load(state_step(0)) is None:
+        stream.fill_embeddings(hidden, calibration.token_ids, team)
+        states.save(state_step(0), True)
+    formats = {m.name: inventory.formats(m, widths, group_size, symmetric) for m in inventory.modules}
+    quantizable = {name: [f for f in of if f.quantized] for name, of in formats.items()}
+    work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal)
     modules: dict[str, BankModule] = {}
-    stream.fill_embeddings(hidden, calibration.token_ids)
     for index in range(stream.blocks):
-        in_block = {m.name: m for m in inventory.modules if m.block == index}
-        local = _local_names(in_block, index, inventory)
-        statistics = _run_teacher(stream, index, hidden, list(local), quantizer.needs_statistics)
-        for done, (name, module_name) in enumerate(local.items()):
-            progress("candidates", (index + done / len(local)) / stream.blocks)
-            stored = _quantize_module(
-                in_block[module_name],
-                inventory,
-                stream,
-                quantizer,
-                statistics.get(name),
-                widths,
-                group_size,
-                symmetric,
-                folder,
-            )
-            if stored is not None:
-                modules[module_name] = stored
+        modules |= _build_block(work, index, progress)
     progress("candidates", 1.0)
     bank = Bank(
         model=model,
@@ -69,53 +68,110 @@ def build_bank(
         calibration_digest=calibration.digest,
         modules=modules,
     )
-    bank.write(folder / BANK_NAME)
+    if team.leads:
+        bank.write(folder / BANK_NAME)
+    team.wait()
     return bank
 
 
-def _local_names(in_block: dict[str, Module], index: int, inventory: Inventory) -> dict[str, str]:
-    """Name inside the block -> module name, linear modules only."""
-    prefix = inventory.block_prefix(index)
-    return {name.removeprefix(prefix): name for name in in_block}
+@dataclass(frozen=True)
+class _Work:
+    """What the steps have in common. formats: the quantized ones of each module, none for one that stays at 16 bits."""
+
+    inventory: Inventory
+    stream: BlockStream
+    hidden: HiddenStates
+    quantizer: Quantizer
+    formats: dict[str, list[ModuleFormat]]
+    folder: Path
+    states: Journal
+    journal: Journal
 
 
-def _run_teacher(
-    stream: BlockStream, index: int, hidden: HiddenStates, names: list[str], with_statistics: bool
-) -> dict[str, InputStatistics]:
-    """Fill the states after block `index`; return the input statistics of its modules where they are needed."""
-    shared: dict[tuple[str, ...], InputStatistics] = {}
+def _build_block(work: _Work, index: int, progress: Progress) -> dict[str, BankModule]:
+    """The candidates of one block; each process of a team quantizes its share of the modules."""
+    names = [m.name for m in work.inventory.modules if m.block == index and work.formats[m.name]]
+    found = {name: module for name in names if (module := _finished(work, name)) is not None}
+    missing = [name for name in names if name not in found]
+    statistics = _run_teacher(work, index, missing)
+    team = work.journal.team
+    for start in range(0, len(missing), team.size):
+        progress("candidates", (index + (len(names) - len(missing) + start) / len(names)) / work.stream.blocks)
+        together = missing[start : start + team.size]
+        of_inputs = {name: statistics.take(name) for name in together}  # on every process: they add up their sums
+        mine = {i: _quantize(work, name, of_inputs[name]) for i, name in team.share(together)}
+        for name, digest in zip(together, team.gather(mine), strict=True):
+            work.journal.save(name, digest)
+            found[name] = _bank_module(work, name, digest)
+    return {name: found[name] for name in names}
+
+
+def _finished(work: _Work, name: str) -> BankModule | None:
+    """The module, if the journal has it and its file is there. Its content is checked when it is used."""
+    digest = work.journal.load(name)
+    there = isinstance(digest, str) and (work.folder / f"{name}.safetensors").exists()
+    return _bank_module(work, name, digest) if there else None
+
+
+def _bank_module(work: _Work, name: str, digest: str) -> BankModule:
+    return BankModule(file=f"{name}.safetensors", file_digest=digest, candidates=work.formats[name])
+
+
+class _BlockStatistics:
+    """The input statistics of a block's modules: summed by module, finished when one is taken, then let go."""
+
+    def __init__(self, sums: dict[tuple[str, ...], MomentSums], team: Team) -> None:
+        self._sums = {name: (sharing, moments) for sharing, moments in sums.items() for name in sharing}
+        self._finished: dict[tuple[str, ...], InputStatistics] = {}
+        self._team = team
+
+    def take(self, name: str) -> InputStatistics | None:
+        """Those of `name`, None if its quantizer needs none. Each name can be taken once."""
+        if name not in self._sums:
+            return None
+        sharing, moments = self._sums.pop(name)
+        if sharing not in self._finished:
+            self._finished[sharing] = moments.finish(self._team)
+        last = not any(other in self._sums for other in sharing)
+        return self._finished.pop(sharing) if last else self._finished[sharing]
+
+
+def _run_teacher(work: _Work, index: int, names: list[str]) -> _BlockStatistics:
+    """Fill the states after block `index`, unless they are there and nothing is to be learned from the run; return
+    the input statistics of the modules `names` where the quantizer needs them."""
+    kind, team, prefix = work.quantizer.statistics, work.journal.team, work.inventory.block_prefix(index)
+    recorded = names if kind != "none" else []
+    shapes = {name: work.inventory.module(name).shape for name in recorded}
+    sums: dict[tuple[str, ...], MomentSums] = {}
+
+    def begin(sharing: tuple[str, ...]) -> MomentSums:
+        return sums.setdefault(sharing, MomentSums(shapes[sharing[0]][1], kind, work.stream.device))
 
     def accumulate(sharing: list[str], x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        entry = shared.setdefault(tuple(sharing), InputStatistics(rows.new_zeros(rows.shape[1], rows.shape[1]), 0))
-        entry.hessian += rows.T @ rows
-        entry.tokens += rows.shape[0]
+        begin(tuple(prefix + name for name in sharing)).add(x)
 
-    stream.fill_block(hidden, index, names if with_statistics else [], accumulate)
-    return {name: statistics for sharing, statistics in shared.items() for name in sharing}
+    if recorded or work.states.load(state_step(index + 1)) is None:
+        local = [name.removeprefix(prefix) for name in recorded]
+        work.stream.fill_block(work.hidden, index, local, accumulate, team)
+        if work.states.load(state_step(index + 1)) is None:
+            work.states.save(state_step(index + 1), True)
+    # A module that saw no token, in this process or in any, has sums of zero: an expert that was never chosen.
+    seen = {sharing for of_one in team.gather({team.rank: list(sums)}) for sharing in of_one}
+    unseen = set(recorded) - {name for sharing in seen for name in sharing}
+    for sharing in sorted(seen | {(name,) for name in unseen}):
+        begin(sharing)
+    return _BlockStatistics(sums, team)
 
 
-def _quantize_module(
-    module: Module,
-    inventory: Inventory,
-    stream: BlockStream,
-    quantizer: Quantizer,
-    statistics: InputStatistics | None,
-    widths: Sequence[int],
-    group_size: int,
-    symmetric: bool,
-    folder: Path,
-) -> BankModule | None:
-    formats = [f for f in inventory.formats(module, widths, group_size, symmetric) if f.quantized]
-    if not formats:
-        return None
-    weight = stream.read(f"{module.name}.weight").float()
+def _quantize(work: _Work, name: str, statistics: InputStatistics | None) -> str:
+    """Write one module's candidates; returns the digest of the file."""
+    weight = work.stream.read(f"{name}.weight").float()
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode():
-        for candidate in formats:
-            quantized = quantizer.quantize(weight, candidate, torch_dtype(inventory.dtype), statistics)
+        for candidate in work.formats[name]:
+            quantized = work.quantizer.quantize(weight, candidate, torch_dtype(work.inventory.dtype), statistics)
             packed = quantized.packed(candidate.num_bits)
             tensors |= {f"w{candidate.num_bits}.{part}": tensor.cpu() for part, tensor in packed.items()}
-    file = f"{module.name}.safetensors"
-    write_safetensors(tensors, folder / file)
-    return BankModule(file=file, file_digest=digest_file(folder / file), candidates=formats)
+    path = work.folder / f"{name}.safetensors"
+    write_safetensors(tensors, path)
+    return digest_file(path)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from allocator.contract.packing import dequantize
 from allocator.contract.safetensors_file import read_header
 
 __all__ = ["BankReader"]
+
+_STRIPE = 4096  # a multiple of 32
 
 
 class BankReader:
@@ -36,6 +39,11 @@ class BankReader:
             if extra := stored.keys() - expected.keys():
                 raise ContractError(f"{folder / module.file}: {name}: unknown tensor {sorted(extra)[0]}")
 
+    def formats(self, name: str) -> list[ModuleFormat]:
+        """The candidates of module `name`: the stored ones, and last the source at 16 bits."""
+        stored = self.bank.modules[name].candidates
+        return [*stored, ModuleFormat(shape=stored[0].shape, num_bits=16)]
+
     def tensors(self, name: str, candidate: ModuleFormat) -> dict[str, Tensor]:
         """The packed tensors of module `name` at `candidate`, by the last part of their names."""
         module = self.bank.modules.get(name)
@@ -57,11 +65,14 @@ class BankReader:
             return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def dequantized(self, name: str, candidate: ModuleFormat) -> Tensor:
-        """Float32 weight `[N, K]` of one candidate."""
+        """Float32 weight `[N, K]` of one candidate, made in stripes of rows so that little more than it is in memory."""
         packed = self.tensors(name, candidate)
-        return dequantize(
-            packed["weight_packed"],
-            packed["weight_scale"],
-            packed.get("weight_zero_point"),
-            candidate.num_bits,
-        )
+        words, scale, zero_point = packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point")
+        rows, bits = candidate.shape[0], candidate.num_bits
+        weight = torch.empty(candidate.shape, dtype=torch.float32)
+        for start in range(0, rows, _STRIPE):
+            end = min(start + _STRIPE, rows)
+            # Zero points are packed along the rows: 32 of them in `bits` words.
+            zeros = None if zero_point is None else zero_point[start * bits // 32 : -(-end * bits // 32)]
+            weight[start:end] = dequantize(words[start:end], scale[start:end], zeros, bits)
+        return weight

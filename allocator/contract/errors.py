@@ -1,6 +1,6 @@
 """The errors a user can meet, each with the exit code the command line returns for it."""
 
-__all__ = ["ContractError", "GammaError", "InfeasibleBudgetError", "InputError"]
+__all__ = ["ContractError", "GammaError", "InfeasibleBudgetError", "InputError", "StoppedError"]
 
 
 class GammaError(Exception):
@@ -25,3 +25,9 @@ class InfeasibleBudgetError(GammaError):
     """No assignment fits the budget. The message names the feasible range."""
 
     exit_code = 4
+
+
+class StoppedError(GammaError):
+    """Work that was asked to stop (SIGTERM) and kept what it had done. 75 is EX_TEMPFAIL: run it again."""
+
+    exit_code = 75

@@ -1,13 +1,14 @@
-"""One decoder block with the candidates of its modules dequantized: measured swaps, and sampled assignments."""
+"""One decoder block with the candidates of its modules: measured swaps, and sampled assignments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from allocator.blocks.stream import BlockStream
-from allocator.learning.objective import inner_products, reconstruction_loss
+from allocator.candidates.block import BlockCandidates
+from allocator.learning.objective import errors_along, gram_matrix, reconstruction_loss
 
 __all__ = ["Batch", "BlockLearner"]
 
@@ -26,27 +27,30 @@ class Batch:
 
 
 class BlockLearner:
-    """Runs one block on the teacher's input and reads what each candidate does to its output.
+    """Runs one block on the teacher's input and reads what each of its candidates does to its output."""
 
-    candidates: module name inside the block -> the weights of its candidates `[C, N, K]`, the 16-bit one being the
-    source's.
-    """
-
-    def __init__(self, stream: BlockStream, block: nn.Module, candidates: dict[str, Tensor]) -> None:
+    def __init__(self, stream: BlockStream, block: nn.Module, candidates: BlockCandidates) -> None:
         self._stream, self._block, self._candidates = stream, block, candidates
-        self._source = {name: block.get_parameter(f"{name}.weight").data for name in candidates}
 
-    def measure_swaps(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Swap each candidate in alone. Returns Gram matrices of the output errors by module, one a batch:
-        `[batches, C, C]`; a diagonal holds the losses of the single swaps."""
-        grams: dict[str, Tensor] = {}
+    def measure_swaps(self, batches: Mapping[int, Callable[[], Batch]]) -> dict[int, dict[str, Tensor]]:
+        """Swap each candidate in alone. Returns for each of `batches`, by module, the Gram matrix of the output errors
+        `[C, C]`; a diagonal holds the losses of the single swaps.
+
+        Batches are read anew for each candidate, and of an output only its error along the gradients is kept: one
+        candidate and one batch are in memory at a time.
+        """
+        grams: dict[int, dict[str, Tensor]] = {number: {} for number in batches}
         with torch.inference_mode():
-            for name, weights in self._candidates.items():
-                of_batches = []
-                for batch in batches:
-                    outputs = [self._stream.run(self._block, batch.states, {f"{name}.weight": w}) for w in weights]
-                    of_batches.append(inner_products(torch.stack(outputs) - batch.teacher, batch.gradients).cpu())
-                grams[name] = torch.stack(of_batches)
+            for name, formats in self._candidates.formats.items():
+                errors: dict[int, list[Tensor]] = {number: [] for number in batches}
+                for index in range(len(formats)):
+                    weight = self._candidates.weight(name, index)
+                    for number, read in batches.items():
+                        batch = read()
+                        output = self._stream.run(self._block, batch.states, {f"{name}.weight": weight})
+                        errors[number].append(errors_along(output, batch.teacher, batch.gradients).cpu())
+                for number, of_candidates in errors.items():
+                    grams[number][name] = gram_matrix(torch.stack(of_candidates))
         return grams
 
     def interactions(
@@ -60,13 +64,16 @@ class BlockLearner:
         the measured swaps and taken off. The candidate's own square <e_b, e_b>, to which the gradient is blind (a
         step to few bits looks free to it), is no part of the interaction: it is measured.
         """
-        weights = {name: self._candidates[name][index].clone().requires_grad_(True) for name, index in choice.items()}
+        weights = {
+            name: self._candidates.weight(name, index).clone().requires_grad_(True) for name, index in choice.items()
+        }
         output = self._stream.run(self._block, batch.states, {f"{name}.weight": w for name, w in weights.items()})
         loss = reconstruction_loss(output, batch.teacher, batch.gradients)
         slopes = torch.autograd.grad(loss, list(weights.values()))
         found = {}
         for (name, index), slope in zip(choice.items(), slopes, strict=True):
-            gains = self._candidates[name].flatten(1) @ slope.flatten()
-            first_order = (gains - (self._source[name] * slope).sum()).double().cpu()
+            count = len(self._candidates.formats[name])
+            gains = torch.stack([(self._candidates.weight(name, i) * slope).sum() for i in range(count)])
+            first_order = (gains - (self._candidates.source(name) * slope).sum()).double().cpu()
             found[name] = first_order - 2 * grams[name][index]
         return float(loss.detach()), found

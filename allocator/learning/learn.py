@@ -7,6 +7,7 @@ forcing blocks are coupled by the budget alone, so one block is resident at a ti
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream
+from allocator.candidates.block import BlockCandidates
 from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
@@ -25,6 +27,7 @@ from allocator.learning.objective import UNIT
 from allocator.learning.relaxation import expected_bytes, multiplier_of_budget, probabilities, sample
 from allocator.learning.settings import LearningSettings
 from allocator.progress import Progress, silent
+from allocator.running import Journal
 
 __all__ = ["learn_scores"]
 
@@ -58,7 +61,7 @@ class _Teacher:
         """Input, output and output gradients of block `index` for some sequences."""
         states, teacher = (self.hidden.boundary(i)[rows].to(stream.device) for i in (index, index + 1))
         gradients = torch.stack([g.boundary(index + 1)[rows] for g in self.gradients])
-        return Batch(states, teacher, gradients.to(stream.device))
+        return Batch(states, teacher, gradients.to(stream.device).float())
 
     def partition(self, tokens: int) -> list[Tensor]:
         """All sequences, cut into batches of about `tokens` tokens."""
@@ -72,17 +75,18 @@ def learn_scores(
     hidden: HiddenStates,
     settings: LearningSettings,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Scores:
-    """Scores of every candidate (`objective.UNIT`); `hidden` holds the teacher's states of all boundaries."""
-    gradients = [hidden.beside(f"gradients-{draw}") for draw in range(settings.draws)]
-    try:
-        fill_gradients(stream, hidden, gradients, settings.seed, progress)
-        teacher = _Teacher(hidden, gradients)
-        choices = _measure(inventory, stream, bank, teacher, settings, progress)
-        record = _learn_interactions(inventory, stream, bank, teacher, settings, choices, progress)
-    finally:
-        for store in gradients:
-            store.remove()
+    """Scores of every candidate (`objective.UNIT`); `hidden` holds the teacher's states of all boundaries.
+
+    Steps that `journal` has are taken from it. Gradients are left in folders beside `hidden`, for a run that goes on.
+    """
+    journal = journal or Journal.nowhere()
+    gradients = [hidden.beside(f"gradients-{draw}", torch.bfloat16) for draw in range(settings.draws)]
+    fill_gradients(stream, hidden, gradients, settings.seed, progress, journal)
+    teacher = _Teacher(hidden, gradients)
+    choices = _measure(inventory, stream, bank, teacher, settings, progress, journal)
+    record = _learn_interactions(inventory, stream, bank, teacher, settings, choices, progress, journal)
     return _scores(inventory, bank, settings, choices, record)
 
 
@@ -93,20 +97,30 @@ def _measure(
     teacher: _Teacher,
     settings: LearningSettings,
     progress: Progress,
+    journal: Journal,
 ) -> dict[str, _Choice]:
     choices: dict[str, _Choice] = {}
+    partition = teacher.partition(settings.batch_tokens)
+    shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
+    shares /= shares.sum()
+
+    def measure_block(index: int) -> dict[str, Tensor]:
+        learner, _ = _open_block(inventory, stream, bank, index)
+        readers = {
+            number: partial(teacher.batch, stream, index, rows) for number, rows in journal.team.share(partition)
+        }
+        grams = journal.team.gather(learner.measure_swaps(readers))
+        return {name: torch.stack([of_batch[name] for of_batch in grams]) for name in grams[0]}
+
     for index in range(stream.blocks):
         progress("measuring", index / stream.blocks)
-        learner, formats = _open_block(inventory, stream, bank, index)
-        batches = [teacher.batch(stream, index, rows) for rows in teacher.partition(settings.batch_tokens)]
-        shares = torch.tensor([batch.tokens for batch in batches], dtype=torch.float64)
-        shares /= shares.sum()
-        for name, grams in learner.measure_swaps(batches).items():
-            nbytes = torch.tensor([module_bytes(f) for f in formats[name]], dtype=torch.float64)
+        found = journal.once(f"measured-{index:04d}", partial(measure_block, index))
+        for name, grams in found.items():
+            module = inventory.block_prefix(index) + name
+            formats = bank.formats(module)
+            nbytes = torch.tensor([module_bytes(f) for f in formats], dtype=torch.float64)
             losses = shares @ torch.diagonal(grams, dim1=1, dim2=2)
-            choices[inventory.block_prefix(index) + name] = _Choice(
-                formats[name], nbytes, grams, losses, losses.clone()
-            )
+            choices[module] = _Choice(formats, nbytes, grams, losses, losses.clone())
     progress("measuring", 1.0)
     return choices
 
@@ -119,6 +133,7 @@ def _learn_interactions(
     settings: LearningSettings,
     choices: dict[str, _Choice],
     progress: Progress,
+    journal: Journal,
 ) -> dict[str, Any]:
     parameters = sum(c.formats[0].shape[0] * c.formats[0].shape[1] for c in choices.values())
     budget = settings.average_bits * parameters / 8
@@ -132,7 +147,14 @@ def _learn_interactions(
     generator = torch.Generator().manual_seed(settings.seed)
     partition = teacher.partition(settings.batch_tokens)
     losses: list[float] = []
-    for visit in range(settings.passes * stream.blocks):
+    kept = journal.load("learning")
+    if kept is not None:
+        for name, c in choices.items():
+            c.scores.copy_(kept["scores"][name])
+            c.samples = kept["samples"][name]
+        lagrangian.multiplier, losses = kept["multiplier"], kept["losses"]
+        generator.set_state(kept["generator"])
+    for visit in range(0 if kept is None else kept["visits"], settings.passes * stream.blocks):
         progress("learning", visit / (settings.passes * stream.blocks))
         index = visit % stream.blocks
         if index == 0:
@@ -152,6 +174,15 @@ def _learn_interactions(
             for name, interaction in found.items():
                 here[name].learn(interaction)
         lagrangian.update(expected_bytes(all_scores, all_bytes, lagrangian.multiplier, temperature))
+        state = {
+            "visits": visit + 1,
+            "scores": {name: c.scores for name, c in choices.items()},
+            "samples": {name: c.samples for name, c in choices.items()},
+            "multiplier": lagrangian.multiplier,
+            "losses": losses,
+            "generator": generator.get_state(),
+        }
+        journal.save("learning", state)
     progress("learning", 1.0)
     return {
         "budget_bytes": round(budget),
@@ -166,19 +197,8 @@ def _open_block(
     inventory: Inventory, stream: BlockStream, bank: BankReader, index: int
 ) -> tuple[BlockLearner, dict[str, list[ModuleFormat]]]:
     block = stream.block(index)
-    prefix = inventory.block_prefix(index)
-    formats: dict[str, list[ModuleFormat]] = {}
-    candidates: dict[str, Tensor] = {}
-    for module in inventory.modules:
-        if module.block != index or module.name not in bank.bank.modules:
-            continue
-        name = module.name.removeprefix(prefix)
-        source = block.get_parameter(f"{name}.weight").data
-        stored = bank.bank.modules[module.name].candidates
-        formats[name] = [*stored, ModuleFormat(shape=module.shape, num_bits=16)]
-        quantized = [bank.dequantized(module.name, f).to(source.device) for f in stored]
-        candidates[name] = torch.stack([*quantized, source])
-    return BlockLearner(stream, block, candidates), formats
+    candidates = BlockCandidates(inventory, stream, bank, index, block)
+    return BlockLearner(stream, block, candidates), candidates.formats
 
 
 def _scores(

@@ -10,7 +10,7 @@ independent. On single swaps this tracks the measured KL of the whole model far 
 import torch
 from torch import Tensor
 
-__all__ = ["UNIT", "inner_products", "reconstruction_loss"]
+__all__ = ["UNIT", "errors_along", "gram_matrix", "reconstruction_loss"]
 
 UNIT = "nats of KL divergence a token, to second order, of each block's error on the original model's input"
 
@@ -23,11 +23,16 @@ def reconstruction_loss(output: Tensor, teacher: Tensor, gradients: Tensor) -> T
     return (gradients * (output - teacher)).sum(-1).square().mean() / 2
 
 
-def inner_products(errors: Tensor, gradients: Tensor) -> Tensor:
-    """Gram matrix `[C, C]` of output errors `[C, B, T, D]` in the metric of `reconstruction_loss`.
+def errors_along(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
+    """The error of an output along each gradient, g . (output - teacher): `[S * B * T]`, shapes as above."""
+    return torch.einsum("btd,sbtd->sbt", output - teacher, gradients).flatten()
+
+
+def gram_matrix(errors: Tensor) -> Tensor:
+    """Gram matrix `[C, C]` of output errors, given as `errors_along` `[C, n]`, in the metric of `reconstruction_loss`.
 
     Its diagonal holds the losses of the C errors.
     """
-    projected = torch.einsum("cbtd,sbtd->csbt", errors, gradients).flatten(1).double()
+    projected = errors.double()
     gram: Tensor = projected @ projected.T / (2 * projected.shape[1])
     return gram

@@ -1,8 +1,7 @@
 """What a quantizer is given and what it returns."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -10,38 +9,34 @@ from torch import Tensor
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 
-__all__ = ["InputStatistics", "QuantizedModule", "Quantizer"]
+__all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics"]
 
-_DAMPING = 0.01
+Statistics = Literal["none", "diagonal", "hessian"]
+"""What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T."""
 
 
 @dataclass
 class InputStatistics:
-    """Second moment of a module's inputs on calibration text: `hessian` = sum of x x^T, float32 `[K, K]`."""
+    """Second moment of a module's inputs on calibration text, sums over `tokens` tokens.
 
-    hessian: Tensor
+    hessian: sum of x x^T, float32 `[K, K]`, None where only its `diagonal` `[K]` was asked for. Modules that share
+    an input share the object, and `derived` keeps what a quantizer computed from it: the first of them may use up
+    the Hessian's memory for that (see `allocator.quantizers.elimination`).
+    """
+
+    hessian: Tensor | None
     tokens: int
+    diagonal: Tensor = field(default_factory=lambda: torch.empty(0))
+    derived: dict[str, object] = field(default_factory=dict)
 
-    @cached_property
-    def inverse_cholesky(self) -> Tensor:
-        """Upper Cholesky factor of the damped inverse Hessian (Frantar et al. 2022, GPTQ, section 3.3), `[K, K]`.
+    def __post_init__(self) -> None:
+        if self.hessian is not None:
+            self.diagonal = torch.diagonal(self.hessian).clone()
 
-        Damping is 1 % of the mean diagonal, raised tenfold until the factorisation succeeds.
-        """
-        hessian = self.hessian.double() / max(self.tokens, 1)
-        diagonal = torch.diagonal(hessian)
-        mean = diagonal.mean().clamp_min(1e-30)
-        dead = torch.where(diagonal == 0, mean, torch.zeros_like(diagonal))
-        damping = _DAMPING
-        while True:
-            damped = hessian + torch.diag(dead + damping * mean)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                break
-            damping *= 10
-        inverse = torch.cholesky_inverse(factor)
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper.float()
+    @property
+    def moments(self) -> Tensor:
+        """Mean square of each input feature, float32 `[K]`."""
+        return self.diagonal / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Quantizer(Protocol):
     """Turns one weight into one candidate. Third parties register theirs under the entry point `gamma.quantizers`."""
 
     name: str
-    needs_statistics: bool
+    statistics: Statistics
 
     def quantize(
         self, weight: Tensor, module: ModuleFormat, dtype: torch.dtype, statistics: InputStatistics | None

@@ -6,8 +6,10 @@ Activation order is off, so that groups stay contiguous and any kernel can serve
 import torch
 from torch import Tensor
 
+from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
-from allocator.quantizers.base import InputStatistics, QuantizedModule
+from allocator.quantizers.base import InputStatistics, QuantizedModule, Statistics
+from allocator.quantizers.elimination import elimination_of
 from allocator.quantizers.grid import fit_grid, quantize_to_grid
 
 __all__ = ["Gptq"]
@@ -16,10 +18,18 @@ _CLIP_RATIOS = tuple(1 - 0.05 * i for i in range(11))
 
 
 class Gptq:
-    """`gptq`: needs the Hessian of the module's inputs; each group's grid is searched for least weighted error."""
+    """`gptq`: needs the Hessian of the module's inputs; each group's grid is searched for least weighted error.
+
+    damping: share of the mean diagonal that is added to the Hessian's diagonal.
+    """
 
     name = "gptq"
-    needs_statistics = True
+    statistics: Statistics = "hessian"
+
+    def __init__(self, damping: float = 0.01) -> None:
+        if not 0 < damping < 10:
+            raise InputError(f"gptq: damping {damping} must be above 0 and below 10; 0.01 is usual")
+        self.damping = damping
 
     def quantize(
         self, weight: Tensor, module: ModuleFormat, dtype: torch.dtype, statistics: InputStatistics | None
@@ -30,27 +40,27 @@ class Gptq:
             raise ValueError("gptq needs the statistics of the module's inputs")
         rows, columns = module.shape
         group, num_bits = module.group_size, module.num_bits
-        factor = statistics.inverse_cholesky
-        # [K]: weight of a rounding error in column j once the later columns have made up for what they can.
-        importance = torch.diagonal(factor).pow(-2)
+        elimination = elimination_of(statistics, self.damping)
+        factor, importance = elimination.factor, elimination.pivots
 
-        rest = weight.clone()
+        errors = torch.zeros(rows, columns, device=weight.device)  # weight - its quantized value
         codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
         scales = torch.empty(rows, columns // group, device=weight.device)
         zeros = torch.empty_like(scales)
         for start in range(0, columns, group):
             end = start + group
-            block = rest[:, start:end]
+            block = weight[:, start:end] + errors[:, :start] @ factor[:start, start:end]
             scale, zero = fit_grid(block, num_bits, module.symmetric, dtype, importance[start:end], _CLIP_RATIOS)
-            errors = torch.empty_like(block)
+            scales[:, start // group], zeros[:, start // group] = scale.squeeze(1), zero.squeeze(1)
+            # Transposed, so that each column lies in one piece: [g, N].
+            targets, source = block.T.contiguous(), weight[:, start:end].T.contiguous()
+            scale, zero = scale.squeeze(1), zero.squeeze(1)
             for j in range(group):
-                column = block[:, j : j + 1]
-                code = quantize_to_grid(column, scale, zero, num_bits)
-                codes[:, start + j] = code.squeeze(1).to(torch.uint8)
-                error = (column - (code - zero) * scale) / factor[start + j, start + j]
-                block[:, j:] -= error * factor[start + j, start + j : end]
-                errors[:, j] = error.squeeze(1)
-            rest[:, end:] -= errors @ factor[start:end, end:]
-            scales[:, start // group] = scale.squeeze(1)
-            zeros[:, start // group] = zero.squeeze(1)
+                code = quantize_to_grid(targets[j], scale, zero, num_bits)
+                error = source[j] - (code - zero) * scale
+                targets[j + 1 :] += factor[start + j, start + j + 1 : end, None] * error
+                source[j] = error
+                targets[j] = code
+            codes[:, start:end] = targets.T.to(torch.uint8)
+            errors[:, start:end] = source.T
         return QuantizedModule(codes, scales.to(dtype), None if module.symmetric else zeros.to(torch.uint8))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from allocator.contract.layout import ModuleFormat
-from allocator.quantizers.base import InputStatistics, QuantizedModule
+from allocator.quantizers.base import InputStatistics, QuantizedModule, Statistics
 from allocator.quantizers.grid import fit_grid, quantize_to_grid
 
 __all__ = ["RoundToNearest"]
@@ -14,7 +14,7 @@ class RoundToNearest:
     """`rtn`: needs no calibration text."""
 
     name = "rtn"
-    needs_statistics = False
+    statistics: Statistics = "none"
 
     def quantize(
         self,

@@ -89,14 +89,14 @@ def test_marginal_losses_match_measured_ones(
     fill_gradients(stream, hidden, gradients, seed=0)
     batch = _Teacher(hidden, gradients).batch(stream, 0, torch.arange(4))
     learner, formats = _open_block(inventory, stream, bank, 0)
-    grams = {name: g[0] for name, g in learner.measure_swaps([batch]).items()}
+    grams = learner.measure_swaps({0: lambda: batch})[0]
     widths = [f.num_bits for f in formats["mlp.up_proj"]]
     choice = {name: widths.index(4) for name in formats}
     _, interactions = learner.interactions(choice, grams, batch)
     marginals = {name: torch.diagonal(grams[name]) + found for name, found in interactions.items()}
 
     def loss_with(name: str, index: int) -> float:
-        weights = {f"{n}.weight": learner._candidates[n][i] for n, i in (choice | {name: index}).items()}
+        weights = {f"{n}.weight": learner._candidates.weight(n, i) for n, i in (choice | {name: index}).items()}
         with torch.inference_mode():
             output = stream.run(learner._block, batch.states, weights)
             return float(reconstruction_loss(output, batch.teacher, batch.gradients))
@@ -171,12 +171,13 @@ def test_losses_of_single_swaps_are_the_kl_that_they_cause(
     ratios = []
     for index in range(2):
         learner, formats = _open_block(inventory, stream, bank, index)
-        grams = learner.measure_swaps([_Teacher(hidden, gradients).batch(stream, index, torch.arange(16))])
-        for name, (gram,) in grams.items():
+        batch = _Teacher(hidden, gradients).batch(stream, index, torch.arange(16))
+        grams = learner.measure_swaps({0: lambda batch=batch: batch})[0]
+        for name, gram in grams.items():
             candidate = next(i for i, f in enumerate(formats[name]) if f.num_bits == 5)
             weight = original.get_parameter(f"{inventory.block_prefix(index)}{name}.weight")
             source = weight.data.clone()
-            weight.data.copy_(learner._candidates[name][candidate])
+            weight.data.copy_(learner._candidates.weight(name, candidate))
             with torch.inference_mode():
                 q = original(tokens).logits.double().log_softmax(-1)
             weight.data.copy_(source)

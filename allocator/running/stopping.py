@@ -1,0 +1,42 @@
+"""SIGTERM as a request: the step at hand is finished and kept, then the program ends with exit code 75."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from allocator.contract.errors import StoppedError
+
+__all__ = ["finish_step_on_sigterm", "stop_requested"]
+
+_requested = threading.Event()
+
+
+def stop_requested() -> bool:
+    """Whether SIGTERM has come since `finish_step_on_sigterm` was entered."""
+    return _requested.is_set()
+
+
+@contextmanager
+def finish_step_on_sigterm() -> Iterator[None]:
+    """The first SIGTERM is a request that `Journal.save` obeys after its step; a second one stops at once.
+
+    Signals reach the main thread only; in any other thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        if _requested.is_set():
+            raise StoppedError("stopped at once; the same command goes on from the last finished step")
+        _requested.set()
+
+    _requested.clear()
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _requested.clear()
