@@ -14,9 +14,12 @@ from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.solving import SolveSettings, parse_budget, solve_scores
 
-if TYPE_CHECKING:  # both bring torch
+if TYPE_CHECKING:  # they bring torch
+    from allocator.blocks import Calibration
     from allocator.exporting import Declaration, ExportReport
+    from allocator.inventory import Inventory
     from allocator.learning import LearningSettings
+    from allocator.running import Resume
 
 __all__ = [
     "CandidateSettings",
@@ -28,9 +31,6 @@ __all__ = [
     "resolve_model",
     "solve_scores",
 ]
-
-SCORES_NAME = "scores.json"
-BANK_FOLDER = "bank"
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -85,17 +85,23 @@ def learn(
     candidates: CandidateSettings,
     learning: "LearningSettings",
     progress: Progress = silent,
+    resume: "Resume" = "auto",
 ) -> LearnResult:
-    """Build the bank and learn the scores of `model` in the folder `work`; what is there and fits is used again."""
+    """Build the bank and learn the scores of `model` in the folder `work`; what is there and fits is used again.
+
+    A run that was stopped or killed goes on from its last finished step (see `running.WorkFolder.begin` for `resume`).
+    Under torchrun the processes share the calibration sequences.
+    """
     import torch
 
-    from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
+    from allocator.blocks import BlockStream
     from allocator.blocks.hidden import HiddenStates
     from allocator.candidates import BankReader, build_bank
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
-    from allocator.inventory import model_digest, read_inventory
+    from allocator.inventory import read_inventory
     from allocator.learning import learn_scores
     from allocator.quantizers import get_quantizer
+    from allocator.running import RunFingerprint, WorkFolder, team_from_environment, versions
 
     inventory = read_inventory(model)
     quantizer = get_quantizer(candidates.quantizer)
@@ -111,22 +117,33 @@ def learn(
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
     longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
     length = min(candidates.sequence_length, longest)
-    progress("reading", 0.0)
+    team = team_from_environment()
+    folder = WorkFolder(work, team)
+    work.mkdir(parents=True, exist_ok=True)
     reference = ModelReference(
         name=model.resolve().name,
         architecture=inventory.architecture,
-        digest=model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1))),
+        digest=team.from_leader(lambda: _model_digest(inventory, work, progress, remember=True)),
     )
     progress("calibration text", 0.0)
-    if candidates.calibration is None:
-        calibration = calibration_from_model(model, candidates.sequences, length, candidates.seed)
-    else:
-        calibration = calibration_from_text(
-            model, list(candidates.calibration), candidates.sequences, length, candidates.seed
-        )
+    calibration = team.from_leader(lambda: _calibration(model, candidates, length))
     progress("calibration text", 1.0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_with = {
+        "quantizer": quantizer.name,
+        "widths": [w for w in candidates.widths if w < 16],
+        "group_size": candidates.group_size,
+        "symmetric": candidates.symmetric,
+    }
+    fingerprint = RunFingerprint(
+        model=reference,
+        calibration={"source": calibration.source, "digest": calibration.digest},
+        candidates=made_with,
+        learning=asdict(learning),
+        environment=versions() | {"device": device, "threads": torch.get_num_threads()},
+    )
+    folder.begin(fingerprint, resume)
 
-    bank_folder, scores_path = work / BANK_FOLDER, work / SCORES_NAME
     wanted = {
         "model": reference,
         "quantizer": quantizer.name,
@@ -135,13 +152,13 @@ def learn(
         "calibration_digest": calibration.digest,
     }
     reused: list[str] = []
-    bank = _readable(Bank, bank_folder / BANK_NAME)
+    bank = _readable(Bank, folder.bank / BANK_NAME)
     same_bank = (
         bank is not None
         and all(getattr(bank, key) == value for key, value in wanted.items())
         and {n: m.candidates for n, m in bank.modules.items()} == {n: f for n, f in formats.items() if f}
     )
-    scores = _readable(Scores, scores_path)
+    scores = _readable(Scores, folder.scores)
     if same_bank and bank is not None:
         reused.append("bank")
         if (
@@ -149,25 +166,50 @@ def learn(
             and scores.bank_digest == bank.digest
             and asdict(learning).items() <= scores.settings.items()
         ):
-            return LearnResult(reference.digest, scores, scores_path, bank_folder, [*reused, "scores"])
+            folder.finish()
+            return LearnResult(reference.digest, scores, folder.scores, folder.bank, [*reused, "scores"])
 
-    state_bytes = inventory.config["hidden_size"] * calibration.token_ids.numel() * 4
-    _check_room(work, state_bytes * (inventory.blocks + 1) * (1 + learning.draws))
-    stream = BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu")
-    hidden = HiddenStates(work / "hidden", candidates.sequences, length, inventory.config["hidden_size"])
-    try:
-        if same_bank:
-            stream.fill(hidden, calibration.token_ids, progress)
-        else:
-            build_bank(
-                inventory, reference, stream, calibration, hidden, quantizer,
-                candidates.widths, candidates.group_size, candidates.symmetric, bank_folder, progress,
-            )  # fmt: skip
-        scores = learn_scores(inventory, stream, BankReader(bank_folder), hidden, learning, progress)
-    finally:
-        hidden.remove()
-    scores.write(scores_path)
-    return LearnResult(reference.digest, scores, scores_path, bank_folder, reused)
+    hidden = HiddenStates(folder.hidden, candidates.sequences, length, inventory.config["hidden_size"])
+    # Gradients take half of what states take.
+    _check_room(folder.hidden, int(hidden.boundary_bytes * (inventory.blocks + 1) * (1 + learning.draws / 2)))
+    stream = BlockStream(inventory, device)
+    states = folder.journal.section("states")
+    if same_bank:
+        stream.fill(hidden, calibration.token_ids, progress, states)
+    else:
+        build_bank(
+            inventory, reference, stream, calibration, hidden, quantizer,
+            candidates.widths, candidates.group_size, candidates.symmetric, folder.bank, progress,
+            states, folder.journal.section("bank"),
+        )  # fmt: skip
+    scores = learn_scores(
+        inventory, stream, BankReader(folder.bank), hidden, learning, progress, folder.journal.section("learning")
+    )
+    if team.leads:
+        scores.write(folder.scores)
+    folder.finish()
+    return LearnResult(reference.digest, scores, folder.scores, folder.bank, reused)
+
+
+def _model_digest(inventory: "Inventory", work: Path, progress: Progress, remember: bool = False) -> str:
+    """The digest of the model, remembered in `work` if that is a work folder (or will be one)."""
+    from allocator.inventory import DIGEST_CACHE_NAME, cached_model_digest, model_digest
+    from allocator.running.fingerprint import RUN_NAME
+
+    def tell(done: int, total: int) -> None:
+        progress("reading", done / max(total, 1))
+
+    if remember or (work / RUN_NAME).exists():
+        return cached_model_digest(inventory, work / DIGEST_CACHE_NAME, tell)
+    return model_digest(inventory, tell)
+
+
+def _calibration(model: Path, candidates: CandidateSettings, length: int) -> "Calibration":
+    from allocator.blocks import calibration_from_model, calibration_from_text
+
+    if candidates.calibration is None:
+        return calibration_from_model(model, candidates.sequences, length, candidates.seed)
+    return calibration_from_text(model, list(candidates.calibration), candidates.sequences, length, candidates.seed)
 
 
 def export(
@@ -183,12 +225,12 @@ def export(
     """Write the checkpoint of `manifest` to `out`. `digest` is the model's if it was just computed."""
     from allocator.candidates import BankReader
     from allocator.exporting import check_declarable, export_checkpoint
-    from allocator.inventory import model_digest, read_inventory
+    from allocator.inventory import read_inventory
 
     inventory = read_inventory(model)
     check_declarable(manifest, inventory, declaration)
     if digest is None:
-        digest = model_digest(inventory, lambda done, total: progress("reading", done / max(total, 1)))
+        digest = _model_digest(inventory, bank_folder.parent, progress)
     return export_checkpoint(
         manifest, inventory, digest, BankReader(bank_folder), out,
         declaration=declaration, overwrite=overwrite, progress=progress,
@@ -204,6 +246,7 @@ def fit(
     learning: "LearningSettings",
     overwrite: bool = False,
     progress: Progress = silent,
+    resume: "Resume" = "auto",
 ) -> tuple[Manifest, "ExportReport"]:
     """learn, solve and export. The budget and `out` are checked before anything is computed."""
     from allocator.exporting import check_target
@@ -217,7 +260,7 @@ def fit(
             f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"
         )
     check_target(out, low, overwrite)
-    result = learn(model, work, candidates, learning, progress)
+    result = learn(model, work, candidates, learning, progress, resume)
     manifest = solve_scores(result.scores, solving)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
@@ -231,11 +274,13 @@ def _readable(kind: type[AnyDocument], path: Path) -> AnyDocument | None:
         return None
 
 
-def _check_room(work: Path, needed: int) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work).free
-    if free < needed:
+def _check_room(folder: Path, needed: int) -> None:
+    """Raises InputError if `folder` cannot grow to `needed` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + there < needed:
         raise InputError(
-            f"{work} has {free} bytes free, the hidden states of the calibration text need {needed}; "
+            f"{folder} has {free} bytes free, the hidden states of the calibration text need {needed - there} more; "
             "use a larger disk (--work), or fewer or shorter --sequences"
         )

@@ -109,8 +109,9 @@ def _build_block(work: _Work, index: int, progress: Progress) -> dict[str, BankM
 def _finished(work: _Work, name: str) -> BankModule | None:
     """The module, if the journal has it and its file is there. Its content is checked when it is used."""
     digest = work.journal.load(name)
-    there = isinstance(digest, str) and (work.folder / f"{name}.safetensors").exists()
-    return _bank_module(work, name, digest) if there else None
+    if not isinstance(digest, str) or not (work.folder / f"{name}.safetensors").exists():
+        return None
+    return _bank_module(work, name, digest)
 
 
 def _bank_module(work: _Work, name: str, digest: str) -> BankModule:

@@ -65,7 +65,7 @@ class BankReader:
             return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def dequantized(self, name: str, candidate: ModuleFormat) -> Tensor:
-        """Float32 weight `[N, K]` of one candidate, made in stripes of rows so that little more than it is in memory."""
+        """Float32 weight `[N, K]` of one candidate, made in stripes of rows to save memory."""
         packed = self.tensors(name, candidate)
         words, scale, zero_point = packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point")
         rows, bits = candidate.shape[0], candidate.num_bits

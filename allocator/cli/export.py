@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.pipeline import export, resolve_model
     from allocator.reporting import export_document, export_table
+    from allocator.running import finish_step_on_sigterm
 
     manifest = Manifest.read(args.manifest)
-    with show_progress() as progress:
+    with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         report = export(manifest, model, args.bank, args.out, args.overwrite, progress, declaration=args.format)
     if args.json:

@@ -11,6 +11,7 @@ from allocator.cli.options import (
     add_json,
     add_learning,
     add_model,
+    add_resume,
     candidate_settings,
     learning_settings,
     solve_settings,
@@ -30,20 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder for candidates and scores (default: OUT-work)")
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
+    add_resume(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from allocator.pipeline import fit, resolve_model
     from allocator.reporting import export_document, export_table, manifest_tables
+    from allocator.running import finish_step_on_sigterm
 
     candidates, learning = candidate_settings(args), learning_settings(args)
     work = args.work or args.out.with_name(args.out.name + "-work")
-    with show_progress() as progress:
+    with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         manifest, report = fit(
             model, work, args.out, solve_settings(args), candidates, learning,
-            overwrite=args.overwrite, progress=progress,
+            overwrite=args.overwrite, progress=progress, resume=args.resume,
         )  # fmt: skip
     if args.json:
         print_json(export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}})

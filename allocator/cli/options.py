@@ -18,6 +18,7 @@ __all__ = [
     "add_learning",
     "add_model",
     "add_output",
+    "add_resume",
     "candidate_settings",
     "learning_settings",
     "solve_settings",
@@ -135,6 +136,16 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     learning.add_argument("--passes", type=int, default=4, help="visits to each block (default 4)")
     learning.add_argument("--steps", type=int, default=16, help="samples at each visit (default 16)")
     learning.add_argument("--seed", type=int, default=0)
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "must", "never"],
+        default="auto",
+        help="auto: go on from what an earlier run left in the work folder and still fits (default); must: fail if "
+        "that is nothing, or if model, text, settings or versions differ; never: delete it and begin anew",
+    )
 
 
 def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":

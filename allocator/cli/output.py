@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from allocator import progress
 
-__all__ = ["print_csv", "print_json", "print_tables", "show_progress"]
+__all__ = ["leads", "print_csv", "print_json", "print_tables", "show_progress"]
 
 
 def print_json(document: Any) -> None:
@@ -40,6 +42,31 @@ def show_progress() -> Iterator[progress.Progress]:
     """A bar a step on stderr; one line a step where stderr is no terminal. Libraries' own bars are turned off."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(stderr=True)
+    if not leads():
+        yield progress.silent
+        return
+    with _messages_on(console):
+        yield from _bars(console)
+
+
+def leads() -> bool:
+    """Whether this process speaks to the user: of those that torchrun starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _messages_on(console: Console) -> Iterator[None]:
+    """Show what our parts log, one line a message, above the bars."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
+    logger = logging.getLogger("allocator")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _bars(console: Console) -> Iterator[progress.Progress]:
     if not console.is_terminal:
         begun: set[str] = set()
 
@@ -50,7 +77,13 @@ def show_progress() -> Iterator[progress.Progress]:
 
         yield tell
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 

@@ -11,7 +11,8 @@ from allocator.blocks.source import read_tensor, torch_dtype, write_safetensors
 from allocator.candidates.reader import BankReader
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.compressed_tensors import compressed_tensors_config
-from allocator.contract.errors import ContractError, InputError
+from allocator.contract.documents import write_atomically
+from allocator.contract.errors import ContractError, InputError, StoppedError
 from allocator.contract.layout import TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.safetensors_file import INDEX_NAME
@@ -19,9 +20,11 @@ from allocator.exporting.declaration import Declaration, check_declarable
 from allocator.exporting.plan import MAX_SHARD_BYTES, plan_checkpoint
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
+from allocator.running import Journal
 
 __all__ = ["ExportReport", "check_target", "export_checkpoint"]
 
+_JOURNAL = ".journal"
 _NOT_COPIED = {"config.json", INDEX_NAME, "pytorch_model.bin.index.json", "training.json"}
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
@@ -50,6 +53,8 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write the checkpoint of `manifest` to `out`, through a temporary folder that is renamed when all is checked.
 
+    An export that was killed goes on after the last file that it finished.
+
     Raises ContractError when manifest, bank and model do not belong together or one byte differs from the
     prediction, InputError when `out` exists (unless `overwrite`), the disk has too little room, or the widths
     cannot be declared as asked.
@@ -62,14 +67,15 @@ def export_checkpoint(
     predicted = plan.file_bytes()
     check_target(out, sum(predicted.values()), overwrite)
 
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _partial_folder(out, f"{manifest.digest} {declaration} {max_shard_bytes}")
+    journal = Journal(temporary / _JOURNAL)
     try:
         for done, (name, tensors) in enumerate(plan.files.items()):
             progress("writing", done / len(plan.files))
-            content = _content(tensors, manifest, inventory, bank)
-            write_safetensors(content, temporary / name)
+            if journal.load(name) is None or not (temporary / name).exists():
+                write_safetensors(_content(tensors, manifest, inventory, bank), temporary / name)
+                journal.save(name, True)
+        journal.clear()
         if plan.index is not None:
             (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
         _write_side_files(manifest, inventory, declaration, temporary)
@@ -80,10 +86,24 @@ def export_checkpoint(
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
-    finally:
+    except StoppedError:
+        raise
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     progress("writing", 1.0)
     return ExportReport(out, plan.tensor_bytes, predicted, written)
+
+
+def _partial_folder(out: Path, of: str) -> Path:
+    """The folder that becomes `out`. What an earlier export left in it is kept if it was `of` the same."""
+    folder = out.with_name(f".{out.name}.partial")
+    begun = folder / _JOURNAL / "manifest"
+    if not begun.exists() or begun.read_text(encoding="utf-8") != of:
+        shutil.rmtree(folder, ignore_errors=True)
+        begun.parent.mkdir(parents=True)
+        write_atomically(begun, of)
+    return folder
 
 
 def _check_belongs(manifest: Manifest, inventory: Inventory, model_digest: str, bank: BankReader) -> None:

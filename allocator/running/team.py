@@ -1,7 +1,8 @@
 """The processes that `torchrun` started: who does what, and how results come together in one order."""
 
+import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +41,10 @@ class Team:
         together = {number: item for part in parts for number, item in part.items()}
         return [together[number] for number in sorted(together)]
 
+    def from_leader(self, compute: Callable[[], Item]) -> Item:
+        """What `compute` returns on the first process, on each of them."""
+        return self.gather({0: compute()} if self.leads else {})[0]
+
     def add_up(self, tensor: Tensor) -> None:
         """Put the sum over all processes into `tensor`, on each of them."""
         if self.size > 1:
@@ -71,5 +76,6 @@ def team_from_environment() -> Team:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not dist.is_initialized():
+        atexit.register(dist.destroy_process_group)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Team(dist.get_rank(), dist.get_world_size())

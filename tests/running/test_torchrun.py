@@ -1,0 +1,44 @@
+"""Two processes share the calibration sequences and give what one gives; what they leave behind, one goes on with."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running.processes import gamma
+
+# Two batches of states, four of learning: each process has some of each.
+SMALL = ["--group-size", "32", "--sequences", "64", "--sequence-length", "128", "--passes", "1", "--steps", "2"]
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, "-m", "allocator.cli.main", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def bytes_of(work: Path) -> dict[str, bytes]:
+    files = [*work.glob("*.json"), *work.glob("bank/*")]
+    return {str(p.relative_to(work)): p.read_bytes() for p in files if p.name != "model-digest.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_two_processes_give_the_scores_of_one(
+    quantizer: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", quantizer]
+    assert gamma(*command, "--out", tmp_path / "one") == 0
+    done = torchrun(2, *command, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scores in ") == 1  # one of them speaks
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
