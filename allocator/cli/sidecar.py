@@ -14,7 +14,7 @@ from allocator.contract.errors import InputError
 EXAMPLES = """examples:
   gamma sidecar --store /store
   gamma sidecar --store s3://models/gamma --host 0.0.0.0 --token-file /run/secrets/tokens --read-only
-  gamma sidecar --store /store --node --model Qwen3-8B --out /served --max-model-len 8192"""
+  gamma sidecar --store /store --node Qwen3-8B --out /served --max-model-len 8192"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--body-bytes", type=int, default=1 << 20, help="largest request body (default 1048576)")
     limits.add_argument("--body-seconds", type=float, default=10.0, help="time for a request body (default 10)")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    parser.add_argument("--node", action="store_true", help="prepare this pod's folder, then be ready")
-    parser.add_argument("--model", metavar="MODEL", help="with --node: name or digest in the store")
+    parser.add_argument(
+        "--node", nargs="?", const=True, metavar="MODEL", help="prepare this pod's folder (--out), then be ready"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="for --node: name or digest in the store, or a hub id")
     add_deployment(parser)
     from_environment(parser)
 
@@ -49,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.store:
         raise InputError("--store is missing; give it, or set GAMMA_STORE")
+    if isinstance(args.node, str) and args.node.lower() in ("", "0", "false", "no"):
+        args.node = None  # from GAMMA_NODE
+    if isinstance(args.node, str) and args.node.lower() not in ("1", "true", "yes"):
+        args.model = args.node
     serve(
         ServiceSettings(
             store=args.store,

@@ -1,6 +1,7 @@
 """Allocations: the same request has the same id and the same answer, from memory, from the store, or solved now."""
 
 import asyncio
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,7 @@ from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import ApiError, of_gamma_error
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.pool import SolverPool
-from allocator.sidecar.schemas import Allocation, AllocationRequest, SweepRequest
+from allocator.sidecar.schemas import Allocation, AllocationRequest, PlanHardware, SweepRequest
 from allocator.sidecar.store import Store, hex_of
 
 __all__ = ["Allocations", "Catalogue", "Memory"]
@@ -22,7 +23,8 @@ __all__ = ["Allocations", "Catalogue", "Memory"]
 _LIST_SECONDS = 1.0
 _PARAMS = {
     "budget": "budget", "average": "average_bits", "pin": "pins", "ceiling": "ceilings", "floor": "floors",
-    "smallest": "smallest", "GPU": "plan.gpu",
+    "smallest": "smallest", "GPU": "gpu", "--max-model-len": "max_model_len", "--kv-cache-dtype": "kv_cache_dtype",
+    "--tensor-parallel-size": "tensor_parallel_size",
 }  # fmt: skip
 """What an error is about, by its first word."""
 
@@ -97,14 +99,16 @@ class Allocations:
         if known is not None and (not persist or self._memory.get(f"stored {identity}") is not None):
             return known
 
+        plan = None if request.plan is None else await self.plan(request.plan, entry)
+
         async def solve() -> bytes:
             stored = await asyncio.to_thread(self._store.backend.read, f"allocations/{hex_of(identity)}.json")
             if stored is not None:
                 self._remember(identity, stored, None, True)
                 return stored
             solved: Solved = await self._solve(
-                "allocate", identity, request.model_dump_json(), entry.scores_digest, entry.name, persist,
-                self._pool.seconds,
+                "allocate", identity, request.model_dump_json(), entry.model_dump_json(),
+                plan, persist, self._pool.seconds,
             )  # fmt: skip
             self._metrics.solve_seconds.observe(solved.seconds)
             self._metrics.solve_gap.observe(solved.gap_ratio)
@@ -112,6 +116,22 @@ class Allocations:
             return solved.allocation
 
         return await self._once(f"{identity} {persist}", solve)
+
+    async def plan(self, hardware: PlanHardware, entry: Entry) -> dict[str, Any]:
+        """What the hardware leaves for the weights. Raises ApiError 400 for what vLLM would refuse."""
+        chosen = PlanHardware(**hardware.model_dump(exclude={"model"}))
+        key = _identity("plan", chosen.model_dump(mode="json"), entry)
+        content = self._memory.get(key)
+        made: dict[str, Any]
+        if content is not None:
+            made = json.loads(content)
+        else:
+            made = await self._solve("plan", entry.model_dump_json(), chosen.model_dump_json())
+            self._memory.put(key, json.dumps(made).encode())
+        headroom = made["weight_budget_bytes"] - made["smallest_weight_bytes"]
+        gpu = made["device"]["name"] if hardware.gpu_memory is None else "by memory"
+        self._metrics.headroom.labels(entry.name, gpu).set(headroom)
+        return made
 
     async def allocation(self, identity: str) -> bytes:
         """An allocation made before. Raises ApiError 404."""

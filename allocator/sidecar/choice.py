@@ -4,16 +4,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from allocator.contract.documents import Document
-from allocator.contract.errors import InputError
+from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
+from allocator.contract.scores import Scores
+from allocator.fitting import Device, Plan, PlanRequest
 from allocator.progress import Progress
+from allocator.sidecar.device import read_devices
 from allocator.sidecar.entry import Entry
+from allocator.sidecar.planning import device_of, plan_entry, visible_device, vllm_arguments
+from allocator.sidecar.resident import solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
 from allocator.solving import SolveSettings, solve_scores
 
-__all__ = ["Choice", "choose_budget", "find_entry"]
+__all__ = ["Choice", "choose", "find_entry"]
 
 _BITS = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?bits?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -21,10 +25,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Choice:
-    """The assignment, the plan it was made for (None without a GPU), arguments for vLLM, and the reason in words."""
+    """The assignment, the plan of it (None without a GPU), arguments for vLLM, and the reason in words."""
 
     manifest: Manifest
-    plan: Document | None
+    plan: Plan | None
     reason: str
     vllm_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -42,14 +46,52 @@ def find_entry(store: Store, model: str) -> Entry:
     raise InputError(f"{store.url} has no scores of {model!r}; it offers {offers}. `gamma store add` adds a model")
 
 
+def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Progress) -> Choice:
+    """The assignment for what `settings` asks, and the plan of it where a GPU is known.
+
+    Raises InputError when nothing says how much memory there is, InfeasibleBudgetError when it does not fit.
+    """
+    device = _device(settings)
+    progress("solving", 0.0)
+    if settings.budget == "auto":
+        if device is None:
+            raise InputError(
+                "no GPU is visible: give --gpu NAME or --gpu-memory 24GiB, or choose with --budget 5.9GiB, "
+                "--budget 3.25bits or --budget sha256:MANIFEST"
+            )
+        manifest, plan = _planned(settings, entry, device, _scores(store, entry))
+        reason = f"{device.name} has {plan.weight_budget_bytes:,} bytes a rank left for weights: {plan.verdict.message}"
+        return Choice(manifest, plan, reason, _arguments(settings, plan))
+    manifest = _explicit(settings.budget, entry, store)
+    reason = f"{'manifest' if _DIGEST.fullmatch(settings.budget) else 'budget'} {settings.budget} was asked for"
+    if device is None:
+        return Choice(manifest, None, reason, _arguments(settings, None))
+    plan = plan_entry(entry, device, _request(settings), manifest.modules)
+    if not plan.verdict.fits:
+        reason += f", although on {device.name} it {plan.verdict.message}"
+    return Choice(manifest, plan, reason, _arguments(settings, plan))
+
+
 def _names(entry: Entry) -> set[str | None]:
     return {entry.name, entry.model.name, entry.model.digest, entry.scores_digest, entry.source.location}
 
 
-def choose_budget(settings: PrepareSettings, entry: Entry, store: Store, progress: Progress) -> Choice:
-    """The assignment for what `settings` asks. Raises InputError when nothing says how much memory there is."""
-    budget = settings.budget
-    arguments = _arguments(settings)
+def _device(settings: PrepareSettings) -> Device | None:
+    if settings.gpu_memory_bytes is not None or settings.gpu != "auto":
+        return device_of(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
+    visible = read_devices()
+    return visible_device(visible, settings.tensor_parallel_size) if visible else None
+
+
+def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Scores) -> tuple[Manifest, Plan]:
+    plan = plan_entry(entry, device, _request(settings))
+    if not plan.verdict.fits:
+        raise InfeasibleBudgetError(f"{entry.name} does not fit on {device.name}: {plan.verdict.message}")
+    manifest = solve_for_plan(scores, SolveSettings(), plan, entry.config)
+    return manifest, plan_entry(entry, device, _request(settings), manifest.modules)
+
+
+def _explicit(budget: str, entry: Entry, store: Store) -> Manifest:
     if _DIGEST.fullmatch(budget):
         manifest = store.manifest(budget)
         if manifest is None:
@@ -58,22 +100,34 @@ def choose_budget(settings: PrepareSettings, entry: Entry, store: Store, progres
             raise InputError(
                 f"manifest {budget} is of bank {manifest.bank_digest}, {entry.name} has {entry.bank_digest}"
             )
-        return Choice(manifest, None, f"manifest {budget} was asked for", arguments)
-    if budget == "auto":
-        raise InputError("no GPU is known; give --budget")
+        return manifest
+    bits = _BITS.fullmatch(budget)
+    solving = SolveSettings(average_bits=float(bits[1])) if bits else SolveSettings(budget=budget)
+    return solve_scores(_scores(store, entry), solving)
+
+
+def _scores(store: Store, entry: Entry) -> Scores:
     scores = store.scores(entry.scores_digest)
     if scores is None:
         raise InputError(f"{store.url} has lost the scores {entry.scores_digest}; add them again")
-    bits = _BITS.fullmatch(budget)
-    solving = SolveSettings(average_bits=float(bits[1])) if bits else SolveSettings(budget=budget)
-    progress("solving", 0.0)
-    manifest = solve_scores(scores, solving)
-    progress("solving", 1.0)
-    return Choice(manifest, None, f"budget {budget} was asked for", arguments)
+    return scores
 
 
-def _arguments(settings: PrepareSettings) -> dict[str, Any]:
-    """What was asked of vLLM, by its own option names."""
+def _request(settings: PrepareSettings) -> PlanRequest:
+    given: dict[str, Any] = {
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+    }
+    return PlanRequest(**{name: value for name, value in given.items() if value is not None})
+
+
+def _arguments(settings: PrepareSettings, plan: Plan | None) -> dict[str, Any]:
+    """Options for `vllm serve`: all that the plan rests on, without a plan only what was asked for."""
+    if plan is not None:
+        return vllm_arguments(plan.request, plan.batched_tokens, settings.max_num_seqs)
     given = {
         "tensor-parallel-size": settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else None,
         "max-model-len": settings.max_model_len,

@@ -10,6 +10,7 @@ from typing import Any
 from allocator.sidecar.errors import ApiError, error_response
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
+from allocator.sidecar.settings import is_loopback
 from allocator.sidecar.tokens import Scope, Tokens
 
 __all__ = ["Guard", "Limits", "Observer"]
@@ -21,7 +22,9 @@ Asgi = Callable[[Dictionary, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+_OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/version"})
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="gamma"'}
 _CONSOLE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -87,7 +90,10 @@ class Observer:
 
 
 class Guard:
-    """Who may ask what: bearer tokens for /v1/, and without tokens only by a Host that means this machine."""
+    """Who may ask what: bearer tokens for /v1/. Without token files only this machine, by a Host that means it.
+
+    Health, metrics and version are for everybody: probes and Prometheus have no tokens.
+    """
 
     def __init__(self, app: Asgi, tokens: Tokens | None, hosts: frozenset[str], read_only: bool) -> None:
         self._app, self._tokens, self._hosts, self._read_only = app, tokens, hosts, read_only
@@ -105,6 +111,11 @@ class Guard:
     def _granted(self, scope: Dictionary) -> Scope:
         headers = dict(scope["headers"])
         if self._tokens is None:
+            if scope["path"] in _OPEN:
+                return "read"
+            client = scope.get("client")
+            if client is None or not is_loopback(client[0]):
+                raise ApiError(401, "without --token-file the service answers this machine only", headers=_CHALLENGE)
             # A web page elsewhere can make a browser ask us under its own name (DNS rebinding).
             if _host_of(headers.get(b"host", b"")) not in self._hosts:
                 raise ApiError(421, "the Host header is not of this machine; start the service with --token-file")
@@ -112,12 +123,11 @@ class Guard:
         if not scope["path"].startswith("/v1/"):
             return "read"
         kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        challenge = {"WWW-Authenticate": 'Bearer realm="gamma"'}
         if kind.lower() != "bearer" or not token.strip():
-            raise ApiError(401, "a bearer token is needed: Authorization: Bearer TOKEN", headers=challenge)
+            raise ApiError(401, "a bearer token is needed: Authorization: Bearer TOKEN", headers=_CHALLENGE)
         granted = self._tokens.scope_of(token.strip())
         if granted is None:
-            raise ApiError(401, "the token is not known", headers=challenge)
+            raise ApiError(401, "the token is not known", headers=_CHALLENGE)
         return granted
 
 

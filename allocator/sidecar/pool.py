@@ -68,6 +68,6 @@ class SolverPool:
 
 def _kill(executor: ProcessPoolExecutor) -> None:
     processes = list((executor._processes or {}).values())
-    executor.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()
+    executor.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,6 @@
 """From a store and a GPU to a folder that `vllm serve` starts from: choose, solve, export, write the arguments."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from allocator.contract.documents import Digest, Strict, write_atomically
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.progress import Progress, silent
-from allocator.sidecar.choice import choose_budget, find_entry
+from allocator.sidecar.choice import choose, find_entry
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
@@ -40,7 +41,7 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     together), InfeasibleBudgetError (it does not fit; says what would).
     """
     entry = find_entry(store, settings.model)
-    choice = choose_budget(settings, entry, store, progress)
+    choice = choose(settings, entry, store, progress)
     checkpoint = out / "checkpoint"
     request = digest_json({
         "settings": settings.model_dump(mode="json"),
@@ -53,7 +54,8 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
         return present
     out.mkdir(parents=True, exist_ok=True)
     (out / _RECORD).unlink(missing_ok=True)
-    store.add_manifest(choice.manifest)
+    with contextlib.suppress(OSError):  # the store may be mounted read-only; the manifest lies in `out` too
+        store.add_manifest(choice.manifest)
     materialise(choice.manifest, entry, store, checkpoint, progress)
     arguments = {
         "model": str(checkpoint),

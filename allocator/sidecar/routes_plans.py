@@ -1,7 +1,49 @@
 """/v1/gpus, /v1/plans."""
 
-from fastapi import APIRouter
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+
+from allocator.fitting import Gpu, load_catalogue
+from allocator.sidecar.errors import responses
+from allocator.sidecar.routes_solving import service_of
+from allocator.sidecar.schemas import GpuInfo, GpuList, PlanRequestBody
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["plans"])
+
+
+@router.get("/gpus", responses=responses(401), summary="The GPUs that plans know")
+async def list_gpus() -> GpuList:
+    return GpuList(data=[_gpu(gpu) for gpu in load_catalogue() if gpu.why_not is None])
+
+
+@router.post(
+    "/plans",
+    response_model=dict[str, Any],
+    responses=responses(401, 404, 408, 409, 413, 422),
+    summary="What fits: memory by line, what is left for weights, and what would make it fit",
+)
+async def plan(
+    request: Request,
+    body: Annotated[
+        PlanRequestBody,
+        Body(
+            openapi_examples={
+                "by name": {"value": {"model": "Qwen3-32B", "gpu": "rtx-4090", "max_model_len": 8192}},
+                "by memory": {"value": {"model": "Qwen3-32B", "gpu_memory": "24GiB", "kv_cache_dtype": "fp8"}},
+            }
+        ),
+    ],
+) -> dict[str, Any]:
+    service = service_of(request)
+    return await service.allocations.plan(body, await service.catalogue.find(body.model))
+
+
+def _gpu(gpu: Gpu) -> GpuInfo:
+    return GpuInfo(
+        name=gpu.name, id=(gpu.aliases or [gpu.name])[0], memory_bytes=gpu.memory_bytes,
+        compute_capability=gpu.compute_capability, segment=gpu.segment, product_label=gpu.product_label,
+        mig=[part.profile for part in gpu.mig],
+    )  # fmt: skip

@@ -105,7 +105,7 @@ class Allocation(Answer):
     predicted_loss: float
     unit: str
     proof: Proof | None = None
-    plan: dict[str, Any] | None = Field(default=None, description="the plan that the budget is from")
+    weight_budget_bytes: int | None = Field(default=None, description="of a plan: bytes a rank may hold of weights")
 
 
 class SweepRequest(Body):

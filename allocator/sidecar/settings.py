@@ -10,7 +10,7 @@ from pydantic import Field
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 
-__all__ = ["PrepareSettings", "ServiceSettings"]
+__all__ = ["PrepareSettings", "ServiceSettings", "is_loopback"]
 
 
 class PrepareSettings(Strict):
@@ -55,11 +55,6 @@ class ServiceSettings:
     allowed_hosts: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "::1"))
 
     def __post_init__(self) -> None:
-        if not self.token_files and not is_loopback(self.host):
-            raise InputError(
-                f"--host {self.host} is reachable from other machines: give --token-file FILE "
-                "(lines `read TOKEN` or `write TOKEN`), or --host 127.0.0.1"
-            )
         if not 0 <= self.port < 65536:
             raise InputError(f"--port {self.port}: allowed are 0 to 65535")
         for name in ("solvers", "solver_queue", "job_queue", "body_bytes", "solver_seconds", "body_seconds"):
@@ -72,6 +67,8 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

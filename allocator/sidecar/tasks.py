@@ -14,13 +14,17 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
+from allocator.fitting import Plan, PlanRequest
 from allocator.reporting.differences import compare, comparison_document
 from allocator.sidecar.dispatch import Solved
-from allocator.sidecar.schemas import Allocation, AllocationRequest, SweepPoint, SweepRequest, SweepResult
+from allocator.sidecar.entry import Entry
+from allocator.sidecar.planning import device_of, plan_entry
+from allocator.sidecar.resident import solve_for_plan
+from allocator.sidecar.schemas import Allocation, AllocationRequest, PlanHardware, SweepPoint, SweepRequest, SweepResult
 from allocator.sidecar.store import Store, document_text
 from allocator.solving import SolveSettings, parse_budget, solve, solve_scores
 
-__all__ = ["allocate", "begin", "diff", "sweep", "warm"]
+__all__ = ["allocate", "begin", "diff", "plan", "sweep", "warm"]
 
 _KEPT_SCORES = 4
 _scores: OrderedDict[str, Scores] = OrderedDict()
@@ -42,10 +46,21 @@ def warm() -> int:
     return os.getpid()
 
 
-def allocate(identity: str, request_json: str, scores_digest: str, name: str, persist: bool, seconds: float) -> Solved:
-    """Solve one request and, with `persist`, store it. If another process stored it meanwhile, its answer counts."""
+def allocate(
+    identity: str,
+    request_json: str,
+    entry_json: str,
+    plan_payload: dict[str, Any] | None,
+    persist: bool,
+    seconds: float,
+) -> Solved:
+    """Solve one request and, with `persist`, store it. If another process stored it meanwhile, its answer counts.
+
+    `plan_payload` is the plan of a request with hardware: it gives the budget.
+    """
     request = AllocationRequest.model_validate_json(request_json)
-    scores = _scores_of(scores_digest)
+    entry = Entry.model_validate_json(entry_json)
+    scores = _scores_of(entry.scores_digest)
     settings = SolveSettings(
         budget=request.budget,
         average_bits=request.average_bits,
@@ -56,9 +71,14 @@ def allocate(identity: str, request_json: str, scores_digest: str, name: str, pe
         solver=request.solver,
     )
     started = time.perf_counter()
-    manifest = solve_scores(scores, settings, seconds)
+    if plan_payload is None:
+        made, manifest = None, solve_scores(scores, settings, seconds)
+    else:
+        made = Plan.parse(plan_payload, "plan")
+        manifest = solve_for_plan(scores, settings, made, entry.config, seconds)
     taken = time.perf_counter() - started
-    content = _allocation(identity, request, name, scores, manifest).model_dump_json(exclude_none=True).encode()
+    allocation = _allocation(identity, request, entry.name, scores, manifest, made)
+    content = allocation.model_dump_json(exclude_none=True).encode()
     text = document_text(manifest).encode()
     if persist:
         backend = _opened().backend
@@ -71,6 +91,16 @@ def allocate(identity: str, request_json: str, scores_digest: str, name: str, pe
     proof = manifest.proof
     gap = 0.0 if proof is None or not proof.gap else proof.gap / max(abs(proof.objective), 1e-300)
     return Solved(content, text, taken, gap)
+
+
+def plan(entry_json: str, hardware_json: str) -> dict[str, Any]:
+    """The plan of a model on some hardware, as its file."""
+    entry = Entry.model_validate_json(entry_json)
+    hardware = PlanHardware.model_validate_json(hardware_json)
+    memory = None if hardware.gpu_memory is None else parse_budget(hardware.gpu_memory)
+    request = PlanRequest(**hardware.model_dump(exclude={"gpu", "gpu_memory"}))
+    made = plan_entry(entry, device_of(hardware.gpu, memory), request)
+    return made.payload() | {"digest": made.digest}
 
 
 def sweep(identity: str, request_json: str, scores_digest: str, name: str, seconds: float) -> bytes:
@@ -106,7 +136,9 @@ def diff(before: str | dict[str, Any], after: str | dict[str, Any]) -> dict[str,
         raise InputError(str(error)) from None
 
 
-def _allocation(identity: str, request: AllocationRequest, name: str, scores: Scores, manifest: Manifest) -> Allocation:
+def _allocation(
+    identity: str, request: AllocationRequest, name: str, scores: Scores, manifest: Manifest, plan: Plan | None
+) -> Allocation:
     assert manifest.proof is not None
     return Allocation(
         id=identity,
@@ -123,6 +155,7 @@ def _allocation(identity: str, request: AllocationRequest, name: str, scores: Sc
         predicted_loss=manifest.proof.objective,
         unit=scores.unit,
         proof=manifest.proof,
+        weight_budget_bytes=None if plan is None else plan.weight_budget_bytes,
     )
 
 

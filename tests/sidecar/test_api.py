@@ -9,8 +9,10 @@ import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
+from allocator.fitting import PlanRequest, find_gpu, make_plan
+from allocator.inventory.shape import read_shape
 
-from .conftest import gamma
+from .conftest import QWEN3_CONFIG, gamma
 from .serving import Running
 
 
@@ -121,6 +123,32 @@ def test_a_checkpoint_is_made_and_is_the_one_of_the_command_line(
     assert again["state"] == "succeeded"
 
 
+def test_a_plan_says_what_is_left_and_an_allocation_for_it_fits(sidecar: Running) -> None:
+    hardware = {"gpu": "rtx-4090", "max_model_len": 8192}
+    plan = sidecar.post("/v1/plans", {"model": "Qwen3-32B"} | hardware)
+    assert plan["verdict"]["fits"]
+    assert plan["device"]["name"] == "NVIDIA GeForce RTX 4090"
+    allocation = sidecar.post("/v1/allocations", {"model": "Qwen3-32B", "plan": hardware})
+    assert allocation["weight_budget_bytes"] == plan["weight_budget_bytes"]
+    manifest = Manifest.parse(sidecar.get(f"/v1/allocations/{allocation['id']}/manifest"), "answer")
+    device, request = find_gpu("rtx-4090"), PlanRequest(max_model_len=8192)
+    filled = make_plan(read_shape(QWEN3_CONFIG), device, request, formats=manifest.modules)
+    assert filled.verdict.fits
+    assert filled.planned is not None
+    assert filled.planned.weight_bytes <= plan["weight_budget_bytes"] * 1.0
+    assert filled.planned.weight_bytes > plan["weight_budget_bytes"] * 0.998
+    unfit = sidecar.post("/v1/plans", {"model": "Qwen3-32B", "gpu_memory": "12GiB"})
+    assert not unfit["verdict"]["fits"]
+    error = sidecar.post("/v1/allocations", {"model": "Qwen3-32B", "plan": {"gpu_memory": "12GiB"}}, 422)["error"]
+    assert error["type"] == "infeasible_budget"
+
+
+def test_gpus_are_listed(sidecar: Running) -> None:
+    gpus = {gpu["id"]: gpu for gpu in sidecar.get("/v1/gpus")["data"]}
+    assert gpus["l4"]["memory_bytes"] > 20 << 30
+    assert any("1g.10gb" in gpu["mig"] for gpu in gpus.values())
+
+
 @pytest.mark.parametrize(
     ("path", "body", "code", "kind", "param"),
     [
@@ -140,6 +168,15 @@ def test_a_checkpoint_is_made_and_is_the_one_of_the_command_line(
         ("/v1/allocations", {"model": "../../etc", "budget": "1MB"}, 422, "invalid_schema", "model"),
         ("/v1/allocations", {"model": "http://x/y", "budget": "1MB"}, 422, "invalid_schema", "model"),
         ("/v1/allocations", [], 422, "invalid_schema", None),
+        ("/v1/plans", {"model": "tiny", "gpu": "riva tnt"}, 400, "invalid_request", "gpu"),
+        ("/v1/plans", {"model": "tiny"}, 422, "invalid_schema", None),
+        (
+            "/v1/plans",
+            {"model": "tiny", "gpu": "l4", "max_model_len": 1 << 20},
+            400,
+            "invalid_request",
+            "max_model_len",
+        ),
         ("/v1/sweeps", {"model": "tiny", "points": 1000}, 422, "invalid_schema", "points"),
         ("/v1/sweeps", {"model": "tiny", "smallest": "1GiB", "largest": "1kB"}, 400, "invalid_request", "smallest"),
         ("/v1/diff", {"before": {}, "after": {}}, 400, "invalid_request", None),

@@ -72,3 +72,22 @@ def test_a_damaged_bank_leaves_no_checkpoint(tiny_store: Path, tmp_path: Path) -
     refused = gamma("prepare", "tiny", "--store", store, "--out", tmp_path / "out", "--budget", "3bits", code=3)
     assert "sha256" in refused.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_gpu_by_name_or_memory_is_planned_for(tiny_store: Path, tmp_path: Path) -> None:
+    base = ["tiny", "--store", tiny_store, "--out", tmp_path, "--max-model-len", 128, "--json"]
+    prepared = json.loads(gamma("prepare", *base, "--gpu", "l4").stdout)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["verdict"]["fits"]
+    assert prepared["vllm_arguments"]["max-model-len"] == 128
+    assert prepared["vllm_arguments"]["gpu-memory-utilization"] == plan["request"]["gpu_memory_utilization"]
+    assert "NVIDIA L4 has" in prepared["reason"]
+    assert "does not fit" in gamma("prepare", *base, "--gpu-memory", "300MiB", code=4).stderr
+    assert "not known" in gamma("prepare", *base, "--gpu", "riva tnt", code=2).stderr
+
+
+def test_without_a_gpu_the_automatic_choice_says_what_to_give(tiny_store: Path, tmp_path: Path) -> None:
+    if shutil.which("nvidia-smi"):
+        return
+    refused = gamma("prepare", "tiny", "--store", tiny_store, "--out", tmp_path / "out", code=2)
+    assert "no GPU is visible" in refused.stderr
