@@ -96,7 +96,7 @@ def learn(
 
     from allocator.blocks import BlockStream
     from allocator.blocks.hidden import HiddenStates
-    from allocator.candidates import BankReader, build_bank
+    from allocator.candidates import BankReader, build_bank, make_servable
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
     from allocator.inventory import read_inventory
     from allocator.learning import learn_scores
@@ -143,6 +143,8 @@ def learn(
         environment=versions() | {"device": device, "threads": torch.get_num_threads()},
     )
     folder.begin(fingerprint, resume)
+    if team.leads:
+        make_servable(inventory, folder.bank)
 
     wanted = {
         "model": reference,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -17,8 +17,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.served_bank import ServedBank
+from gamma_vllm.announce import announce
+from gamma_vllm.bank import BankMapper, find_served_bank
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
 from gamma_vllm.linear import GammaLinearMethod
+from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.shards import Module
 
 if TYPE_CHECKING:
@@ -42,14 +46,17 @@ class GammaConfig(QuantizationConfig):
 
     def __init__(self, checkpoint: CheckpointConfig | None = None):
         super().__init__()
-        if checkpoint is None:
-            raise ContractError(
-                "the model's config.json has no quantization_config; --quantization gamma serves checkpoints "
-                "that `gamma export` wrote, and these need no flag"
-            )
+        self.checkpoint: CheckpointConfig
+        self.manifest: Manifest | None = None
+        self.modules: dict[str, Module] = {}
+        self.served: ServedBank | None = None
+        self.ties_embeddings = False
+        if checkpoint is not None:
+            self._set(checkpoint)
+
+    def _set(self, checkpoint: CheckpointConfig) -> None:
         self.checkpoint = checkpoint
         self.modules = {name: Module(name, module) for name, module in checkpoint.modules.items()}
-        self.ties_embeddings = False
 
     def __repr__(self) -> str:
         return f"GammaConfig({len(self.modules)} modules, manifest {self.checkpoint.manifest_digest})"
@@ -76,12 +83,26 @@ class GammaConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
     ) -> None:
-        """Refuse a checkpoint that contradicts itself. vLLM calls this before it makes the model."""
+        """Refuse a checkpoint that contradicts itself. vLLM calls this before it makes the model.
+
+        A model folder without quantization_config must be a bank: then a manifest is asked for.
+        """
         if hf_config is not None:
             self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
         folder = Path(model_name)
-        if folder.is_dir():
-            _check_folder(folder, self.checkpoint)
+        if not self.modules:
+            self.served = find_served_bank(folder, hf_config)
+            self.manifest = self.served.manifest
+            self._set(CheckpointConfig.of_manifest(self.manifest))
+        elif folder.is_dir():
+            self.manifest = _check_folder(folder, self.checkpoint)
+        if self.manifest is not None:
+            announce(self.manifest, model_name)
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights."""
+        mapper = QuantizationConfig.get_checkpoint_weight_mapper()
+        return mapper if self.served is None else BankMapper(self.served) | mapper
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename modules as the model class renames weights."""
@@ -100,9 +121,11 @@ class GammaConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding(prefix)
         if isinstance(layer, RoutedExperts):
-            raise ContractError(f"layer {prefix}: experts are not supported by this release of gamma")
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
+        if isinstance(layer, GateLinear) and prefix not in self.modules:
+            return UnquantizedLinearMethod()  # routers are copied, they are no modules of the program
         modules = self._modules_of(prefix)
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
@@ -122,6 +145,19 @@ class GammaConfig(QuantizationConfig):
                 "module needs one, also at 16 bits; export the checkpoint again"
             )
         return [self.modules[name] for name in names]
+
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        leaves = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name]
+        experts = [
+            ExpertModules(
+                tuple(self._modules_of(f"{prefix}.{i}.{leaf}")[0] for leaf in leaves),
+                self._modules_of(f"{prefix}.{i}.{layer.ckpt_down_proj_name}")[0],
+            )
+            for i in range(layer.moe_config.num_logical_experts)
+        ]
+        if any(module.format.quantized for expert in experts for module in (*expert.w13, expert.w2)):
+            return GammaMoEMethod(layer, experts, self.checkpoint.dtype)
+        return UnquantizedFusedMoEMethod(layer.moe_config)
 
     def _lm_head(self, prefix: str) -> QuantizeMethodBase:
         if prefix not in self.modules and self.ties_embeddings:
@@ -153,15 +189,17 @@ class GammaConfig(QuantizationConfig):
         return GammaVocabularyMethod(module, self.checkpoint.dtype, gathers=gathers, multiplies=multiplies)
 
 
-def _check_folder(folder: Path, declared: CheckpointConfig) -> None:
+def _check_folder(folder: Path, declared: CheckpointConfig) -> Manifest:
     """Refuse a folder whose config, manifest and weights (none are needed for a dummy load) disagree."""
     if any(folder.glob("*.safetensors")):
-        config, _ = check_checkpoint(folder)
+        config, manifest = check_checkpoint(folder)
     else:
-        config = CheckpointConfig.of_manifest(Manifest.read(folder / MANIFEST_NAME))
+        manifest = Manifest.read(folder / MANIFEST_NAME)
+        config = CheckpointConfig.of_manifest(manifest)
     for name in sorted(config.modules.keys() | declared.modules.keys()):
         ours, theirs = declared.modules.get(name), config.modules.get(name)
         if ours != theirs:
             raise ContractError(f"{name}: vLLM was given {ours}, {folder} says {theirs}")
     if config != declared:
         raise ContractError(f"{folder}: its manifest is not the one that its config.json was written for")
+    return manifest

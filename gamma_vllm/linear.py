@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -14,7 +13,17 @@ from gamma_vllm.kernels.choose import Kernel, choose_kernel
 from gamma_vllm.parameters import FlatParameter, join_zero_points
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
-__all__ = ["GammaLinearMethod", "layer_geometry", "parameter_name"]
+__all__ = [
+    "GammaLinearMethod",
+    "check_loaded",
+    "expects_load",
+    "held_tensors",
+    "key_compile_cache",
+    "layer_geometry",
+    "parameter_name",
+    "part_dtypes",
+    "segment_tensors",
+]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -34,7 +43,7 @@ class GammaLinearMethod(LinearMethodBase):
 
     def __init__(self, modules: list[Module], checkpoint_dtype: Dtype16):
         self.modules = modules
-        self.checkpoint_dtype = _TORCH_DTYPES[checkpoint_dtype]
+        self.checkpoint_dtype = checkpoint_dtype
         self.kernel: Kernel
         self.segments: list[Segment] = []
         self.expects_load = True
@@ -56,17 +65,15 @@ class GammaLinearMethod(LinearMethodBase):
     def _register(self, layer: nn.Module, shards: list[Shard], prefix: str, params_dtype: torch.dtype) -> None:
         self.kernel = choose_kernel(torch.get_default_device())
         self.segments = merge(shards)
+        self.expects_load = expects_load()
         config = get_current_vllm_config_or_none()
         if config is not None:
-            self.expects_load = config.load_config.load_format not in _WITHOUT_CHECKPOINT
-            _key_compile_cache(config, self.kernel)
-        # Scales keep the checkpoint's dtype: float16 would lose what bfloat16 can hold.
-        dtypes = {"weight_scale": self.checkpoint_dtype, "weight_shape": torch.int64, "weight": params_dtype}
+            key_compile_cache(config, self.kernel)
+        dtypes = part_dtypes(self.checkpoint_dtype, params_dtype)
         for part in PARTS:
             table = windows(shards, part)
             if table:
-                dtype = dtypes.get(part, torch.int32)
-                layer.register_parameter(part, FlatParameter.empty(part, table, dtype, prefix))
+                layer.register_parameter(part, FlatParameter.empty(part, table, dtypes[part], prefix))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Cut the flat parameters into segments and let the kernel pack them.
@@ -77,12 +84,12 @@ class GammaLinearMethod(LinearMethodBase):
         flat = {part: value for part, value in found.items() if isinstance(value, FlatParameter)}
         if "weight_packed" not in flat:
             return  # already in the kernel's form
-        self._check_loaded(list(flat.values()))
+        check_loaded(list(flat.values()), self.expects_load)
         packed = flat["weight_packed"]
         for part in flat:
             delattr(layer, part)
         for number, segment in enumerate(self.segments):
-            self._keep(layer, number, segment, _segment_tensors(segment, flat))
+            self._keep(layer, number, segment, segment_tensors(segment, flat))
         empty = torch.empty(0, dtype=packed.dtype, device=packed.device)
         layer.register_parameter("weight_packed", nn.Parameter(empty, requires_grad=False))
 
@@ -93,32 +100,52 @@ class GammaLinearMethod(LinearMethodBase):
         for name, tensor in tensors.items():
             layer.register_parameter(parameter_name(number, name), nn.Parameter(tensor, requires_grad=False))
 
-    def _check_loaded(self, parameters: list[FlatParameter]) -> None:
-        if not self.expects_load and not any(p.loaded for p in parameters):
-            return
-        missing = [name for p in parameters for name in p.missing()]
-        if missing:
-            raise ContractError(
-                f"layer {parameters[0].prefix}: the checkpoint has no {', '.join(missing)}; "
-                "the file is incomplete or was exported for another architecture"
-            )
-
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]` of this rank, in the dtype of `x`."""
-        outputs = []
-        for number, segment in enumerate(self.segments):
-            if segment.quantized:
-                tensors = {
-                    name: getattr(layer, parameter_name(number, name)) for name in self.kernel.tensor_names(segment)
-                }
-                outputs.append(self.kernel.linear(segment, tensors, x))
-            else:
-                outputs.append(F.linear(x, getattr(layer, parameter_name(number, "weight"))))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return output if bias is None else output + bias
+        tensors = [
+            {name: getattr(layer, parameter_name(i, name)) for name in held_tensors(self.kernel, segment)}
+            for i, segment in enumerate(self.segments)
+        ]
+        output = self.kernel.layer(self.segments, tensors, x)
+        return output if bias is None else output.add_(bias)
 
 
-def _key_compile_cache(config: VllmConfig, kernel: Kernel) -> None:
+def held_tensors(kernel: Kernel, segment: Segment) -> tuple[str, ...]:
+    """The names of the tensors that multiplying with a segment takes."""
+    return kernel.tensor_names(segment) if segment.quantized else ("weight",)
+
+
+def expects_load() -> bool:
+    """Whether the engine that is being made hands checkpoint tensors to the weight loaders."""
+    config = get_current_vllm_config_or_none()
+    return config is None or config.load_config.load_format not in _WITHOUT_CHECKPOINT
+
+
+def check_loaded(parameters: list[FlatParameter], expected: bool) -> None:
+    """Raises ContractError naming every checkpoint tensor that a layer did not get.
+
+    Without a load that was `expected`, all may be missing, but not a part of them.
+    """
+    if not expected and not any(p.loaded for p in parameters):
+        return
+    missing = [name for p in parameters for name in p.missing()]
+    if missing:
+        raise ContractError(
+            f"layer {parameters[0].prefix}: the checkpoint has no {', '.join(missing)}; "
+            "the file is incomplete or was exported for another architecture"
+        )
+
+
+def part_dtypes(checkpoint_dtype: Dtype16, params_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor of a module is loaded.
+
+    Scales keep the checkpoint's: float16 would lose what bfloat16 can hold.
+    """
+    dtypes = {"weight_scale": _TORCH_DTYPES[checkpoint_dtype], "weight_shape": torch.int64, "weight": params_dtype}
+    return dict.fromkeys(PARTS, torch.int32) | dtypes
+
+
+def key_compile_cache(config: VllmConfig, kernel: Kernel) -> None:
     """Make vLLM's cache of compiled graphs depend on the kernels, which it cannot see (widths are in its key).
 
     Otherwise an engine with other kernels would find the graph of the former.
@@ -161,8 +188,8 @@ def parameter_name(number: int, name: str) -> str:
     return f"gamma_{number}_{name}"
 
 
-def _segment_tensors(segment: Segment, flat: dict[str, FlatParameter]) -> dict[str, Tensor]:
-    """The checkpoint tensors of one segment, shards joined along the rows."""
+def segment_tensors(segment: Segment, flat: dict[str, FlatParameter]) -> dict[str, Tensor]:
+    """The checkpoint tensors of one segment, shards joined along the rows: `weight`, or what a kernel packs."""
     if not segment.quantized:
         return {"weight": _rows(flat["weight"], segment)}
     tensors = {"packed": _rows(flat["weight_packed"], segment), "scale": _rows(flat["weight_scale"], segment)}

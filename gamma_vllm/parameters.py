@@ -5,7 +5,7 @@ shard table has its final size from the start: vLLM's dummy load, layerwise relo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -28,8 +28,16 @@ class FlatParameter(BasevLLMParameter):
     copies the attributes of a parameter shallowly and restores them before a reload.
     """
 
-    def __init__(self, data: Tensor, *, part: str, table: Mapping[int, Window], prefix: str):
-        super().__init__(data=data, weight_loader=load_flat)
+    def __init__(
+        self,
+        data: Tensor,
+        *,
+        part: str,
+        table: Mapping[int, Window],
+        prefix: str,
+        loader: Callable[..., Any] | None = None,
+    ):
+        super().__init__(data=data, weight_loader=loader or load_flat)
         self.part = part
         self.table = dict(table)
         self.prefix = prefix

@@ -3,5 +3,6 @@
 from allocator.candidates.block import BlockCandidates
 from allocator.candidates.build import build_bank
 from allocator.candidates.reader import BankReader
+from allocator.candidates.servable import make_servable
 
-__all__ = ["BankReader", "BlockCandidates", "build_bank"]
+__all__ = ["BankReader", "BlockCandidates", "build_bank", "make_servable"]

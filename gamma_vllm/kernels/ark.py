@@ -8,9 +8,11 @@ A blob holds codes, float32 scales and, if asymmetric, one byte a zero point; se
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import unpack_codes, unpack_zero_points
@@ -94,14 +96,18 @@ class ArkKernel:
         return {"blob": blob}
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.ops.gamma.ark_linear(
+        return self.layer([segment], [tensors], x)
+
+    def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
+        """One operator a layer: the activations become float32 once, products go straight to their place."""
+        return torch.ops.gamma.ark_layer(
             x,
-            tensors["blob"],
-            segment.rows,
-            segment.columns,
-            segment.group_size,
-            segment.num_bits,
-            not segment.symmetric,
+            [held["blob" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)],
+            segments[0].columns,
+            [s.rows for s in segments],
+            [s.group_size or 0 for s in segments],
+            [s.num_bits for s in segments],
+            [not s.symmetric for s in segments],
             self.compute,
         )
 
@@ -144,47 +150,63 @@ def _self_test() -> float:
     return float((given - expected).norm() / expected.norm())
 
 
-def _linear(
+def _layer(
     x: Tensor,
-    blob: Tensor,
-    rows: int,
+    weights: list[Tensor],
     columns: int,
-    group_size: int,
-    num_bits: int,
-    asymmetric: bool,
+    rows: list[int],
+    group_sizes: list[int],
+    num_bits: list[int],
+    asymmetric: list[bool],
     compute: str,
 ) -> Tensor:
+    """`x` `[..., columns]` times each weight (a blob, or `[rows, columns]` at 16 bits), joined along the rows."""
     import auto_round_kernel
 
+    total = sum(rows)
     if x.shape[-1] != columns:
         raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
-    flat = x.reshape(-1, columns).to(torch.float32).contiguous()
+    flat = x.reshape(-1, columns).contiguous()
     if not flat.shape[0]:
-        return x.new_empty((*x.shape[:-1], rows))
-    no_bias = flat.new_empty(0)
-    output = auto_round_kernel.woqgemm(
-        flat, blob, no_bias, rows, columns, group_size, compute, f"int{num_bits}", _SCALE_TYPE, asymmetric
-    )
-    return output.to(x.dtype).view(*x.shape[:-1], rows)
+        return x.new_empty((*x.shape[:-1], total))
+    activations, no_bias = flat.to(torch.float32), torch.empty(0)
+    output = activations.new_empty(flat.shape[0], total)
+    start = 0
+    for weight, count, group_size, bits, with_zeros in zip(
+        weights, rows, group_sizes, num_bits, asymmetric, strict=True
+    ):
+        place = output.narrow(1, start, count)  # contiguous for one token, or one segment
+        start += count
+        if bits == 16:
+            place.copy_(F.linear(flat, weight))
+            continue
+        product = place if place.is_contiguous() else activations.new_empty(flat.shape[0], count)
+        auto_round_kernel.woqgemm(
+            activations, weight, no_bias, count, columns, group_size, compute, f"int{bits}", _SCALE_TYPE, with_zeros,
+            product,
+        )  # fmt: skip
+        if product is not place:
+            place.copy_(product)
+    return output.to(x.dtype).view(*x.shape[:-1], total)
 
 
 def _fake(
     x: Tensor,
-    blob: Tensor,
-    rows: int,
+    weights: list[Tensor],
     columns: int,
-    group_size: int,
-    num_bits: int,
-    asymmetric: bool,
+    rows: list[int],
+    group_sizes: list[int],
+    num_bits: list[int],
+    asymmetric: list[bool],
     compute: str,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
+    return x.new_empty((*x.shape[:-1], sum(rows)))
 
 
 define(
-    "ark_linear",
-    "(Tensor x, Tensor blob, int rows, int columns, int group_size, int num_bits, bool asymmetric, "
+    "ark_layer",
+    "(Tensor x, Tensor[] weights, int columns, int[] rows, int[] group_sizes, int[] num_bits, bool[] asymmetric, "
     "str compute) -> Tensor",
-    _linear,
+    _layer,
     _fake,
 )

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +38,12 @@ class Kernel(Protocol):
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """`x` `[..., columns]` times the segment: `[..., rows]`, in the dtype of `x`."""
+
+    def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
+        """`x` times all segments of a layer, joined: a new tensor `[..., sum of rows]`, in the dtype of `x`.
+
+        A segment of 16 bits has one tensor, `weight`.
+        """
 
 
 _KERNELS: dict[str, type[Kernel]] = {"ark": ArkKernel, "torch": TorchKernel}

@@ -1,5 +1,6 @@
 """The judge: unpack, dequantize in float32, multiply. Correct on every device, for every width; not fast."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import dequantize
+from gamma_vllm.kernels.in_turn import multiply_in_turn
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
@@ -37,6 +39,9 @@ class TorchKernel:
         return torch.ops.gamma.torch_linear(
             x, tensors["packed"], tensors["scale"], tensors.get("zero_point"), segment.num_bits
         )
+
+    def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
+        return multiply_in_turn(self, segments, tensors, x)
 
 
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:

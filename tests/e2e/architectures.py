@@ -9,7 +9,7 @@ __all__ = ["KINDS", "make_model"]
 _SIZES = {
     "vocab_size": 200,  # vLLM pads it to 256
     "hidden_size": 128,
-    "intermediate_size": 192,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -22,6 +22,7 @@ _CYCLE = [
     # No width below 16 in qkv.
     {"q": (16, 0, True), "k": (16, 0, True), "v": (16, 0, True), "gate": (2, 32, False), "up": (5, 128, True)},
 ]
+_EXPERT_PARTS = ["gate", "up", "down", "w1", "w3", "w2"]
 _OTHERS = [(8, 128, False), (16, 0, True), (3, 64, True), (6, 32, False), (4, 128, True)]
 
 
@@ -30,6 +31,8 @@ def mixed(module: str) -> tuple[int, int, bool]:
     if "layers." not in module:
         return 16, 0, True
     layer, leaf = int(module.split(".")[2]), module.rpartition(".")[2].removesuffix("_proj")
+    if ".experts." in module:  # gate and up of every expert differ, in other ways for each
+        return _OTHERS[(layer + int(module.split(".")[-2]) * 3 + _EXPERT_PARTS.index(leaf) % 3) % len(_OTHERS)]
     choice = _CYCLE[layer % len(_CYCLE)].get(leaf)
     return choice or _OTHERS[(layer + (leaf == "down") * 2) % len(_OTHERS)]
 
@@ -48,7 +51,7 @@ def serving():
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory, trained_model, serving):
+def checkpoints(tmp_path_factory, trained_model, exported, serving):
     """Model name -> (gamma checkpoint, the same model as float32 weights for transformers).
 
     "exported" is the demo model through `learn`, `solve` and `export`; the others are written by the tests, with
@@ -62,7 +65,8 @@ def checkpoints(tmp_path_factory, trained_model, serving):
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
             if name == "exported":
-                made[name] = _exported(tmp_path_factory.mktemp(name))
+                gamma = exported(3.5)[1]
+                made[name] = gamma, _dequantized(gamma, tmp_path_factory.mktemp(name))
                 return made[name]
             model = DEMO if name == "demo" else trained_model(name)
             folder = tmp_path_factory.mktemp(name)
@@ -77,19 +81,45 @@ def checkpoints(tmp_path_factory, trained_model, serving):
     return get
 
 
-def _exported(folder: Path) -> tuple[Path, Path]:
-    """A checkpoint of the real pipeline, learned in seconds."""
-    from allocator.evaluation import load_dequantized
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """The folder in which `learn` worked on the demo model, for seconds."""
     from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, SolveSettings, fit
+    from allocator.pipeline import CandidateSettings, learn
 
+    work = tmp_path_factory.mktemp("learned")
     candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
-    learning = LearningSettings(passes=1, steps=2, batch_tokens=256)
-    fit(DEMO, folder / "work", folder / "gamma", SolveSettings(average_bits=3.5), candidates, learning)
-    load_dequantized(folder / "gamma").save_pretrained(folder / "dequantized")
+    learn(DEMO, work, candidates, LearningSettings(passes=1, steps=2, batch_tokens=256))
+    return work
+
+
+@pytest.fixture(scope="session")
+def exported(learned, tmp_path_factory):
+    """Average bits -> (manifest file, checkpoint of the real pipeline)."""
+    from allocator.contract.scores import Scores
+    from allocator.pipeline import SolveSettings, export, solve_scores
+
+    made: dict[float, tuple[Path, Path]] = {}
+
+    def get(average_bits: float) -> tuple[Path, Path]:
+        if average_bits not in made:
+            folder = tmp_path_factory.mktemp("exported")
+            manifest = solve_scores(Scores.read(learned / "scores.json"), SolveSettings(average_bits=average_bits))
+            manifest.write(folder / "manifest.json")
+            export(manifest, DEMO, learned / "bank", folder / "gamma")
+            made[average_bits] = folder / "manifest.json", folder / "gamma"
+        return made[average_bits]
+
+    return get
+
+
+def _dequantized(checkpoint: Path, target: Path) -> Path:
+    from allocator.evaluation import load_dequantized
+
+    load_dequantized(checkpoint).save_pretrained(target)
     for path in DEMO.glob("tokenizer*"):
-        shutil.copy(path, folder / "dequantized")
-    return folder / "gamma", folder / "dequantized"
+        shutil.copy(path, target)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,9 @@ class Vllm:
         outputs = self.engine.generate(inputs, sampling, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def singly(self, prompts, tokens):
+        return [self.generate([prompt], tokens)[0] for prompt in prompts]
+
     def score(self, prompt, save):
         sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
         output = self.engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]

@@ -55,7 +55,7 @@ def adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, checkpoints, prompts, adapter, run_engines):
+def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, run_engines):
     """All engines of this file, one after the other in one process."""
     folder = tmp_path_factory.mktemp("answers")
     jobs = []
@@ -99,6 +99,19 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, run_engines):
             changed = ["generate", {"prompts": beginnings, "tokens": TOKENS, "lora": str(adapter)}]
             options = {"enable_lora": True, "max_lora_rank": 8}
             add(f"{model} lora", gamma, [generate, changed], kernel="ark", options=options)
+        if model == "exported":
+            second, checkpoint = exported(2.7)
+            generate = ["generate", {"prompts": beginnings, "tokens": TOKENS}]
+            quantization = {"quantization": "gamma"}
+            add("second torch", checkpoint, [generate], kernel="torch")
+            environment = {"GAMMA_MANIFEST": str(exported(3.5)[0]), "GAMMA_VERIFY": "1"}
+            bank = {"kernel": "torch", "options": quantization}
+            steps = [generate, ["zero", {}], ["reload", {}], generate]
+            add("bank by variable", learned / "bank", steps, environment=environment, **bank)
+            overrides = {"options": quantization | {"hf_overrides": {"gamma_manifest": str(second)}}}
+            environment = {"GAMMA_MANIFEST": ""}
+            add("bank by override", learned / "bank", [generate], environment=environment, **(bank | overrides))
+            add("bank without manifest", learned / "bank", [generate], environment=environment, **bank)
     results = run_engines(jobs, folder)
 
     def get(name):
@@ -106,6 +119,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, run_engines):
             pytest.skip(f"the trained model {name.split()[0]} is not at hand")
         return succeeded(results[name])
 
+    get.error = lambda name: results[name]["error"]
     get.logprobs = lambda name: torch.load(folder / f"{name}.pt")
     return get
 
@@ -162,6 +176,15 @@ def test_an_engine_started_without_weights_runs_and_can_load_them(answers, kerne
     tokens, _, parameters = answers(f"demo {kernel} dummy")
     assert [len(t) for t in tokens] == [TOKENS, TOKENS]
     assert parameters == answers(f"demo {kernel} reload")[1]
+
+
+def test_the_bank_serves_any_manifest(answers):
+    before, _, _, reloaded = answers("bank by variable")
+    assert before == answers("exported torch")[0]
+    assert reloaded == before
+    assert answers("bank by override") == answers("second torch")
+    assert answers("bank by override")[0] != before
+    assert "is a bank: say which manifest to serve, by GAMMA_MANIFEST=" in answers.error("bank without manifest")
 
 
 def test_lora_adapters_go_on_top(answers):

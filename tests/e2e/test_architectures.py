@@ -1,12 +1,13 @@
 """Every kind of layer, at mixed widths, against Hugging Face transformers with the dequantized weights."""
 
 import os
+import shutil
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
+from tests.e2e.conftest import mixed, mixed_with_vocabulary, succeeded  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -16,8 +17,22 @@ KINDS = {
     "qwen2": "biases",
     "phi3": "q/k/v and gate/up in one tensor on disk",
     "gemma3": "scaled embedding, one module for embedding and lm_head, norms of its own",
+    "qwen3_moe": "experts, each with widths of its own",
+    "mixtral": "experts under other names, an embedding that vLLM does not quantize",
 }
+ARK_KINDS = ("llama", "qwen3", "qwen3_moe")
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 PROMPTS = [[3, 9, 27, 81, 100, 7], [5, 6]]
+
+
+def _choice(kind):
+    """Groups of 32, so that two ranks can share every module."""
+
+    def choose(module):
+        num_bits, _, symmetric = (mixed if kind == "mixtral" else mixed_with_vocabulary)(module)
+        return num_bits, 32, symmetric
+
+    return choose
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +45,7 @@ def answers(tmp_path_factory, serving, run_engines):
     jobs = []
     for kind in KINDS:
         gamma, dequantized = folder / kind / "gamma", folder / kind / "dequantized"
-        make_checkpoint(make_model(kind, folder / kind / "plain"), gamma, mixed_with_vocabulary)
+        make_checkpoint(make_model(kind, folder / kind / "plain"), gamma, _choice(kind))
         write_dequantized(gamma, dequantized)
         steps = [["generate", {"prompts": PROMPTS, "tokens": 16}]]
         jobs.append({"name": f"{kind} transformers", "model": str(dequantized), "steps": steps})
@@ -41,21 +56,36 @@ def answers(tmp_path_factory, serving, run_engines):
             jobs.append({"name": f"{kind} {name}", "model": str(gamma), "steps": steps} | engine)
 
         add("torch")
-        add("ark")
-        if kind in ("llama", "qwen3") and (os.cpu_count() or 1) > 1:
-            two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-            add("ark two ranks", environment=two, tensor_parallel_size=2, distributed_executor_backend="mp")
+        if kind in ARK_KINDS:
+            add("ark")
+        if kind in ("llama", "qwen3_moe") and COMPILER:
+            add("ark compiled", enforce_eager=False)
+        if (os.cpu_count() or 1) < 2:
+            continue
+        two = {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, "distributed_executor_backend": "mp"}
+        if kind in ("llama", "qwen3_moe"):
+            add("ark two ranks", tensor_parallel_size=2, **two)
+        if kind == "qwen3_moe":
+            add("ark experts on two ranks", tensor_parallel_size=2, enable_expert_parallel=True, **two)
     results = run_engines(jobs, folder)
     return lambda name: succeeded(results[name])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["torch", "ark"])
+@pytest.mark.parametrize(("kind", "kernel"), [*((k, "torch") for k in KINDS), *((k, "ark") for k in ARK_KINDS)])
 def test_greedy_tokens_equal_those_of_transformers(answers, kind, kernel):
     assert answers(f"{kind} {kernel}") == answers(f"{kind} transformers")
 
 
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler (g++)")
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_compiled_engine_answers_alike(answers, kind):
+    assert answers(f"{kind} ark compiled") == answers(f"{kind} transformers")
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPU cores")
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_padded_vocabulary_is_cut_between_two_ranks(answers, kind):
-    assert answers(f"{kind} ark two ranks") == answers(f"{kind} transformers")
+@pytest.mark.parametrize(
+    "name", ["llama ark two ranks", "qwen3_moe ark two ranks", "qwen3_moe ark experts on two ranks"]
+)
+def test_two_ranks_answer_alike(answers, name):
+    # the vocabulary of 200 is padded to 256 and cut; experts are cut, or dealt out
+    assert answers(name) == answers(f"{name.split()[0]} transformers")

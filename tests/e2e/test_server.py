@@ -11,10 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
+from allocator.evaluation import load_dequantized  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,9 +26,14 @@ START_SECONDS = 240
 PROMPT = [1, 5, 9, 20, 33]
 
 
+class Server(NamedTuple):
+    process: subprocess.Popen
+    address: str
+
+
 @contextlib.contextmanager
 def serve(checkpoint, environment, log_path, *flags):
-    """A `vllm serve` process; gives the address of its API."""
+    """A `vllm serve` process and the address of its API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,7 +47,7 @@ def serve(checkpoint, environment, log_path, *flags):
         )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log_path)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield Server(process, f"http://127.0.0.1:{port}/v1")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -58,11 +67,11 @@ def _wait(process, address, log_path):
     pytest.fail(f"no answer within {START_SECONDS} s:\n{log_path.read_text()[-3000:]}")
 
 
-def complete(address):
-    body = {"model": "gamma", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+def complete(server, prompt=PROMPT):
+    body = {"model": "gamma", "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     body["return_token_ids"] = True
     request = urllib.request.Request(
-        f"{address}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{server.address}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request) as response:
         return json.load(response)["choices"][0]["token_ids"]
@@ -73,14 +82,65 @@ def expected(checkpoints):
     """The continuation that transformers gives."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoints("demo")[1], dtype=torch.float32)
+    return continuation(AutoModelForCausalLM.from_pretrained(checkpoints("demo")[1], dtype=torch.float32))
+
+
+def continuation(model):
     prompt = torch.tensor([PROMPT])
     with torch.inference_mode():
         output = model.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12, eos_token_id=None)
     return output[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize("flags", [(), ("--quantization", "gamma")], ids=["without flag", "with flag"])
-def test_the_openai_api_answers(expected, checkpoints, environment, tmp_path, flags):
-    with serve(checkpoints("demo")[0], environment, tmp_path / "serve.log", *flags) as address:
-        assert complete(address) == expected
+def read_metrics(server):
+    """Name -> [(labels, value)] of the gauges of the plugin."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(server.address.removesuffix("/v1") + "/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return {f.name: [(s.labels, s.value) for s in f.samples] for f in families if f.name.startswith("gamma")}
+
+
+def worker_of(process):
+    """The process that holds the model: the largest of the server's children."""
+    import psutil
+
+    return max(psutil.Process(process.pid).children(recursive=True), key=lambda child: child.memory_info().rss)
+
+
+def test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed(
+    expected, checkpoints, environment, tmp_path
+):
+    checkpoint = checkpoints("demo")[0]
+    manifest = Manifest.read(checkpoint / MANIFEST_NAME)
+    with serve(checkpoint, environment, tmp_path / "serve.log") as server:
+        assert complete(server) == expected
+        metrics = read_metrics(server)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            complete(server, PROMPT * 50)
+        assert refused.value.code == 400
+        assert "maximum context length is 128 tokens" in refused.value.read().decode()
+        assert complete(server) == expected
+        worker_of(server.process).kill()
+        assert server.process.wait(120) != 0  # so that whoever started it starts it again
+
+    assert metrics["gamma_weight_bytes"] == [({"model": "model", "manifest": manifest.digest}, manifest.tensor_bytes)]
+    labels, value = metrics["gamma_manifest_info"][0]
+    assert (labels["manifest"], labels["budget"], value) == (manifest.digest, "everything", 1)
+    assert sum(value for _, value in metrics["gamma_modules"]) == len(manifest.modules)
+    told = [line for line in (tmp_path / "serve.log").read_text().splitlines() if " bits a weight where below" in line]
+    assert len(told) == 1
+    assert manifest.digest in told[0]
+
+    with serve(checkpoint, environment, tmp_path / "again.log") as server:
+        assert complete(server) == expected
+
+
+def test_a_bank_answers_with_the_flag(exported, learned, environment, tmp_path):
+    manifest, checkpoint = exported(3.5)
+    environment = environment | {"GAMMA_MANIFEST": str(manifest)}
+    with serve(learned / "bank", environment, tmp_path / "serve.log", "--quantization", "gamma") as server:
+        tokens = complete(server)
+        metrics = read_metrics(server)
+    assert metrics["gamma_weight_bytes"][0][1] == Manifest.read(checkpoint / MANIFEST_NAME).tensor_bytes
+    assert tokens == continuation(load_dequantized(checkpoint))

@@ -83,9 +83,31 @@ def test_a_layer_without_an_entry_is_refused(gamma):
         config.get_quant_method(of_type("LinearBase"), "a.o_proj")
 
 
-def test_experts_are_refused(gamma):
-    with pytest.raises(ContractError, match=r"layer a\.experts: experts are not supported"):
-        gamma({}).get_quant_method(of_type("RoutedExperts"), "a.experts")
+def experts_layer():
+    layer = of_type("RoutedExperts")
+    moe = SimpleNamespace(num_logical_experts=2)
+    names = {"ckpt_gate_proj_name": "gate_proj", "ckpt_up_proj_name": "up_proj", "ckpt_down_proj_name": "down_proj"}
+    layer.__dict__ |= {"moe_config": moe} | names
+    return layer
+
+
+def test_experts_get_a_method_that_knows_the_modules_of_each(gamma):
+    modules = {f"a.experts.{i}.{n}_proj": SIXTEEN for i in range(2) for n in ("gate", "up", "down")}
+    modules["a.experts.1.up_proj"] = EIGHT
+    method = gamma(modules).get_quant_method(experts_layer(), "a.experts")
+    assert [m.name for m in method.experts[1].w13] == ["a.experts.1.gate_proj", "a.experts.1.up_proj"]
+    assert method.experts[0].w2.name == "a.experts.0.down_proj"
+    del modules["a.experts.1.down_proj"]
+    with pytest.raises(ContractError, match=r"no entry for a\.experts\.1\.down_proj"):
+        gamma(modules).get_quant_method(experts_layer(), "a.experts")
+
+
+def test_routers_need_no_entry(gamma):
+    from vllm.model_executor.layers.fused_moe import GateLinear
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    method = gamma({}).get_quant_method(GateLinear.__new__(GateLinear), "a.gate")
+    assert isinstance(method, UnquantizedLinearMethod)
 
 
 @pytest.mark.parametrize("prefix", ["model.embed_tokens", ""], ids=["named", "as Llama makes it"])
@@ -133,12 +155,12 @@ def test_modules_follow_the_renaming_of_the_model_class(gamma):
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={re.compile(".*"): "x"}))
 
 
-def test_a_model_without_declaration_is_refused():
+def test_a_model_without_declaration_is_refused(tmp_path):
     pytest.importorskip("vllm")
     from gamma_vllm.config import GammaConfig
 
-    with pytest.raises(ContractError, match="no quantization_config; --quantization gamma serves"):
-        GammaConfig()
+    with pytest.raises(ContractError, match=r"no quantization_config and there is no bank\.json"):
+        GammaConfig().maybe_update_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(

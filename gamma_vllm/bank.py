@@ -1,0 +1,88 @@
+"""Serving straight from the bank: `vllm serve BANK --quantization gamma` with `GAMMA_MANIFEST=manifest.json`.
+
+vLLM streams the tensors of the model's own files. On their way into the model the weights that the manifest stores
+below 16 bits are replaced by the chosen candidates of the bank, so a new budget needs no second checkpoint on disk.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor
+from vllm.model_executor.models.utils import WeightsMapper
+
+from allocator.contract.bank import BANK_NAME
+from allocator.contract.errors import ContractError
+from allocator.contract.served_bank import ServedBank, open_served_bank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["BankMapper", "find_served_bank"]
+
+_MANIFEST_VARIABLE = "GAMMA_MANIFEST"
+_VERIFY_VARIABLE = "GAMMA_VERIFY"
+_OVERRIDE = "gamma_manifest"
+
+
+def find_served_bank(folder: Path, hf_config: "PreTrainedConfig | None") -> ServedBank:
+    """The bank in `folder` with the manifest that `GAMMA_MANIFEST` or `--hf-overrides` names.
+
+    Raises ContractError when there is no bank, no manifest is named, or the two do not belong together.
+    """
+    if not (folder / BANK_NAME).exists():
+        raise ContractError(
+            f"{folder}: its config.json has no quantization_config and there is no {BANK_NAME}; --quantization gamma "
+            "serves checkpoints that `gamma export` wrote, and these need no flag, and banks of `gamma learn`"
+        )
+    named = os.environ.get(_MANIFEST_VARIABLE) or getattr(hf_config, _OVERRIDE, None)
+    if not named:
+        raise ContractError(
+            f"{folder} is a bank: say which manifest to serve, by {_MANIFEST_VARIABLE}=manifest.json or by "
+            f'--hf-overrides \'{{"{_OVERRIDE}": "manifest.json"}}\'; `gamma solve` writes manifests'
+        )
+    return open_served_bank(folder, Path(named), digests=os.environ.get(_VERIFY_VARIABLE) == "1")
+
+
+class BankMapper(WeightsMapper):
+    """A mapper of vLLM that also replaces weights by candidates before it maps the names.
+
+    vLLM joins mappers with `|`; `__ror__` of a subclass comes first there, so the joined mapper is a BankMapper too.
+    """
+
+    def __init__(self, served: ServedBank | None = None, **mappings: Any):
+        super().__init__(**mappings)
+        self.served = served
+
+    def __or__(self, other: WeightsMapper) -> "BankMapper":
+        return BankMapper(self.served, **_mappings(super().__or__(other)))
+
+    def __ror__(self, other: WeightsMapper) -> "BankMapper":
+        return BankMapper(self.served, **_mappings(WeightsMapper.__or__(other, self)))
+
+    def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        return super().apply(_chosen(self.served, weights) if self.served else weights)
+
+
+def _mappings(mapper: WeightsMapper) -> dict[str, Any]:
+    return {field.name: getattr(mapper, field.name) for field in fields(WeightsMapper)}
+
+
+def _chosen(served: ServedBank, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The stream of a checkpoint, given that of the source model."""
+    for name, tensor in weights:
+        module_name, _, kind = name.rpartition(".")
+        module = served.manifest.modules.get(module_name) if kind == "weight" else None
+        if name in served.dropped:
+            continue
+        if module is None or not module.quantized:
+            yield name, tensor
+            continue
+        prefix = f"w{module.num_bits}."
+        with safe_open(served.file(module_name), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.startswith(prefix):
+                    yield f"{module_name}.{key.removeprefix(prefix)}", file.get_tensor(key)

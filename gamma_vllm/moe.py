@@ -1,0 +1,286 @@
+"""Mixture-of-experts layers: every expert's gate, up and down projection at a width of its own.
+
+vLLM keeps the experts of a layer in two tensors, `w13` (gate and up) and `w2` (down). Here each of the two is a set of
+flat parameters (`gamma_vllm.parameters`) with a window for every expert. The experts that got tokens are multiplied one
+after the other with the kernel of linear layers, so different widths cost nothing extra. Routing, shared experts
+and the sum over ranks stay with vLLM; tensor parallelism cuts each expert, expert parallelism deals them out.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
+
+from allocator.contract.errors import ContractError
+from allocator.contract.layout import Dtype16, module_tensors
+from gamma_vllm.kernels.choose import Kernel, choose_kernel
+from gamma_vllm.kernels.library import define
+from gamma_vllm.linear import check_loaded, expects_load, held_tensors, key_compile_cache, part_dtypes, segment_tensors
+from gamma_vllm.parameters import FlatParameter
+from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
+
+__all__ = ["ExpertModules", "GammaMoEMethod"]
+
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class ExpertModules:
+    """The checkpoint's modules of one expert: gate and up (`w13`, one when the activation has no gate), and down."""
+
+    w13: tuple[Module, ...]
+    w2: Module
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a kernel's tensor lies in the parameter that holds those of all experts."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Stack:
+    """One of the two weights of the layer: per local expert its segments, and where their tensors lie."""
+
+    name: str
+    segments: list[list[Segment]]
+    places: dict[tuple[int, int, str], _Place]
+
+
+class GammaMoEMethod(FusedMoEMethodBase):
+    """Creates, loads and multiplies the experts of one layer. `experts` are all of the model, in its order."""
+
+    def __init__(self, layer: RoutedExperts, experts: Sequence[ExpertModules], checkpoint_dtype: Dtype16):
+        super().__init__(layer.moe_config)
+        self.experts = experts
+        self.checkpoint_dtype = checkpoint_dtype
+        self.kernel: Kernel
+        self.stacks: list[_Stack] = []
+        self.expects_load = True
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register flat parameters for the `num_experts` of this rank. Raises ContractError on a contradiction."""
+        if self.moe.has_bias:
+            raise ContractError(f"layer {layer.layer_name}: experts with biases are not supported by this release")
+        self.kernel = choose_kernel(torch.get_default_device())
+        self.expects_load = expects_load()
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            key_compile_cache(config, self.kernel)
+        slots = {g: layer.expert_map_manager.map_global_to_local(g) for g in range(len(self.experts))}
+        local = {slot: self.experts[g] for g, slot in slots.items() if slot != -1}
+        if sorted(local) != list(range(num_experts)):
+            raise ContractError(
+                f"layer {layer.layer_name}: {num_experts} experts on this rank, the checkpoint's are {sorted(local)}"
+            )
+        size = intermediate_size_per_partition
+        w13 = [self._plan(layer, local[i].w13, hidden_size, size, rows=True) for i in range(num_experts)]
+        w2 = [self._plan(layer, (local[i].w2,), size, hidden_size, rows=False) for i in range(num_experts)]
+        dtypes = part_dtypes(self.checkpoint_dtype, params_dtype)
+        for name, shards_of_experts in (("w13", w13), ("w2", w2)):
+            shards = [shard for shards in shards_of_experts for shard in shards]
+            for part in PARTS:
+                # vLLM asks every rank for a parameter for each tensor, also for those of experts of other ranks.
+                if part in self._parts(name):
+                    table = windows(shards, part)
+                    data = torch.empty(sum(w.numel for w in table.values()), dtype=dtypes[part])
+                    parameter = FlatParameter(data, part=part, table=table, prefix=layer.layer_name, loader=load_expert)
+                    parameter.slots = {g: slot for g, slot in slots.items() if slot != -1}
+                    parameter.shards_per_expert = len(shards_of_experts[0])
+                    layer.register_parameter(f"{name}_{part}", parameter)
+            self.stacks.append(_Stack(name, _segments(shards_of_experts), {}))
+
+    def _parts(self, stack: str) -> set[str]:
+        """The tensors that any expert of the model has in a stack."""
+        modules = [m for e in self.experts for m in (e.w13 if stack == "w13" else (e.w2,))]
+        return {t.name[1:] for m in modules for t in module_tensors("", m.format, self.checkpoint_dtype)}
+
+    def _plan(
+        self, layer: RoutedExperts, modules: tuple[Module, ...], columns: int, rows_each: int, *, rows: bool
+    ) -> list[Shard]:
+        """The shards of one expert: `rows` says whether tensor parallelism cuts its rows (w13) or its columns (w2)."""
+        ranks, rank = self.moe.tp_size, self.moe.tp_rank
+        geometry = LayerGeometry(
+            prefix=layer.layer_name,
+            input_size=columns if rows else columns * ranks,
+            output_size=len(modules) * rows_each * (ranks if rows else 1),
+            input_size_per_partition=columns,
+            output_partition_sizes=(rows_each,) * len(modules),
+            tp_rank=rank,
+            tp_size=ranks,
+            copies=(1,) * len(modules),
+        )
+        return plan_shards(modules, geometry)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Pack every segment for the kernel; raises ContractError naming every checkpoint tensor not loaded."""
+        for stack in self.stacks:
+            found = {part: getattr(layer, f"{stack.name}_{part}", None) for part in PARTS}
+            flat = {part: value for part, value in found.items() if isinstance(value, FlatParameter)}
+            if not flat:
+                continue  # already in the kernel's form
+            check_loaded(list(flat.values()), self.expects_load)
+            for part in flat:
+                delattr(layer, f"{stack.name}_{part}")
+            packed: dict[str, dict[tuple[int, int, str], Tensor]] = {}
+            for expert, segments in enumerate(stack.segments):
+                for number, segment in enumerate(segments):
+                    tensors = segment_tensors(segment, flat)
+                    if segment.quantized:
+                        tensors = self.kernel.pack(segment, tensors)
+                    for name, tensor in tensors.items():
+                        packed.setdefault(name, {})[expert, number, name] = tensor
+            del flat, found
+            stack.places = {}
+            for name, tensors_of_experts in packed.items():
+                joined, places = _join(tensors_of_experts)
+                stack.places |= places
+                layer.register_parameter(f"gamma_{stack.name}_{name}", nn.Parameter(joined, requires_grad=False))
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """`x` `[tokens, hidden_size]` to this rank's part of the routed sum, of the same shape and dtype."""
+        if torch.compiler.is_compiling():
+            return torch.ops.gamma.experts(x, topk_weights, topk_ids, layer.layer_name)
+        return self.multiply(layer, x, topk_weights, topk_ids)
+
+    def multiply(self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """What `apply` computes. The sum over experts is taken in float32, in the order of their numbers."""
+        ids = topk_ids.to(torch.int64)
+        if layer.expert_map is not None:  # -1 for the experts of other ranks
+            ids = layer.expert_map.to(torch.int64)[ids]
+        weights = topk_weights.to(torch.float32)
+        if layer.apply_router_weight_on_input:
+            x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.multiply_all(layer, x, weights, ids)
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat + 1, minlength=len(self.stacks[0].segments) + 1).tolist()
+        start = counts[0]
+        for expert, count in enumerate(counts[1:]):
+            if count:
+                chosen = order[start : start + count]
+                tokens = chosen // ids.shape[1]
+                share = weights.flatten()[chosen].unsqueeze(-1)
+                output.index_add_(0, tokens, self._expert(layer, expert, x[tokens]).to(torch.float32) * share)
+                start += count
+        return output.to(x.dtype)
+
+    def multiply_all(self, layer: RoutedExperts, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """`multiply` for a captured graph, which cannot depend on where tokens go: every expert sees every token.
+
+        weights: float32, ids: int64 numbers of local experts.
+        """
+        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in range(len(self.stacks[0].segments)):
+            share = (weights * (ids == expert)).sum(-1, keepdim=True)
+            output += self._expert(layer, expert, x).to(torch.float32) * share
+        return output.to(x.dtype)
+
+    def _expert(self, layer: RoutedExperts, expert: int, x: Tensor) -> Tensor:
+        hidden = self._product(layer, self.stacks[0], expert, x)
+        columns = hidden.shape[1] // 2 if self.moe.is_act_and_mul else hidden.shape[1]
+        activated = torch.empty(hidden.shape[0], columns, dtype=hidden.dtype, device=hidden.device)
+        apply_moe_activation(layer.activation, activated, hidden, activation_config=_activation_config(layer))
+        return self._product(layer, self.stacks[1], expert, activated)
+
+    def _product(self, layer: RoutedExperts, stack: _Stack, expert: int, x: Tensor) -> Tensor:
+        segments, held = stack.segments[expert], []
+        for number, segment in enumerate(segments):
+            tensors = {}
+            for name in held_tensors(self.kernel, segment):
+                place = stack.places[expert, number, name]
+                whole = getattr(layer, f"gamma_{stack.name}_{name}")
+                tensors[name] = whole.narrow(0, place.offset, math.prod(place.shape)).view(place.shape)
+            held.append(tensors)
+        return self.kernel.layer(segments, held, x)
+
+
+def load_expert(
+    param: Any, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+) -> bool | None:
+    """The weight loader of the experts' flat parameters. vLLM needs the name `param` for the first argument.
+
+    `shard_id`: w1 (gate), w3 (up) or w2 (down). `expert_id` is the expert's number in the model; False is returned
+    for one that another rank holds.
+    """
+    slot = param.slots.get(expert_id)
+    if slot is not None:
+        param.load_shard(slot * param.shards_per_expert + (shard_id == "w3"), loaded_weight)
+    return slot is not None if return_success else None
+
+
+def _segments(shards_of_experts: list[list[Shard]]) -> list[list[Segment]]:
+    """Each expert's segments; their shard indices count through all experts, as those of the flat parameters do."""
+    start, result = 0, []
+    for shards in shards_of_experts:
+        result.append([replace(s, shards=tuple(start + i for i in s.shards)) for s in merge(shards)])
+        start += len(shards)
+    return result
+
+
+def _join(tensors: dict[tuple[int, int, str], Tensor]) -> tuple[Tensor, dict[tuple[int, int, str], _Place]]:
+    """One 1-D tensor of all `tensors`, each aligned as a tensor of its own would be, and the place of each."""
+    first = next(iter(tensors.values()))
+    step = _ALIGNMENT_BYTES // first.element_size()
+    places, end = {}, 0
+    for key, tensor in tensors.items():
+        places[key] = _Place(end, tuple(tensor.shape))
+        end += -(-tensor.numel() // step) * step
+    joined = torch.zeros(end, dtype=first.dtype, device=first.device)
+    for key, tensor in tensors.items():
+        joined.narrow(0, places[key].offset, tensor.numel()).copy_(tensor.reshape(-1))
+    return joined, places
+
+
+def _activation_config(layer: RoutedExperts) -> ApplyMoEActivationConfig:
+    moe = layer.moe_config
+    return ApplyMoEActivationConfig(
+        clamp_limit=layer.swiglu_limit,
+        alpha=1.0 if layer.swiglu_alpha is None else layer.swiglu_alpha,
+        beta=0.0 if layer.swiglu_beta is None else layer.swiglu_beta,
+        activation_situ_beta=moe.activation_situ_beta,
+        activation_situ_linear_beta=moe.activation_situ_linear_beta,
+    )
+
+
+def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    """`GammaMoEMethod.multiply` of the layer of that name, as vLLM's own operators for experts find theirs."""
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return layer.quant_method.multiply(layer, x, topk_weights, topk_ids)
+
+
+def _fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+define("experts", "(Tensor x, Tensor topk_weights, Tensor topk_ids, str layer_name) -> Tensor", _experts, _fake)

@@ -1,0 +1,44 @@
+# ruff: noqa: E402 - torch and vllm are optional: imported only when they are there
+"""The stream of weights that a bank gives for a manifest."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from types import SimpleNamespace
+
+from safetensors.torch import save_file
+from vllm.model_executor.models.utils import WeightsMapper
+
+from gamma_vllm.bank import BankMapper
+from tests.gamma_vllm.layers import declare
+
+
+@pytest.fixture
+def served(tmp_path):
+    file = tmp_path / "a.q_proj.safetensors"
+    save_file({f"w{b}.weight_packed": torch.full((2,), b) for b in (2, 3)}, file)
+    modules = {"a.q_proj": declare(64, 64, 3), "a.k_proj": declare(64, 64, 16)}
+    manifest = SimpleNamespace(modules=modules)
+    return SimpleNamespace(manifest=manifest, file=lambda name: file, dropped=frozenset({"lm_head.weight"}))
+
+
+SOURCE = [(name, torch.zeros(1)) for name in ("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "lm_head.weight")]
+RENAME = WeightsMapper(orig_to_new_prefix={"a.": "language_model.a."})
+DROP = WeightsMapper(orig_to_new_suffix={".bias": None})
+
+
+@pytest.mark.parametrize("join", [lambda m: RENAME | m | DROP, lambda m: m | RENAME | DROP], ids=["right", "left"])
+def test_candidates_take_the_place_of_weights_before_names_are_mapped(served, join):
+    stream = dict(join(BankMapper(served)).apply(iter(SOURCE)))
+    assert set(stream) == {"language_model.a.q_proj.weight_packed", "language_model.a.k_proj.weight"}
+    assert stream["language_model.a.q_proj.weight_packed"].tolist() == [3, 3]
+
+
+def test_the_mapper_joins_in_place_as_vllm_joins_it(served):
+    mapper = WeightsMapper()
+    mapper |= BankMapper(served) | DROP
+    mapper |= RENAME
+    assert isinstance(mapper, BankMapper)
+    assert len(list(mapper.apply(iter(SOURCE)))) == 2
