@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-demo test test-fast lint format clean
+.PHONY: help setup demo bench-demo test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: lint ## all checks and all tests
 
 test-fast: setup ## the tests without those marked slow
 	$(PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: setup ## the tests that need an NVIDIA GPU: kernels, captured graphs, whole engines
+	$(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
 
 lint: setup ## style, format, types and import contracts
 	$(BIN)/ruff check .

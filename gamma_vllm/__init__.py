@@ -5,7 +5,7 @@ processes. Importing this package imports neither torch nor vllm.
 
 Environment variables, read by `gamma_vllm.kernels.choose` and `gamma_vllm.kernels.ark`:
 
-- `GAMMA_KERNEL` = `auto` (default), `torch` or `ark`: which kernels multiply. A kernel that is asked for and
+- `GAMMA_KERNEL` = `auto` (default), `humming`, `ark` or `torch`: which kernels multiply. A kernel that is asked for and
   cannot run is an error that says why.
 - `GAMMA_ARK_COMPUTE` = `fp32` (default), `bf16` or `int8`: in what the ARK kernels compute.
 """

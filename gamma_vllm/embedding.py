@@ -16,7 +16,7 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from allocator.contract.packing import unpack_codes
 from gamma_vllm.kernels.library import define
-from gamma_vllm.linear import GammaLinearMethod, parameter_name
+from gamma_vllm.linear import GammaLinearMethod, parameter_name, register_held
 from gamma_vllm.shards import Module, Segment, plan_vocabulary
 
 __all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
@@ -68,7 +68,10 @@ class GammaVocabularyMethod(GammaLinearMethod):
                 register(_row_name(name), tensor)
         if self.multiplies:
             for name, tensor in self.kernel.pack(segment, tensors).items():
-                register(parameter_name(number, name), tensor)
+                if name in self.kernel.buffers:
+                    register_held(layer, self.kernel, name, parameter_name(number, name), tensor)
+                else:
+                    register(parameter_name(number, name), tensor)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Token numbers `[...]` to rows `[..., hidden_size]` in the model's dtype."""

@@ -22,6 +22,7 @@ __all__ = [
     "layer_geometry",
     "parameter_name",
     "part_dtypes",
+    "register_held",
     "segment_tensors",
 ]
 
@@ -98,7 +99,7 @@ class GammaLinearMethod(LinearMethodBase):
         if segment.quantized:
             tensors = self.kernel.pack(segment, tensors)
         for name, tensor in tensors.items():
-            layer.register_parameter(parameter_name(number, name), nn.Parameter(tensor, requires_grad=False))
+            register_held(layer, self.kernel, name, parameter_name(number, name), tensor)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]` of this rank, in the dtype of `x`."""
@@ -108,6 +109,14 @@ class GammaLinearMethod(LinearMethodBase):
         ]
         output = self.kernel.layer(self.segments, tensors, x)
         return output if bias is None else output.add_(bias)
+
+
+def register_held(layer: nn.Module, kernel: Kernel, name: str, registered: str, tensor: Tensor) -> None:
+    """Register what the kernel calls `name` under the name `registered`: as a parameter, or work space as a buffer."""
+    if name in kernel.buffers:
+        layer.register_buffer(registered, tensor, persistent=False)
+    else:
+        layer.register_parameter(registered, nn.Parameter(tensor, requires_grad=False))
 
 
 def held_tensors(kernel: Kernel, segment: Segment) -> tuple[str, ...]:

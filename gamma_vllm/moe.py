@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -22,7 +22,15 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, module_tensors
 from gamma_vllm.kernels.choose import Kernel, choose_kernel
 from gamma_vllm.kernels.library import define
-from gamma_vllm.linear import check_loaded, expects_load, held_tensors, key_compile_cache, part_dtypes, segment_tensors
+from gamma_vllm.linear import (
+    check_loaded,
+    expects_load,
+    held_tensors,
+    key_compile_cache,
+    part_dtypes,
+    register_held,
+    segment_tensors,
+)
 from gamma_vllm.parameters import FlatParameter
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
@@ -155,7 +163,7 @@ class GammaMoEMethod(FusedMoEMethodBase):
             for name, tensors_of_experts in packed.items():
                 joined, places = _join(tensors_of_experts)
                 stack.places |= places
-                layer.register_parameter(f"gamma_{stack.name}_{name}", nn.Parameter(joined, requires_grad=False))
+                register_held(layer, self.kernel, name, f"gamma_{stack.name}_{name}", joined)
 
     def apply(
         self,

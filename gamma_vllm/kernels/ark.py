@@ -60,6 +60,7 @@ class ArkKernel:
     compute: str = field(default_factory=_compute_type)
 
     name = "ark"
+    buffers = ()
 
     @property
     def signature(self) -> str:

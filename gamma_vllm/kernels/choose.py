@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from gamma_vllm.kernels.ark import ArkKernel
+from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
 
@@ -22,6 +23,8 @@ class Kernel(Protocol):
     """What a kernel offers. `signature` changes with everything that changes the compiled graph."""
 
     name: str
+    buffers: tuple[str, ...]
+    """Which of the tensors are work space. vLLM's sleep keeps buffers and discards parameters."""
 
     @property
     def signature(self) -> str: ...
@@ -46,7 +49,7 @@ class Kernel(Protocol):
         """
 
 
-_KERNELS: dict[str, type[Kernel]] = {"ark": ArkKernel, "torch": TorchKernel}
+_KERNELS: dict[str, type[Kernel]] = {"humming": HummingKernel, "ark": ArkKernel, "torch": TorchKernel}
 """In order of preference; the last runs everywhere."""
 
 
@@ -59,7 +62,8 @@ def choose_kernel(device: torch.device) -> Kernel:
     if wanted == "auto":
         wanted = next(name for name, kernel in _KERNELS.items() if kernel.why_not(device) is None)
     if wanted not in _KERNELS:
-        raise ValueError(f"{_VARIABLE}={wanted!r}: expected auto, {' or '.join(_KERNELS)}")
+        *others, last = _KERNELS
+        raise ValueError(f"{_VARIABLE}={wanted!r}: expected auto, {', '.join(others)} or {last}")
     reason = _KERNELS[wanted].why_not(device)
     if reason is not None:
         raise RuntimeError(f"{_VARIABLE}={wanted} cannot run: {reason}; use {_VARIABLE}=auto")

@@ -115,7 +115,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(RuntimeError, match=r"GAMMA_KERNEL=ark cannot run: .* on cuda"):
         choose_kernel(torch.device("cuda"))
     monkeypatch.setenv("GAMMA_KERNEL", "marlin")
-    with pytest.raises(ValueError, match="'marlin': expected auto, ark or torch"):
+    with pytest.raises(ValueError, match="'marlin': expected auto, humming, ark or torch"):
         choose_kernel(CPU)
 
 

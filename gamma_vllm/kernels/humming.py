@@ -1,0 +1,278 @@
+"""humming, the CUDA kernels that vLLM itself depends on: 2-8 bits, symmetric and with zero points.
+
+Its own layout on disk is ours: `weight` int32 `[N, K*b/32]`, `weight_scale` `[N, K/g]`, `zero_point` int32
+`[N*b/32, K/g]`. Written for humming-kernels 0.1.19, which vLLM 0.33 pins and which is the newest. Kernels are
+compiled when a (shape, width) is first multiplied and cached on disk (`HUMMING_CACHE_DIR`); `gamma warmup` does it
+ahead.
+
+Checked without a GPU against humming's own schemas and signatures (tests/gamma_vllm/test_humming.py); tests/gpu
+multiplies.
+"""
+
+import functools
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allocator.contract.packing import pack_zero_points, unpack_zero_points
+from gamma_vllm.kernels.library import define
+from gamma_vllm.shards import Segment
+
+__all__ = ["HummingKernel", "resident_bytes", "schema_of"]
+
+_ROW_MULTIPLE, _COLUMN_MULTIPLE = 256, 128
+"""To what vLLM pads the layers that it gives to humming; its tuned configurations are for these."""
+
+_LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+_LOCKS_A_PROCESSOR = 8
+
+
+def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of a segment after `pack`, without its locks (32 bytes for each multiprocessor of the GPU).
+
+    With R = rows rounded up to 256 and C = columns to 128: codes R*C*b/8, 16-bit scales R*C/g*2, and zero points
+    R*C/g*z/8 with z = 4 bits a zero point up to 4-bit codes, else 8 (`humming/transform.py`).
+    """
+    padded = _round_up(rows, _ROW_MULTIPLE)
+    groups = _round_up(columns, _COLUMN_MULTIPLE) // group_size
+    zero_point_bits = 0 if symmetric else (4 if num_bits <= 4 else 8)
+    codes = padded * _round_up(columns, _COLUMN_MULTIPLE) * num_bits // 8
+    return codes + padded * groups * 2 + padded * groups * zero_point_bits // 8
+
+
+@dataclass(frozen=True)
+class HummingKernel:
+    """Multiplies on NVIDIA GPUs; see `gamma_vllm.kernels.choose.Kernel`. `dtype` is that of the activations."""
+
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+
+    name = "humming"
+    buffers = ("locks",)
+
+    @property
+    def signature(self) -> str:
+        return f"humming {importlib.metadata.version('humming-kernels')}"
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it multiplies on NVIDIA GPUs, and the model is on {device}"
+        if torch.version.hip is not None:
+            return "it multiplies on NVIDIA GPUs, and this is a build for AMD"
+        dtype = torch.get_default_dtype()  # vLLM sets it to that of the model
+        least = _LEAST_CAPABILITY.get(dtype)
+        if least is None:
+            return f"it multiplies float16 and bfloat16 activations, and the model is in {dtype}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < least:
+            return f"{dtype} needs compute capability {least}, {torch.cuda.get_device_name(device)} has {capability}"
+        try:
+            import humming.schema  # noqa: F401
+        except ImportError as error:
+            return f"humming-kernels cannot be imported ({error}); install the extra `gamma-vllm[cuda]`"
+        return None
+
+    def tensor_names(self, segment: Segment) -> tuple[str, ...]:
+        return ("weight", "scale", "locks") if segment.symmetric else ("weight", "scale", "zero_point", "locks")
+
+    def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """humming's order of codes, scales and zero points, padded; and the locks of its stream-K scheduler."""
+        from humming.transform import prepare_and_transform_humming_tensors
+
+        given, rows = _standard(segment, tensors, self.dtype)
+        schema, inputs = schema_of(segment)
+        device = tensors["packed"].device
+        _config, packed = prepare_and_transform_humming_tensors(
+            tensors=given,
+            shape_n=rows,
+            shape_k=segment.columns,
+            weight_schema=schema,
+            input_schema=inputs,
+            pad_n_to_multiple=_ROW_MULTIPLE,
+            pad_k_to_multiple=_COLUMN_MULTIPLE,
+            has_bias=False,
+            torch_dtype=self.dtype,
+            device=device,
+        )
+        kept = {"weight": packed["weight"], "scale": packed["weight_scale"], "locks": _locks(device)}
+        return kept if segment.symmetric else kept | {"zero_point": packed["zero_point"]}
+
+    def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return self.layer([segment], [tensors], x)
+
+    def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
+        """One operator a layer, so that at run time the products of one token go straight to their place."""
+        empty = next(iter(tensors[0].values())).new_empty(0)
+        return torch.ops.gamma.humming_layer(
+            x,
+            [held["weight"] for held in tensors],
+            [held.get("scale", empty) for held in tensors],
+            [held.get("zero_point", empty) for held in tensors],
+            [held.get("locks", empty) for held in tensors],
+            segments[0].columns,
+            [s.rows for s in segments],
+            [s.group_size or 0 for s in segments],
+            [s.num_bits for s in segments],
+            [s.symmetric is False for s in segments],
+        )
+
+
+def schema_of(segment: Segment) -> tuple[Any, Any]:
+    """humming's schemas of a segment's weight and of its activations, which are not quantized."""
+    return _schemas(segment.num_bits, segment.group_size or 0, segment.symmetric is False)
+
+
+@functools.cache
+def _schemas(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
+    from humming.schema import BaseWeightSchema, HummingInputSchema
+
+    config = {"quant_method": "humming", "dtype": f"uint{num_bits}"}
+    config |= {"group_size": group_size, "has_zero_point": asymmetric}
+    return BaseWeightSchema.from_config(config), HummingInputSchema()
+
+
+def _standard(segment: Segment, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """The checkpoint's tensors as humming's schema names and shapes them, and the rows that they have.
+
+    Packed zero points have to be whole words, so rows are filled up to 32 where there are zero points.
+    """
+    given = {"weight": tensors["packed"], "weight_scale": tensors["scale"].to(dtype)}
+    if segment.symmetric:
+        return given, segment.rows
+    rows = _rows_with_zero_points(segment.rows)
+    zero_point = tensors["zero_point"]
+    if rows != segment.rows:
+        more = rows - segment.rows
+        given = {name: F.pad(tensor, (0, 0, 0, more)) for name, tensor in given.items()}
+        unpacked = unpack_zero_points(zero_point, segment.num_bits, segment.rows)
+        zero_point = pack_zero_points(F.pad(unpacked, (0, 0, 0, more)), segment.num_bits)
+    return given | {"zero_point": zero_point}, rows
+
+
+def _rows_with_zero_points(rows: int) -> int:
+    return _round_up(rows, 32)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _locks(device: torch.device) -> Tensor:
+    """Zeros; each layer has its own, since layers may run side by side on several streams."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count * _LOCKS_A_PROCESSOR
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def layer_config(
+    rows: int, columns: int, group_size: int, num_bits: int, asymmetric: bool, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """humming's description of one GEMM, which its kernels are compiled for."""
+    from humming.transform import prepare_layer_config
+
+    schema, inputs = _schemas(num_bits, group_size, asymmetric)
+    return prepare_layer_config(
+        shape_n=_rows_with_zero_points(rows) if asymmetric else rows,
+        shape_k=columns,
+        weight_schema=schema,
+        input_schema=inputs,
+        pad_n_to_multiple=_ROW_MULTIPLE,
+        pad_k_to_multiple=_COLUMN_MULTIPLE,
+        has_bias=False,
+        torch_dtype=dtype,
+        device=device,
+    )
+
+
+@functools.cache
+def compute_config() -> str:
+    """What vLLM's own settings ask of humming."""
+    from vllm import envs
+
+    return json.dumps(
+        {
+            "use_batch_invariant": bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
+            "use_f16_accum": bool(getattr(envs, "VLLM_HUMMING_USE_F16_ACCUM", False)),
+            "gemm_type": "dense",
+        }
+    )
+
+
+def _layer(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    locks: list[Tensor],
+    columns: int,
+    rows: list[int],
+    group_sizes: list[int],
+    num_bits: list[int],
+    asymmetric: list[bool],
+) -> Tensor:
+    """`x` `[..., columns]` times each weight (humming's, or `[rows, columns]` at 16 bits), joined along the rows."""
+    from humming.forward import humming_forward
+
+    if x.shape[-1] != columns:
+        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+    flat, total = x.reshape(-1, columns).contiguous(), sum(rows)
+    tokens = flat.shape[0]
+    if not tokens:
+        return x.new_empty((*x.shape[:-1], total))
+    # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
+    in_place = tokens == 1 or len(rows) == 1
+    output = flat.new_empty(tokens, total)
+    start = 0
+    for i, count in enumerate(rows):
+        place = output.narrow(1, start, count)
+        start += count
+        if num_bits[i] == 16:
+            if in_place:
+                torch.mm(flat, weights[i].t(), out=place)
+            else:
+                place.copy_(F.linear(flat, weights[i]))
+            continue
+        made = _rows_with_zero_points(count) if asymmetric[i] else count
+        product = humming_forward(
+            layer_config(count, columns, group_sizes[i], num_bits[i], asymmetric[i], flat.dtype, flat.device),
+            inputs=flat,
+            weight=weights[i],
+            weight_scale=scales[i],
+            zero_point=zero_points[i] if asymmetric[i] else None,
+            outputs=place if in_place and made == count else None,
+            locks=locks[i],
+            compute_config=compute_config(),
+        )
+        if product.data_ptr() != place.data_ptr():
+            place.copy_(product[:, :count])
+    return output.view(*x.shape[:-1], total)
+
+
+def _fake(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+    locks: list[Tensor],
+    columns: int,
+    rows: list[int],
+    group_sizes: list[int],
+    num_bits: list[int],
+    asymmetric: list[bool],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(rows)))
+
+
+define(
+    "humming_layer",
+    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] zero_points, Tensor[] locks, int columns, int[] rows, "
+    "int[] group_sizes, int[] num_bits, bool[] asymmetric) -> Tensor",
+    _layer,
+    _fake,
+)

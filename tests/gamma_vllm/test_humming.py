@@ -1,0 +1,168 @@
+# ruff: noqa: E402 - torch, vllm and humming are optional: imported only when they are there
+"""What the humming adapter hands over, against humming's own schemas and signatures: no GPU is needed.
+
+Only the reordering of codes, which humming does on the GPU, is replaced by one that gives tensors of the same shape.
+"""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from allocator.contract.packing import unpack_zero_points
+from gamma_vllm.kernels import humming as adapter
+from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
+from tests.gamma_vllm.test_kernels import make_segment, relative_error
+
+CUDA = torch.device("cuda")
+SHAPES = [(256, 128, 128), (1024, 384, 64), (128, 96, 32), (40, 256, 128)]  # rows, columns, group size
+
+
+def has_humming():
+    try:
+        import humming.transform  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+needs_humming = pytest.mark.skipif(not has_humming(), reason="needs humming-kernels, triton and cuda-bindings")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU of compute capability 9.0 as far as humming asks for one; tensors stay on the CPU."""
+    from humming import transform
+    from humming.device import current_device
+
+    def repack(inputs, weight_bits, activation_bits, is_weight_packed, **_rest):
+        assert is_weight_packed
+        pack_size = 256 // activation_bits
+        rows, columns = inputs.shape[-2], inputs.shape[-1] * 32 // weight_bits
+        assert rows % 64 == 0
+        assert columns % (2 * pack_size) == 0
+        return inputs.reshape(1, columns // pack_size, rows * pack_size * weight_bits // 32)
+
+    def unpack(inputs, num_bits):
+        from allocator.contract.packing import unpack_codes
+
+        return unpack_codes(inputs, num_bits).to(torch.int32)
+
+    gpu = SimpleNamespace(sm_version=90, sm_major=9, is_ppu=False)
+    monkeypatch.setattr(transform, "DeviceInfo", lambda device=None: gpu)
+    monkeypatch.setattr(current_device, "_value", gpu)
+    monkeypatch.setattr(transform.ops, "repack_weight", repack)
+    monkeypatch.setattr(transform.ops, "unpack_weight", unpack)
+    monkeypatch.setattr(adapter, "_locks", lambda device: torch.zeros(132 * 8, dtype=torch.int32))
+    adapter.layer_config.cache_clear()
+    yield
+    adapter.layer_config.cache_clear()
+
+
+@needs_humming
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 6, 8])
+def test_our_tensors_are_those_of_their_schema(num_bits, symmetric, dtype):
+    for rows, columns, group_size in SHAPES:
+        segment, tensors, _ = make_segment(rows, columns, num_bits, group_size, symmetric)
+        given, given_rows = adapter._standard(segment, tensors, dtype)
+        schema, inputs = adapter.schema_of(segment)
+        schema.validate_tensors(given, given_rows, columns, dtype)
+        assert inputs.a_dtype is None
+        assert schema.has_zero_point != symmetric
+        assert given_rows - rows < (1 if symmetric else 32)
+        if not symmetric:
+            zeros = unpack_zero_points(given["zero_point"], num_bits, given_rows)
+            assert torch.equal(zeros[:rows], unpack_zero_points(tensors["zero_point"], num_bits, rows))
+
+
+@needs_humming
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 6, 8])
+def test_bytes_after_packing_are_known_ahead(device, num_bits, symmetric):
+    kernel = HummingKernel(torch.bfloat16)
+    for rows, columns, group_size in SHAPES:
+        segment, tensors, _ = make_segment(rows, columns, num_bits, group_size, symmetric)
+        packed = kernel.pack(segment, tensors)
+        assert set(packed) == set(kernel.tensor_names(segment))
+        held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
+        assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+
+
+@needs_humming
+def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monkeypatch):
+    from humming import forward
+
+    signature, calls = inspect.signature(forward.humming_forward), []
+    weights = {}
+
+    def multiply(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        calls.append(given)
+        product = given["inputs"].float() @ weights[given["weight"].data_ptr()].T
+        rows = given["config"].shape_n - given["config"].pad_shape_n
+        product = torch.nn.functional.pad(product, (0, rows - product.shape[1])).to(given["inputs"].dtype)
+        if given.get("outputs") is None:
+            return product
+        assert given["outputs"].is_contiguous()
+        return given["outputs"].copy_(product)
+
+    monkeypatch.setattr(forward, "humming_forward", multiply)
+    kernel = HummingKernel(torch.bfloat16)
+    parts = [
+        make_segment(256, 128, 3, 64, True),
+        make_segment(64, 128, 5, 32, False),
+        make_segment(40, 128, 2, 64, False),
+    ]
+    held, expected = [], []
+    for segment, tensors, weight in parts:
+        held.append(kernel.pack(segment, tensors))
+        weights[held[-1]["weight"].data_ptr()] = weight
+        expected.append(weight)
+    dense = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    segments = [segment for segment, _, _ in parts] + [adapter.Segment((9,), 16, None, None, 24, 128)]
+    held.append({"weight": dense})
+    whole = torch.cat([*expected, dense.float()])
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens)).to(torch.bfloat16)
+        calls.clear()
+        assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+        # Straight to its place for one token, if the rows were not filled up for the zero points (40 to 64).
+        assert [c.get("outputs") is not None for c in calls] == [tokens == 1, tokens == 1, False]
+        assert [c["config"].shape_n - c["config"].pad_shape_n for c in calls] == [256, 64, 64]
+        assert all(math.prod(c["locks"].shape) == 132 * 8 for c in calls)
+    assert kernel.layer(segments, held, torch.zeros(2, 0, 128, dtype=torch.bfloat16)).shape == (2, 0, len(whole))
+
+
+@needs_humming
+def test_they_say_that_they_can_multiply_all_our_widths(monkeypatch):
+    from humming.schema import humming as schemas
+
+    for capability, dtypes in ((75, [torch.float16]), (80, [torch.float16, torch.bfloat16])):
+        monkeypatch.setattr(schemas, "current_device", SimpleNamespace(sm_version=capability, is_ppu=False))
+        for dtype in dtypes:
+            for num_bits in (2, 3, 4, 5, 6, 8):
+                for symmetric in (True, False):
+                    segment, _, _ = make_segment(256, 128, num_bits, 32, symmetric)
+                    schema, inputs = adapter.schema_of(segment)
+                    assert schemas.is_humming_schema_compatible(inputs, schema, dtype), (capability, dtype, num_bits)
+
+
+def test_it_is_preferred_on_a_gpu_that_can_and_says_why_it_cannot_elsewhere(monkeypatch):
+    assert "NVIDIA" in HummingKernel.why_not(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    assert "compute capability (8, 0), a GPU has (7, 5)" in HummingKernel.why_not(CUDA)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float32)
+    assert "torch.float32" in HummingKernel.why_not(CUDA)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float16)
+    reason = HummingKernel.why_not(CUDA)
+    assert choose_kernel(CUDA).name == ("humming" if reason is None else "torch")
+    assert reason is None or "humming-kernels cannot be imported" in reason

@@ -1,0 +1,81 @@
+# ruff: noqa: E402 - torch and vllm are optional: imported only when they are there
+"""humming on a real GPU, against dequantized weights: `make test-gpu`."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
+from gamma_vllm.shards import Segment
+from tests.gamma_vllm.test_kernels import make_segment, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+CUDA = torch.device("cuda", 0)
+SHAPES = [(1024, 1024, 128), (256, 512, 64), (40, 384, 32)]  # rows, columns, group size
+TOKENS = (1, 2, 16, 65)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def kernel(request, monkeypatch):
+    """The kernel as vLLM chooses it for a model of this dtype."""
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: request.param)
+    reason = HummingKernel.why_not(CUDA)
+    if reason is not None:
+        pytest.skip(reason)
+    return HummingKernel(request.param)
+
+
+def on_gpu(tensors):
+    return {name: tensor.to(CUDA) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 6, 8])
+def test_products_are_those_of_the_dequantized_weight(kernel, num_bits, symmetric):
+    for rows, columns, group_size in SHAPES:
+        segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
+        packed = kernel.pack(segment, on_gpu(tensors))
+        held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
+        assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(CUDA, kernel.dtype)
+            given = kernel.linear(segment, packed, x)
+            assert given.dtype == kernel.dtype
+            assert relative_error(given, x.float() @ weight.to(CUDA).T) < 1e-2, (rows, columns, tokens)
+            assert not packed["locks"].any()  # as they were: the next call begins with zeros
+
+
+def test_a_layer_of_several_widths_and_a_dense_part(kernel):
+    kinds = [(256, 512, 3, 64, True), (128, 512, 5, 32, False), (40, 512, 2, 64, False)]
+    parts = [make_segment(*kind) for kind in kinds]
+    segments = [segment for segment, _, _ in parts] + [Segment((9,), 16, None, None, 64, 512)]
+    dense = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).to(CUDA, kernel.dtype)
+    held = [kernel.pack(segment, on_gpu(tensors)) for segment, tensors, _ in parts] + [{"weight": dense}]
+    whole = torch.cat([*(weight.to(CUDA) for _, _, weight in parts), dense.float()])
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(tokens)).to(CUDA, kernel.dtype)
+        assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+
+
+def test_a_captured_graph_gives_the_same_products(kernel):
+    segment, tensors, _ = make_segment(1024, 1024, 3, 128, False)
+    packed = kernel.pack(segment, on_gpu(tensors))
+    x = torch.randn(4, 1024, device=CUDA, dtype=kernel.dtype)
+    expected = kernel.linear(segment, packed, x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernel.linear(segment, packed, x)
+    for scale in (1.0, -2.0):
+        x.mul_(scale)
+        expected = kernel.linear(segment, packed, x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
+
+
+def test_vllm_prefers_it(kernel):
+    assert choose_kernel(CUDA).name == "humming"
