@@ -82,8 +82,11 @@ def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
         )
     document = parse_json(read_text_limited(index, _INDEX_MAX_BYTES), index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    if not isinstance(weight_map, dict):
         raise ContractError(f"{index}: no weight_map; the index is damaged")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ContractError(f"{index}: tensor {name} is said to be in {file!r}, which is no file name")
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         tensors |= read_header(folder / file)
