@@ -1,6 +1,7 @@
 """What vLLM answers from a gamma checkpoint, against Hugging Face transformers with the dequantized weights."""
 
 import json
+import math
 import os
 import shutil
 
@@ -10,6 +11,8 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
+from allocator.contract.checkpoint import CheckpointConfig  # noqa: E402
+from allocator.contract.resident import resident_bytes  # noqa: E402
 from tests.conftest import TRAINED  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
 
@@ -21,6 +24,7 @@ TEXT = (
     "day they found a small red ball under the old tree. She said that it was the best day of her life."
 )
 TOKENS = 24
+FUSED = {f"{n}_proj": "qkv_proj" for n in "qkv"} | {f"{n}_proj": "gate_up_proj" for n in ("gate", "up")}
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -169,6 +173,24 @@ def test_weights_can_be_reloaded(answers, kernel):
     assert without != before
     assert after == before
     assert reloaded == parameters
+
+
+def test_a_worker_holds_the_bytes_that_were_planned(answers, checkpoints):
+    """Of the layers of the plugin, in the live engine, against the closed formula."""
+    parameters = answers("demo torch reload")[1]
+    held = {
+        name: torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch."))).element_size() * math.prod(shape)
+        for name, (dtype, shape, _) in parameters.items()
+    }
+    config = json.loads((checkpoints("demo")[0] / "config.json").read_text())
+    modules = CheckpointConfig.parse(config["quantization_config"]).modules
+    planned = 0
+    for name, module in modules.items():
+        leaf = name.rpartition(".")[2]
+        layer = name.replace(leaf, FUSED.get(leaf, leaf))
+        if f"{layer}.weight_packed" in held:
+            planned += resident_bytes(module, "replicated") * (1 if module.quantized else 2)  # the engine has float32
+    assert sum(held.values()) == planned
 
 
 @pytest.mark.parametrize("kernel", ["torch", "ark"])
