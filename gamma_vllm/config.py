@@ -124,12 +124,17 @@ class GammaConfig(QuantizationConfig):
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
-        if isinstance(layer, GateLinear) and prefix not in self.modules:
-            return UnquantizedLinearMethod()  # routers are copied, they are no modules of the program
+        if (isinstance(layer, GateLinear) and prefix not in self.modules) or not self._declares_any_of(prefix):
+            return UnquantizedLinearMethod()  # routers and vision towers are copied, they are no modules of the program
         modules = self._modules_of(prefix)
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
         return UnquantizedLinearMethod()
+
+    def _declares_any_of(self, prefix: str) -> bool:
+        """Whether the declaration is about this part of the model at all, `model` or `language_model`."""
+        root = prefix.partition(".")[0] + "."
+        return any(f"{name}.".startswith(root) for name in self.modules)
 
     def _modules_of(self, prefix: str) -> list[Module]:
         """The checkpoint's modules that vLLM joins into the layer `prefix`, in its order."""

@@ -30,7 +30,7 @@ def mixed(module: str) -> tuple[int, int, bool]:
     """The width, group size and symmetry of a module: every kind of neighbourhood occurs."""
     if "layers." not in module:
         return 16, 0, True
-    layer, leaf = int(module.split(".")[2]), module.rpartition(".")[2].removesuffix("_proj")
+    layer, leaf = int(module.partition("layers.")[2].partition(".")[0]), module.rpartition(".")[2].removesuffix("_proj")
     if ".experts." in module:  # gate and up of every expert differ, in other ways for each
         return _OTHERS[(layer + int(module.split(".")[-2]) * 3 + _EXPERT_PARTS.index(leaf) % 3) % len(_OTHERS)]
     choice = _CYCLE[layer % len(_CYCLE)].get(leaf)

@@ -83,6 +83,16 @@ def test_a_layer_without_an_entry_is_refused(gamma):
         config.get_quant_method(of_type("LinearBase"), "a.o_proj")
 
 
+def test_a_vision_tower_beside_the_language_model_needs_no_entries(gamma):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    config = gamma({"language_model.model.a.o_proj": EIGHT})
+    tower = config.get_quant_method(of_type("LinearBase"), "vision_tower.layers.0.self_attn.qkv_proj")
+    assert isinstance(tower, UnquantizedLinearMethod)
+    with pytest.raises(ContractError, match=r"no entry for language_model\.model\.b\.o_proj"):
+        config.get_quant_method(of_type("LinearBase"), "language_model.model.b.o_proj")
+
+
 def experts_layer():
     layer = of_type("RoutedExperts")
     moe = SimpleNamespace(num_logical_experts=2)
@@ -106,7 +116,7 @@ def test_routers_need_no_entry(gamma):
     from vllm.model_executor.layers.fused_moe import GateLinear
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    method = gamma({}).get_quant_method(GateLinear.__new__(GateLinear), "a.gate")
+    method = gamma({"a.o_proj": EIGHT}).get_quant_method(GateLinear.__new__(GateLinear), "a.gate")
     assert isinstance(method, UnquantizedLinearMethod)
 
 
