@@ -180,7 +180,7 @@ class GammaMoEMethod(FusedMoEMethodBase):
         return self.multiply(layer, x, topk_weights, topk_ids)
 
     def multiply(self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """What `apply` computes. The sum over experts is taken in float32, in the order of their numbers."""
+        """What `apply` computes. A token's sum is taken in float32 in the order of its choices, whatever the batch."""
         ids = topk_ids.to(torch.int64)
         if layer.expert_map is not None:  # -1 for the experts of other ranks
             ids = layer.expert_map.to(torch.int64)[ids]
@@ -189,19 +189,18 @@ class GammaMoEMethod(FusedMoEMethodBase):
             x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.multiply_all(layer, x, weights, ids)
-        output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        flat = ids.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat + 1, minlength=len(self.stacks[0].segments) + 1).tolist()
-        start = counts[0]
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten() + 1, minlength=len(self.stacks[0].segments) + 1).tolist()
+        order = order[counts[0] :]  # (token, choice) pairs, those of one expert next to each other
+        rows, products, start = x[order // ids.shape[1]], [], 0
         for expert, count in enumerate(counts[1:]):
             if count:
-                chosen = order[start : start + count]
-                tokens = chosen // ids.shape[1]
-                share = weights.flatten()[chosen].unsqueeze(-1)
-                output.index_add_(0, tokens, self._expert(layer, expert, x[tokens]).to(torch.float32) * share)
+                products.append(self._expert(layer, expert, rows[start : start + count]))
                 start += count
-        return output.to(x.dtype)
+        chosen = torch.zeros(ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
+        if products:
+            chosen[order] = torch.cat(products).to(torch.float32)
+        return (chosen.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def multiply_all(self, layer: RoutedExperts, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """`multiply` for a captured graph, which cannot depend on where tokens go: every expert sees every token.
