@@ -2,12 +2,13 @@
 
 from allocator.solving.budget import budget_for_average_bits, format_bytes, parse_budget
 from allocator.solving.manifest import make_manifest
-from allocator.solving.program import Solution, Solver, solve
+from allocator.solving.program import Program, Solution, Solver, solve
 from allocator.solving.request import SolveSettings, solve_scores
 from allocator.solving.units import Fusion
 
 __all__ = [
     "Fusion",
+    "Program",
     "Solution",
     "SolveSettings",
     "Solver",

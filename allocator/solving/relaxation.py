@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Item", "Relaxed", "fill", "relax", "survivors", "total_bytes", "total_gain"]
+__all__ = ["Item", "Picks", "Relaxed", "Upgrade", "fill", "relax", "survivors", "total_bytes", "total_gain", "upgrades"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Item:
 
 
 Picks = list[int]
+Upgrade = tuple[float, int, int, int, int]
+"""(-gain a byte, unit, level on its hull, from choice, to choice)"""
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,18 @@ def total_gain(units: list[list[Item]], picks: Picks) -> float:
     return math.fsum(items[j].gain for items, j in zip(units, picks, strict=True))
 
 
-def relax(units: list[list[Item]], slack_bytes: int) -> Relaxed:
-    """Solve the relaxation for `slack_bytes` above the smallest assignment; items rise in bytes and gain."""
+def upgrades(units: list[list[Item]]) -> list[Upgrade]:
+    """The steps along the convex hulls of all units, the most gain a byte first; items rise in bytes and gain."""
     steps = []
     for u, items in enumerate(units):
-        hull = _hull(items)
-        for level, (i, j) in enumerate(pairwise(hull)):
+        for level, (i, j) in enumerate(pairwise(_hull(items))):
             density = (items[j].gain - items[i].gain) / (items[j].nbytes - items[i].nbytes)
             steps.append((-density, u, level, i, j))
-    steps.sort()
+    return sorted(steps)
+
+
+def relax(units: list[list[Item]], steps: list[Upgrade], slack_bytes: int) -> Relaxed:
+    """Solve the relaxation for `slack_bytes` above the smallest assignment; `steps` are `upgrades(units)`."""
     picks, left, multiplier = [0] * len(units), slack_bytes, 0.0
     for negative_density, u, _, i, j in steps:
         needed = units[u][j].nbytes - units[u][i].nbytes
