@@ -10,6 +10,7 @@ from allocator.contract.layout import GROUP_SIZES, WIDTHS
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
     from allocator.learning.settings import LearningSettings
     from allocator.pipeline import CandidateSettings, SolveSettings
+    from allocator.solving.units import Rules
 
 __all__ = [
     "add_budget",
@@ -19,8 +20,10 @@ __all__ = [
     "add_model",
     "add_output",
     "add_resume",
+    "add_rules",
     "candidate_settings",
     "learning_settings",
+    "rules",
     "solve_settings",
 ]
 
@@ -59,6 +62,10 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="stored bits a weight over the modules that can be quantized, scales and zero points included",
     )
+    add_rules(parser)
+
+
+def add_rules(parser: argparse.ArgumentParser) -> None:
     for name, what in (("pin", "exactly"), ("ceiling", "at most"), ("floor", "at least")):
         parser.add_argument(
             f"--{name}",
@@ -83,6 +90,12 @@ def _rule(text: str) -> tuple[str, int]:
         allowed = ", ".join(map(str, WIDTHS))
         raise argparse.ArgumentTypeError(f"{text!r}: expected PATTERN=BITS with bits one of {allowed}")
     return pattern, int(bits)
+
+
+def rules(args: argparse.Namespace) -> "Rules":
+    from allocator.solving.units import Rules
+
+    return Rules(dict(args.pin), dict(args.ceiling), dict(args.floor))
 
 
 def solve_settings(args: argparse.Namespace) -> "SolveSettings":

@@ -4,6 +4,7 @@ from allocator.reporting.differences import compare, comparison_document, compar
 from allocator.reporting.documents import export_document, inventory_document, manifest_rows, scores_document
 from allocator.reporting.figures import check_figure_path, save_figure
 from allocator.reporting.heatmap import draw_heatmap
+from allocator.reporting.pareto import draw_sweep, sweep_document, sweep_rows, sweep_table
 from allocator.reporting.summaries import export_table, manifest_tables, manifest_title, scores_table
 from allocator.reporting.tables import bytes_table, inventory_table, widths_table
 
@@ -14,6 +15,7 @@ __all__ = [
     "comparison_document",
     "comparison_tables",
     "draw_heatmap",
+    "draw_sweep",
     "export_document",
     "export_table",
     "inventory_document",
@@ -25,5 +27,8 @@ __all__ = [
     "save_figure",
     "scores_document",
     "scores_table",
+    "sweep_document",
+    "sweep_rows",
+    "sweep_table",
     "widths_table",
 ]

@@ -7,7 +7,7 @@ from fractions import Fraction
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.scores import Scores
 
-__all__ = ["UNIT_BYTES", "budget_for_average_bits", "format_bytes", "parse_budget"]
+__all__ = ["UNIT_BYTES", "average_bits_of", "budget_for_average_bits", "format_bytes", "parse_amount", "parse_budget"]
 
 UNIT_BYTES = {
     "B": 1,
@@ -15,6 +15,7 @@ UNIT_BYTES = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 
+_BITS = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,10})?)\s*bits?", re.ASCII)
 _BUDGET = re.compile(r"([0-9]{1,3}(?:_[0-9]{3}){0,6}|[0-9]{1,20})(\.[0-9]{1,20})?\s*([A-Za-z]*)", re.ASCII)
 _ALLOWED = "allowed are whole bytes (123456789 or 123_456_789) or a number with a unit (5.9GiB, 6GB)"
 
@@ -51,16 +52,8 @@ def budget_for_average_bits(scores: Scores, bits: float) -> int:
     """
     if not (math.isfinite(bits) and bits > 0):
         raise InputError(f"average bits must be a positive number, given {bits}")
-    fixed, smallest, parameters = scores.other_bytes, 0, 0
-    for module in scores.modules.values():
-        if len(module.candidates) == 1:
-            fixed += module.candidates[0].nbytes
-        else:
-            rows, columns = module.candidates[0].format.shape
-            parameters += rows * columns
-            smallest += min(c.nbytes for c in module.candidates)
-    if not parameters:
-        raise InputError("the scores have one candidate a module: there is nothing to choose")
+    fixed, parameters = _fixed_and_parameters(scores)
+    smallest = scores.feasible_bytes()[0] - fixed
     # repr gives the decimal number that was meant: 3.1 and not the double next to it.
     allowed = math.floor(Fraction(repr(float(bits))) * parameters / 8)
     if allowed < smallest:
@@ -69,6 +62,35 @@ def budget_for_average_bits(scores: Scores, bits: float) -> int:
             "(scales and zero points included); ask for more, or allow narrower widths or a larger group size"
         )
     return fixed + allowed
+
+
+def average_bits_of(scores: Scores, tensor_bytes: int) -> float:
+    """Average stored bits of a checkpoint of `tensor_bytes`, counted as in `budget_for_average_bits`."""
+    fixed, parameters = _fixed_and_parameters(scores)
+    return 8 * (tensor_bytes - fixed) / parameters
+
+
+def parse_amount(text: str, scores: Scores) -> int:
+    """Bytes of a budget given as an amount of memory (`5.9GiB`) or as average bits (`3.25bits`). Raises InputError for
+    anything else, InfeasibleBudgetError for average bits that no assignment has."""
+    match = _BITS.fullmatch(text.strip())
+    if match is not None:
+        return budget_for_average_bits(scores, float(match[1]))
+    return parse_budget(text)
+
+
+def _fixed_and_parameters(scores: Scores) -> tuple[int, int]:
+    """Bytes of all that has no choice, and the weights of the modules that have one. Raises InputError if none has."""
+    fixed, parameters = scores.other_bytes, 0
+    for module in scores.modules.values():
+        if len(module.candidates) == 1:
+            fixed += module.candidates[0].nbytes
+        else:
+            rows, columns = module.candidates[0].format.shape
+            parameters += rows * columns
+    if not parameters:
+        raise InputError("the scores have one candidate a module: there is nothing to choose")
+    return fixed, parameters
 
 
 def format_bytes(nbytes: int) -> str:

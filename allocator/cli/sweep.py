@@ -1,0 +1,54 @@
+"""Solve for many budgets: a table and a figure of gibibytes against loss.
+
+Beside each budget stands the best uniform plan that fits it.
+"""
+
+import argparse
+from pathlib import Path
+
+from allocator.cli.options import add_figure, add_output, add_rules, rules
+from allocator.cli.output import print_csv, print_json, print_tables, show_progress
+
+EXAMPLES = """examples:
+  gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 10 --figure sweep.png --figure sweep.svg
+  gamma sweep work/scores.json --from 5GiB --to 8GiB --points 30 --csv > sweep.csv"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scores", type=Path, metavar="SCORES", help="scores.json of `gamma learn`")
+    budgets = parser.add_argument_group("budgets")
+    budgets.add_argument("--from", dest="lowest", metavar="BUDGET", help="average bits (2.25bits) or memory (5.9GiB)")
+    budgets.add_argument("--to", dest="highest", metavar="BUDGET", help="likewise")
+    budgets.add_argument("--points", type=int, default=20, help="budgets from --from to --to (default 20)")
+    budgets.add_argument(
+        "--relative-gap",
+        type=float,
+        default=0.0,
+        help="stop each search when it is proven to be this near the best, e.g. 1e-4 (default: proven best)",
+    )
+    add_rules(parser)
+    add_figure(parser, "the curve")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.contract.scores import Scores
+    from allocator.reporting import check_figure_path, draw_sweep, save_figure, sweep_document, sweep_rows, sweep_table
+    from allocator.reporting.pareto import SWEEP_COLUMNS
+    from allocator.sweeping import SweepRequest, run_sweep
+
+    figures = [check_figure_path(path) for path in args.figure]
+    request = SweepRequest(
+        lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
+        solver=args.solver, relative_gap=args.relative_gap,
+    )  # fmt: skip
+    with show_progress() as progress:
+        found = run_sweep(Scores.read(args.scores), request, progress)
+    if figures:
+        save_figure(draw_sweep(found), figures)
+    if args.json:
+        print_json(sweep_document(found))
+    elif args.csv:
+        print_csv(SWEEP_COLUMNS, sweep_rows(found))
+    else:
+        print_tables(sweep_table(found))
