@@ -12,7 +12,7 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 
 SMALL = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32", "--passes", "1"]
-VERBS = ["inspect", "learn", "solve", "export", "fit", "show", "diff", "verify", "store", "prepare", "schema"]
+VERBS = ["inspect", "learn", "solve", "export", "fit", "show", "diff", "sweep", "verify", "store", "prepare", "schema"]
 
 
 def gamma(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
