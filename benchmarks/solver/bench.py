@@ -1,0 +1,176 @@
+"""How fast the integer program is solved: programs of the shapes of Qwen3-32B and Qwen3-30B-A3B, several score
+distributions, several draws of each.
+
+    make bench-solver
+
+Scores are drawn, not learned: a module's sensitivity is log-normal or has a heavier tail, its error falls by about a
+factor of four with each bit, and each candidate has noise of its own. Seconds are of the process's CPU, which another
+program on the machine does not change; wall-clock seconds stand beside them. Writes benchmarks/results/solver.json.
+"""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from allocator.contract.bank import ModelReference  # noqa: E402
+from allocator.contract.layout import WIDTHS, ModuleFormat, module_bytes  # noqa: E402
+from allocator.contract.scores import Candidate, ScoredModule, Scores  # noqa: E402
+from allocator.solving import Program, budget_for_average_bits, solve  # noqa: E402
+from allocator.solving.quiet import stdout_to_stderr  # noqa: E402
+from allocator.solving.sweep import spread_budgets, sweep  # noqa: E402
+from allocator.solving.units import Rules  # noqa: E402
+from benchmarks.record import claim, write_result  # noqa: E402
+
+SEEDS = [0, 1, 2]
+BITS = [2.3, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 6.0]
+SWEEP = ("2.3bits", "4.5bits", 100)
+NO_RULES = Rules({}, {}, {})
+
+Shapes = Iterator[tuple[str, tuple[int, int]]]
+
+
+def qwen3_32b() -> Shapes:
+    """64 blocks of 7 modules, embedding and lm_head: 450 modules."""
+    yield "model.embed_tokens", (151936, 5120)
+    for block in range(64):
+        head = f"model.layers.{block}"
+        yield f"{head}.self_attn.q_proj", (8192, 5120)
+        yield f"{head}.self_attn.k_proj", (1024, 5120)
+        yield f"{head}.self_attn.v_proj", (1024, 5120)
+        yield f"{head}.self_attn.o_proj", (5120, 8192)
+        yield f"{head}.mlp.gate_proj", (25600, 5120)
+        yield f"{head}.mlp.up_proj", (25600, 5120)
+        yield f"{head}.mlp.down_proj", (5120, 25600)
+    yield "lm_head", (151936, 5120)
+
+
+def qwen3_30b_a3b() -> Shapes:
+    """48 blocks of 4 attention modules and 128 experts of 3, embedding and lm_head: 18 626 modules."""
+    yield "model.embed_tokens", (151936, 2048)
+    for block in range(48):
+        head = f"model.layers.{block}"
+        yield f"{head}.self_attn.q_proj", (4096, 2048)
+        yield f"{head}.self_attn.k_proj", (512, 2048)
+        yield f"{head}.self_attn.v_proj", (512, 2048)
+        yield f"{head}.self_attn.o_proj", (2048, 4096)
+        for expert in range(128):
+            yield f"{head}.mlp.experts.{expert}.gate_proj", (768, 2048)
+            yield f"{head}.mlp.experts.{expert}.up_proj", (768, 2048)
+            yield f"{head}.mlp.experts.{expert}.down_proj", (2048, 768)
+    yield "lm_head", (151936, 2048)
+
+
+SENSITIVITIES: dict[str, Callable[[random.Random], float]] = {
+    "log-normal, sigma 1": lambda draw: math.exp(draw.gauss(0, 1)),
+    "log-normal, sigma 2": lambda draw: math.exp(draw.gauss(0, 2)),
+    "Pareto, exponent 1.1": lambda draw: draw.paretovariate(1.1),
+    "all alike, 1 %": lambda draw: math.exp(draw.gauss(0, 0.01)),
+}
+
+
+def draw_scores(shapes: Shapes, sensitivity: Callable[[random.Random], float], seed: int, noise: float) -> Scores:
+    """A module's score at b bits: sensitivity x weights x 4^-b, each candidate with log-normal noise; 0 at 16 bits."""
+    draw = random.Random(seed)
+    modules = {}
+    for name, shape in shapes:
+        size = sensitivity(draw) * shape[0] * shape[1] * 1e-9
+        candidates = []
+        for bits in WIDTHS:
+            extra = {} if bits == 16 else {"group_size": 128, "symmetric": False}
+            form = ModuleFormat(shape=shape, num_bits=bits, **extra)
+            score = 0.0 if bits == 16 else size * 4.0**-bits * math.exp(draw.gauss(0, noise))
+            candidates.append(Candidate(format=form, nbytes=module_bytes(form), score=score))
+        modules[name] = ScoredModule(candidates=candidates)
+    digest = "sha256:" + "0" * 64
+    return Scores(
+        model=ModelReference(name="drawn", architecture="Qwen3ForCausalLM", digest=digest),
+        bank_digest=digest, dtype="BF16", method="drawn", unit="loss", settings={}, other_bytes=10**6, modules=modules,
+    )  # fmt: skip
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, CPU seconds of the process, wall-clock seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = work()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def single_rows(model: str, shapes: Callable[[], Shapes], noise: float, bits: list[float]) -> list[dict[str, Any]]:
+    """One row a distribution: all draws and budgets of it, each solved anew from the scores."""
+    rows = []
+    for name, sensitivity in SENSITIVITIES.items():
+        cpu, wall, gaps = [], [], []
+        for seed in SEEDS:
+            scores = draw_scores(shapes(), sensitivity, seed, noise)
+            for average in bits:
+                budget = budget_for_average_bits(scores, average)
+                found, cpu_seconds, wall_seconds = timed(lambda s=scores, b=budget: solve(s, b))
+                assert found.tensor_bytes <= budget
+                cpu.append(cpu_seconds)
+                wall.append(wall_seconds)
+                gaps.append(found.gap / found.objective if found.objective else 0.0)
+        rows.append({
+            "what": "single budgets", "model": model, "modules": len(scores.modules), "sensitivity": name,
+            "solves": len(cpu), "cpu_seconds_max": max(cpu), "cpu_seconds_mean": sum(cpu) / len(cpu),
+            "wall_seconds_max": max(wall), "relative_gap_max": max(gaps), "proven": sum(gap == 0 for gap in gaps),
+        })  # fmt: skip
+        print(f"{model}, {name}: {len(cpu)} solves, at most {max(cpu):.2f} s, relative gap {max(gaps):.1e}", flush=True)
+    return rows
+
+
+def sweep_rows(model: str, shapes: Callable[[], Shapes], noise: float) -> list[dict[str, Any]]:
+    """One row a distribution: a sweep of 100 budgets from the scores on."""
+    rows = []
+    for name, sensitivity in SENSITIVITIES.items():
+        cpu, wall, gaps = [], [], []
+        for seed in SEEDS:
+            scores = draw_scores(shapes(), sensitivity, seed, noise)
+            budgets = spread_budgets(scores, *SWEEP)
+            points, cpu_seconds, wall_seconds = timed(lambda s=scores, b=budgets: sweep(Program.of(s, NO_RULES), b))
+            cpu.append(cpu_seconds)
+            wall.append(wall_seconds)
+            gaps.append(max(p.solution.gap / p.solution.objective for p in points))
+        rows.append({
+            "what": "sweep of 100 budgets", "model": model, "modules": len(scores.modules), "sensitivity": name,
+            "sweeps": len(cpu), "cpu_seconds_max": max(cpu), "cpu_seconds_mean": sum(cpu) / len(cpu),
+            "wall_seconds_max": max(wall), "relative_gap_max": max(gaps),
+        })  # fmt: skip
+        print(f"{model}, {name}: sweeps of 100, at most {max(cpu):.2f} s", flush=True)
+    return rows
+
+
+def main() -> None:
+    with stdout_to_stderr():
+        pass  # loads what the first solve would load
+    dense = single_rows("Qwen3-32B", qwen3_32b, 0.3, BITS)
+    sweeps = sweep_rows("Qwen3-32B", qwen3_32b, 0.3)
+    experts = single_rows("Qwen3-30B-A3B", qwen3_30b_a3b, 0.3, [2.5, 3.0, 4.0])
+    slowest = {kind: max(r["cpu_seconds_max"] for r in rows) for kind, rows in
+               (("dense", dense), ("sweep", sweeps), ("experts", experts))}  # fmt: skip
+    unproven = sum(r["solves"] - r["proven"] for r in dense)
+    gap = max(r["relative_gap_max"] for r in experts)
+    claims = [
+        claim("Qwen3-32B, 450 modules, widths 2-8 and 16: CPU seconds of the slowest solve", slowest["dense"], "< 1",
+              slowest["dense"] < 1),
+        claim("Qwen3-32B: solves that are not proven best", unproven, "0", unproven == 0),
+        claim("Qwen3-32B: CPU seconds of the slowest sweep of 100 budgets", slowest["sweep"], "< 10",
+              slowest["sweep"] < 10),
+        claim("Qwen3-30B-A3B, a choice for every expert matrix: CPU seconds of the slowest solve", slowest["experts"],
+              "< 15", slowest["experts"] < 15),
+        claim("Qwen3-30B-A3B: largest relative gap", gap, "< 1e-4", gap < 1e-4),
+    ]  # fmt: skip
+    for entry in claims:
+        print(f"{'holds' if entry['holds'] else 'FAILS'}: {entry['claim']}: {entry['value']:.3g} ({entry['limit']})")
+    path = write_result("solver", "make bench-solver", SEEDS, [*dense, *sweeps, *experts], claims)
+    print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
