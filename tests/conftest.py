@@ -32,7 +32,8 @@ def trained_model() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random model of two blocks with a byte tokenizer: "llama" (untied), "qwen3" (tied), "qwen2" (biases)."""
+    """A random model of two blocks with a byte tokenizer: "llama" (untied), "qwen3" (tied), "qwen2" (biases),
+    "qwen3_moe" and "mixtral" (experts), "phi3" (fused on disk), "gemma3" (every second block with a window of 24)."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -61,10 +62,24 @@ def _make_tiny(kind: str, folder: Path) -> Path:
         "pad_token_id": None,
         "initializer_range": 0.2,
     }
-    name = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2"}[kind]
-    if kind == "qwen3":
-        sizes |= {"head_dim": 32}
-    config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings=kind == "qwen3")
+    name, changes = {
+        "llama": ("Llama", {}),
+        "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+        "qwen2": ("Qwen2", {}),
+        "qwen3_moe": (
+            "Qwen3Moe",
+            {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2} | {"moe_intermediate_size": 64},
+        ),
+        "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "phi3": ("Phi3", {}),
+        "gemma3": (
+            "Gemma3",
+            {"head_dim": 32, "tie_word_embeddings": True, "sliding_window": 24}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+        ),
+    }[kind]
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    config = config_class(**(sizes | {"tie_word_embeddings": False} | changes))
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.to(torch.bfloat16).save_pretrained(folder)

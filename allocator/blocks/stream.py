@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.source import read_tensor
-from allocator.contract.errors import InputError
+from allocator.blocks.structure import as_stored
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 from allocator.running import ALONE, Journal, Team
@@ -41,8 +42,13 @@ class BlockStream:
         self._backbone: Any = skeleton.model
         # Rotary tables are computed in the constructor, so they must not be made on meta.
         self._rotary = type(self._backbone.rotary_emb)(config=config).to(self.device)
+        self._rotary_by_kind = "layer_type" in signature(self._rotary.forward).parameters
         self._window: int | None = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        self._kinds: list[str] = kinds or ["sliding_attention" if self._window else "full_attention"] * self.blocks
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prefix = "model"
+        self._stored = {t.name for t in (*(m.tensor for m in inventory.modules), *inventory.others)}
 
     @property
     def blocks(self) -> int:
@@ -55,12 +61,15 @@ class BlockStream:
     def embed(self, token_ids: Tensor) -> Tensor:
         """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`."""
         table = self.read(f"{self._prefix}.embed_tokens.weight")
-        return nn.functional.embedding(token_ids.to(self.device), table).float()
+        scale: float = getattr(self._backbone.embed_tokens, "scalar_embed_scale", 1.0)  # Gemma's
+        return nn.functional.embedding(token_ids.to(self.device), table).float() * scale
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, float32, in eval mode, without gradients."""
-        layer: nn.Module = copy.deepcopy(self._backbone.layers[index])  # on meta: structure without memory
         prefix = self.inventory.block_prefix(index)
+        stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
+        # On meta: structure without memory.
+        layer = as_stored(copy.deepcopy(self._backbone.layers[index]), stored)
         state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
@@ -68,16 +77,13 @@ class BlockStream:
     def run(self, block: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The block's output `[B, T, D]` on `hidden`, with `weights` (by parameter name) in place of its own."""
         length = hidden.shape[1]
-        if self._window is not None and length > self._window:
-            raise InputError(
-                f"sequences of {length} tokens are longer than the model's sliding window of {self._window}; "
-                f"use --sequence-length {self._window}"
-            )
+        kind = self._kinds[self._index_of(block)]
         positions = torch.arange(length, device=self.device).unsqueeze(0)
+        rotary = (hidden, positions, kind) if self._rotary_by_kind else (hidden, positions)
         arguments = {
-            "position_embeddings": self._rotary(hidden, positions),
+            "position_embeddings": self._rotary(*rotary),
             "position_ids": positions,
-            "attention_mask": None,  # sdpa is causal without a mask
+            "attention_mask": self._mask(kind, length),
         }
         if weights is None:
             output = block(hidden, **arguments)
@@ -85,6 +91,18 @@ class BlockStream:
             output = torch.func.functional_call(block, weights, (hidden,), arguments)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
+
+    def _index_of(self, block: nn.Module) -> int:
+        attention: Any = block.get_submodule("self_attn")
+        return int(attention.layer_idx)
+
+    def _mask(self, kind: str, length: int) -> Tensor | None:
+        """`[1, 1, T, T]`, true where a token may look; None where that is every earlier one: sdpa's own causal mask."""
+        if kind != "sliding_attention" or self._window is None or length <= self._window:
+            return None
+        ago = torch.arange(length, device=self.device)
+        ago = ago[:, None] - ago[None, :]
+        return ((ago >= 0) & (ago < self._window))[None, None]
 
     def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, team: Team = ALONE) -> None:
         """Write the states before block 0."""
@@ -140,7 +158,19 @@ class BlockStream:
         weight = self.read(name).float()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
-        return nn.Sequential(norm, head).eval().requires_grad_(False)
+        capped = [] if self._softcap is None else [_Softcap(self._softcap)]
+        return nn.Sequential(norm, head, *capped).eval().requires_grad_(False)
+
+
+class _Softcap(nn.Module):
+    """Logits squeezed into -cap .. cap (Gemma 2)."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self._cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self._cap * torch.tanh(logits / self._cap)
 
 
 @contextmanager

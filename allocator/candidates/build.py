@@ -142,7 +142,7 @@ def _run_teacher(work: _Work, index: int, names: list[str]) -> _BlockStatistics:
     the input statistics of the modules `names` where the quantizer needs them."""
     kind, team, prefix = work.quantizer.statistics, work.journal.team, work.inventory.block_prefix(index)
     recorded = names if kind != "none" else []
-    shapes = {name: work.inventory.module(name).shape for name in recorded}
+    shapes = {m.name: m.shape for m in work.inventory.modules if m.block == index}
     sums: dict[tuple[str, ...], MomentSums] = {}
 
     def begin(sharing: tuple[str, ...]) -> MomentSums:

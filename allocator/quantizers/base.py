@@ -1,5 +1,6 @@
 """What a quantizer is given and what it returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 
-__all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics"]
+__all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics", "row_stripes"]
+
+_STRIPE_WEIGHTS = 1 << 26
 
 Statistics = Literal["none", "diagonal", "hessian"]
 """What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T."""
@@ -39,6 +42,12 @@ class InputStatistics:
         return self.diagonal / max(self.tokens, 1)
 
 
+def row_stripes(rows: int, columns: int) -> list[slice]:
+    """Rows that are quantized together, so that the working memory of a large module stays small (64 M weights)."""
+    size = max(1, _STRIPE_WEIGHTS // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
 @dataclass(frozen=True)
 class QuantizedModule:
     """codes: uint8 `[N, K]`; scale: 16-bit float `[N, K/g]`; zero_point: uint8 `[N, K/g]`, None when symmetric."""
@@ -46,6 +55,18 @@ class QuantizedModule:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+    @classmethod
+    def joined(cls, stripes: "Sequence[QuantizedModule]") -> "QuantizedModule":
+        """One module of the rows of several."""
+        if len(stripes) == 1:
+            return stripes[0]
+        zeros = [s.zero_point for s in stripes if s.zero_point is not None]
+        return cls(
+            torch.cat([s.codes for s in stripes]),
+            torch.cat([s.scale for s in stripes]),
+            torch.cat(zeros) if zeros else None,
+        )
 
     def packed(self, num_bits: int) -> dict[str, Tensor]:
         """The tensors of `allocator.contract.layout`, keyed by their last name part."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
-from allocator.quantizers.base import InputStatistics, QuantizedModule, Statistics
-from allocator.quantizers.elimination import elimination_of
+from allocator.quantizers.base import InputStatistics, QuantizedModule, Statistics, row_stripes
+from allocator.quantizers.elimination import Elimination, elimination_of
 from allocator.quantizers.grid import fit_grid, quantize_to_grid
 
 __all__ = ["Gptq"]
@@ -38,29 +38,36 @@ class Gptq:
         assert module.symmetric is not None
         if statistics is None:
             raise ValueError("gptq needs the statistics of the module's inputs")
-        rows, columns = module.shape
-        group, num_bits = module.group_size, module.num_bits
         elimination = elimination_of(statistics, self.damping)
-        factor, importance = elimination.factor, elimination.pivots
+        stripes = [_quantize_rows(weight[rows], module, dtype, elimination) for rows in row_stripes(*module.shape)]
+        return QuantizedModule.joined(stripes)
 
-        errors = torch.zeros(rows, columns, device=weight.device)  # weight - its quantized value
-        codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-        scales = torch.empty(rows, columns // group, device=weight.device)
-        zeros = torch.empty_like(scales)
-        for start in range(0, columns, group):
-            end = start + group
-            block = weight[:, start:end] + errors[:, :start] @ factor[:start, start:end]
-            scale, zero = fit_grid(block, num_bits, module.symmetric, dtype, importance[start:end], _CLIP_RATIOS)
-            scales[:, start // group], zeros[:, start // group] = scale.squeeze(1), zero.squeeze(1)
-            # Transposed, so that each column lies in one piece: [g, N].
-            targets, source = block.T.contiguous(), weight[:, start:end].T.contiguous()
-            scale, zero = scale.squeeze(1), zero.squeeze(1)
-            for j in range(group):
-                code = quantize_to_grid(targets[j], scale, zero, num_bits)
-                error = source[j] - (code - zero) * scale
-                targets[j + 1 :] += factor[start + j, start + j + 1 : end, None] * error
-                source[j] = error
-                targets[j] = code
-            codes[:, start:end] = targets.T.to(torch.uint8)
-            errors[:, start:end] = source.T
-        return QuantizedModule(codes, scales.to(dtype), None if module.symmetric else zeros.to(torch.uint8))
+
+def _quantize_rows(
+    weight: Tensor, module: ModuleFormat, dtype: torch.dtype, elimination: Elimination
+) -> QuantizedModule:
+    assert module.group_size is not None
+    rows, columns = weight.shape
+    group, num_bits, symmetric = module.group_size, module.num_bits, bool(module.symmetric)
+    factor, importance = elimination.factor, elimination.pivots
+    errors = torch.zeros(rows, columns, device=weight.device)  # weight - its quantized value
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // group, device=weight.device)
+    zeros = torch.empty_like(scales)
+    for start in range(0, columns, group):
+        end = start + group
+        block = weight[:, start:end] + errors[:, :start] @ factor[:start, start:end]
+        scale, zero = fit_grid(block, num_bits, symmetric, dtype, importance[start:end], _CLIP_RATIOS)
+        scales[:, start // group], zeros[:, start // group] = scale.squeeze(1), zero.squeeze(1)
+        # Transposed, so that each column lies in one piece: [g, N].
+        targets, source = block.T.contiguous(), weight[:, start:end].T.contiguous()
+        scale, zero = scale.squeeze(1), zero.squeeze(1)
+        for j in range(group):
+            code = quantize_to_grid(targets[j], scale, zero, num_bits)
+            error = source[j] - (code - zero) * scale
+            targets[j + 1 :] += factor[start + j, start + j + 1 : end, None] * error
+            source[j] = error
+            targets[j] = code
+        codes[:, start:end] = targets.T.to(torch.uint8)
+        errors[:, start:end] = source.T
+    return QuantizedModule(codes, scales.to(dtype), None if symmetric else zeros.to(torch.uint8))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fit_grid", "quantize_to_grid"]
+__all__ = ["fit_grid", "quantize_to_grid", "refine_grid"]
 
 
 def fit_grid(
@@ -46,14 +46,53 @@ def fit_grid(
     return best[1], best[2]
 
 
+def refine_grid(
+    weight: Tensor,
+    grid: tuple[Tensor, Tensor],
+    num_bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    importance: Tensor,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """`grid` (scale, zero) of each group, improved in turns: codes for the grid, then the least-squares grid for them.
+
+    Shapes as in `fit_grid`. Of all grids seen, each group keeps the one of least weighted squared error.
+    """
+    scale, zero = grid
+    least, best_scale, best_zero = torch.full_like(scale, torch.inf), scale, zero
+    total = importance.expand(weight.shape).sum(-1, keepdim=True)
+    for _ in range(rounds + 1):
+        codes = quantize_to_grid(weight, scale, zero, num_bits)
+        error = ((weight - (codes - zero) * scale).square() * importance).sum(-1, keepdim=True)
+        better = error < least
+        least, best_scale, best_zero = (
+            torch.where(better, error, least),
+            torch.where(better, scale, best_scale),
+            torch.where(better, zero, best_zero),
+        )
+        if not symmetric:
+            zero = ((importance * (codes - weight / scale)).sum(-1, keepdim=True) / total).round()
+            zero = zero.clamp(0, (1 << num_bits) - 1)
+        steps = codes - zero
+        squares = (importance * steps.square()).sum(-1, keepdim=True)
+        scale = (importance * weight * steps).sum(-1, keepdim=True) / squares
+        scale = _storable(torch.where(torch.isfinite(scale) & (scale > 0), scale, grid[0]), dtype)
+    return best_scale, best_zero
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as 16 bits hold it, never 0 or infinite."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.tiny, limits.max).to(dtype).float()
+
+
 def _grid_of_range(
     low: Tensor, high: Tensor, num_bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     steps = (1 << num_bits) - 1
     scale = torch.maximum(-low, high) * 2 / steps if symmetric else (high - low) / steps
-    # Rounded first, so that the codes fit the scale that is stored; never 0 or infinite in 16 bits.
-    limits = torch.finfo(dtype)
-    scale = scale.clamp(limits.tiny, limits.max).to(dtype).float()
+    scale = _storable(scale, dtype)  # first, so that the codes fit the scale that is stored
     if symmetric:
         return scale, torch.full_like(scale, float(1 << (num_bits - 1)))
     return scale, torch.round(-low / scale).clamp(0, steps)

@@ -5,11 +5,12 @@ from importlib.metadata import entry_points
 from allocator.contract.errors import InputError
 from allocator.quantizers.base import Quantizer
 from allocator.quantizers.gptq import Gptq
+from allocator.quantizers.mse import MeanSquaredError
 from allocator.quantizers.rtn import RoundToNearest
 
 __all__ = ["get_quantizer", "quantizer_names"]
 
-_OURS: dict[str, type[Quantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
+_OURS: dict[str, type[Quantizer]] = {"rtn": RoundToNearest, "mse": MeanSquaredError, "gptq": Gptq}
 
 
 def quantizer_names() -> list[str]:

@@ -12,7 +12,7 @@ from allocator.blocks.hidden import HiddenStates
 from allocator.inventory import read_inventory
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2", "qwen3_moe", "mixtral", "phi3", "gemma3"])
 def test_logits_equal_those_of_transformers(kind: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_model(kind)
     stream = BlockStream(read_inventory(folder))

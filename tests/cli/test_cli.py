@@ -122,7 +122,7 @@ def test_bad_input_gets_one_clear_line(arguments: list[str], message: str) -> No
 
 def test_an_unknown_quantizer_is_refused_before_work(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     done = gamma("learn", tiny_model("llama"), "--out", tmp_path / "w", "--quantizer", "magic", code=2)
-    assert "choose from rtn, gptq" in done.stderr
+    assert "choose from rtn, mse, gptq" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

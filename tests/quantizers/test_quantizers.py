@@ -9,7 +9,8 @@ from torch import Tensor
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_tensors
-from allocator.quantizers import InputStatistics, get_quantizer, quantizer_names, registry
+from allocator.quantizers import InputStatistics, base, get_quantizer, quantizer_names, registry
+from allocator.quantizers.elimination import elimination_of
 from allocator.quantizers.rtn import RoundToNearest
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -32,7 +33,7 @@ def form(num_bits: int, group_size: int = 64, symmetric: bool = False) -> Module
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "mse", "gptq"])
 def test_output_error_shrinks_with_width(name: str, symmetric: bool) -> None:
     weight, x, statistics = weight_and_statistics()
     quantizer = get_quantizer(name)
@@ -62,7 +63,7 @@ def test_gptq_beats_rtn_on_correlated_inputs(num_bits: int) -> None:
     assert losses["gptq"] < 0.8 * losses["rtn"]
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "mse", "gptq"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_packed_tensors_have_the_declared_layout(name: str, symmetric: bool, dtype: str) -> None:
@@ -75,7 +76,7 @@ def test_packed_tensors_have_the_declared_layout(name: str, symmetric: bool, dty
     assert found == {(t.name, t.dtype, t.shape) for t in module_tensors("m", form(3, 32, symmetric), dtype)}
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "mse", "gptq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_degenerate_weights_stay_finite(name: str, dtype: torch.dtype) -> None:
     """All zero, constant, tiny and huge rows, and inputs that are never seen: no NaN reaches a server."""
@@ -100,5 +101,47 @@ def test_a_third_party_registers_a_quantizer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_quantizer_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="choose from rtn, gptq"):
+    with pytest.raises(InputError, match="choose from rtn, mse, gptq"):
         get_quantizer("magic")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_mse_beats_rtn_in_the_error_it_minimises(num_bits: int, symmetric: bool) -> None:
+    weight, x, _ = weight_and_statistics()
+    x = x * torch.linspace(0.1, 4, 128)  # channels of very different size
+    statistics = InputStatistics(None, len(x), x.square().sum(0))
+    losses = {}
+    for name in ("rtn", "mse"):
+        module = get_quantizer(name).quantize(weight, form(num_bits, symmetric=symmetric), torch.bfloat16, statistics)
+        losses[name] = float(((module.dequantized(num_bits) - weight).square() * statistics.moments).sum())
+    assert losses["mse"] < 0.95 * losses["rtn"]
+
+
+def test_the_factors_give_back_the_damped_hessian() -> None:
+    """H = U D U^T, across stripes, and the same candidates as the textbook's inverse gives."""
+    x = correlated_inputs(1200, 3000)
+    hessian = x.T @ x
+    found = elimination_of(InputStatistics(hessian.clone(), len(x)), 0.01)
+    upper = found.factor.triu(1).double() + torch.eye(1200, dtype=torch.float64)
+    mean = hessian / len(x)
+    damped = mean + 0.01 * torch.diagonal(mean).mean() * torch.eye(1200)
+    torch.testing.assert_close(((upper * found.pivots) @ upper.T).float(), damped, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hessian_that_cannot_be_factorised_is_damped_more() -> None:
+    hessian = torch.ones(64, 64) - 2 * torch.eye(64)  # not even semi-definite
+    found = elimination_of(InputStatistics(hessian.abs().mul(-1).fill_diagonal_(1.0), 1), 1e-6)
+    assert torch.isfinite(found.factor.triu()).all()
+    assert (found.pivots > 0).all()
+
+
+def test_large_modules_are_quantized_in_stripes_to_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, statistics = weight_and_statistics()
+    for name in ("rtn", "mse", "gptq"):
+        whole = get_quantizer(name).quantize(weight, form(3), torch.bfloat16, statistics)
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "_STRIPE_WEIGHTS", 7 * 128)
+            striped = get_quantizer(name).quantize(weight, form(3), torch.bfloat16, statistics)
+        assert torch.equal(whole.scale, striped.scale)
+        assert (whole.codes != striped.codes).float().mean() < 0.001  # sums of products in another order

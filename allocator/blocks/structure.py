@@ -1,0 +1,73 @@
+"""A decoder block of transformers made to have the names of its checkpoint: experts one by one, and old module names.
+
+transformers 5 keeps the experts of a block as two fused tensors and calls every feed-forward part `mlp`; checkpoints
+have one tensor an expert and matrix, and Mixtral's says `block_sparse_moe`. Candidates are of checkpoint tensors, so
+the block is rebuilt to have those as parameters, and computes the same.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["as_stored"]
+
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
+    """`layer` (on the meta device; it is changed) with parameters named as `stored`: tensor names inside the block."""
+    mlp = getattr(layer, "mlp", None)
+    if mlp is not None and any(name.startswith("block_sparse_moe.") for name in stored):
+        _rename_mlp(layer, "block_sparse_moe")
+    for name, module in list(layer.named_modules()):
+        of_experts = [n.removeprefix(f"{name}.0.") for n in stored if n.startswith(f"{name}.0.")]
+        if name.endswith("experts") and of_experts and "gate_up_proj" in dict(module.named_parameters()):
+            names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
+            parent, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(parent), attribute, _Experts(module, names))
+    return layer
+
+
+def _rename_mlp(layer: nn.Module, name: str) -> None:
+    """Move `layer.mlp` to `name`; the layer's forward, which says `self.mlp`, finds it through a property."""
+    layer.add_module(name, layer.get_submodule("mlp"))
+    del layer.mlp
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (kind,), {"mlp": property(lambda self: getattr(self, name))})
+
+
+class _Experts(nn.ModuleList):
+    """The experts of a block, each with three linear modules. An expert runs on the tokens that chose it, if any."""
+
+    def __init__(self, fused: Any, names: tuple[str, str, str]) -> None:
+        count, hidden, wide = fused.down_proj.shape
+        device = fused.down_proj.device
+        super().__init__(_Expert(fused.act_fn, names, hidden, wide, device) for _ in range(count))
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """hidden `[n, D]`; chosen, weights `[n, top_k]`: the experts of each token and what their outputs weigh."""
+        total = torch.zeros_like(hidden)
+        for number in torch.unique(chosen).tolist():
+            tokens, place = torch.where(chosen == number)
+            output = self[number](hidden[tokens]) * weights[tokens, place, None]
+            total = total.index_add(0, tokens, output)
+        return total
+
+
+class _Expert(nn.Module):
+    """One gated feed-forward network."""
+
+    def __init__(
+        self, activation: Any, names: tuple[str, str, str], hidden: int, wide: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._activation, self._names = activation, names
+        for name, shape in zip(names, ((hidden, wide), (hidden, wide), (wide, hidden)), strict=True):
+            self.add_module(name, nn.Linear(*shape, bias=False, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        output: Tensor = down(self._activation(gate(x)) * up(x))
+        return output
