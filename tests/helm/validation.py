@@ -5,11 +5,14 @@ from functools import cache
 from pathlib import Path
 
 import jsonschema
+import kubernetes_validate.utils
 
 from tests.helm.charts import Object
 
 __all__ = ["check_object"]
 
+# The schemas of one version are megabytes, read anew for each object otherwise.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
 _CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
 
 
@@ -21,8 +24,6 @@ def _crd(kind: str) -> jsonschema.Draft202012Validator:
 
 def check_object(item: Object, kubernetes: str) -> None:
     """Raises what is wrong with the object. `kubernetes` is a version such as 1.34."""
-    import kubernetes_validate
-
     if item["kind"] in _CRDS:
         _crd(item["kind"]).validate(item)
     else:
