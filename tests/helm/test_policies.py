@@ -1,0 +1,42 @@
+"""checkov's policies for Kubernetes: nothing is open but what is listed here, with the reason."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+from tests.helm.charts import EXAMPLES, render
+from tests.programs import program
+
+OPEN = {
+    "CKV_K8S_11": "No CPU limit for vLLM: throttling a thread that feeds the GPU costs more than it protects.",
+    "CKV_K8S_35": "vLLM takes its API key from the environment or the command line only.",
+    "CKV_K8S_8": "The pod of `helm test` runs once and ends; there is nothing to probe.",
+    "CKV_K8S_9": "The pod of `helm test` runs once and ends; there is nothing to probe.",
+}
+ONLY_FOR_TEST_POD = {"CKV_K8S_8", "CKV_K8S_9"}
+DIGEST = "sha256:" + "0" * 64
+IMAGES = {"images": {name: {"repository": f"r/{name}", "digest": DIGEST} for name in ("vllm", "sidecar")}}
+
+
+@pytest.mark.slow
+def test_policies(helm4, tmp_path):
+    for name, path in EXAMPLES.items():
+        if name == "cpu":  # for trying things out: it switches the network policy off and mounts the host's folder
+            continue
+        objects = render(helm4, path, IMAGES)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump_all(objects))
+    command = [program("checkov"), "--framework", "kubernetes", "--directory", tmp_path, "--compact", "--quiet"]
+    done = subprocess.run([*command, "--output", "json"], capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert report["summary"]["passed"] > 500
+    found = {(check["check_id"], check["resource"]) for check in report["results"]["failed_checks"]}
+    assert {check for check, _ in found} == set(OPEN)  # one that closes leaves the list
+    assert all(resource.startswith("Pod.") for check, resource in found if check in ONLY_FOR_TEST_POD)
+
+
+def test_images_can_be_named_by_digest(helm4):
+    for item in render(helm4, EXAMPLES["cluster-virginia"], IMAGES):
+        if item["kind"] == "Deployment":
+            assert all(c["image"].endswith(f"@{DIGEST}") for c in item["spec"]["template"]["spec"]["containers"])

@@ -1,0 +1,180 @@
+"""Wrong values are refused before anything is installed, with the place named: by schema or by the chart's checks."""
+
+import pytest
+import yaml
+
+from allocator.fitting import find_gpu, load_catalogue
+from tests.helm.charts import CHART, CLOUDS, EXAMPLES, Helm, allocation, fail, render
+
+ONE = "allocations"
+# What is wrong -> (path in the values, wrong value, word that the refusal has to name).
+BY_SCHEMA = {
+    "unknown key": ("replicaCount", 2, "replicaCount"),
+    "unknown key of a section": ("vllm.prot", 8000, "prot"),
+    "unknown key of an allocation": (f"{ONE}.0.maxModelLength", 4096, "maxModelLength"),
+    "unknown key of a profile": ("gpuProfiles.l4.gpuName", "l4", "gpuProfiles"),
+    "allocations as a map": (ONE, {"one": {}}, ONE),
+    "no model": (f"{ONE}.0", {"name": "one", "gpu": "l4"}, "model"),
+    "no gpu": (f"{ONE}.0", {"name": "one", "model": "m"}, "gpu"),
+    "no name": (f"{ONE}.0", {"gpu": "l4", "model": "m"}, "name"),
+    "name with capitals": (f"{ONE}.0.name", "Qwen3", "name"),
+    "name too long": (f"{ONE}.0.name", "a" * 33, "name"),
+    "name that ends in a dash": (f"{ONE}.0.name", "one-", "name"),
+    "model with a space": (f"{ONE}.0.model", "Qwen 3", "model"),
+    "model that looks like a flag": (f"{ONE}.0.model", "--help", "model"),
+    "no GPU at all": (f"{ONE}.0.count", 0, "count"),
+    "count as text": (f"{ONE}.0.count", "2", "count"),
+    "fractional GPU": (f"{ONE}.0.count", 0.5, "count"),
+    "negative replicas": (f"{ONE}.0.replicas", -1, "replicas"),
+    "context as text": (f"{ONE}.0.maxModelLen", "32k", "maxModelLen"),
+    "context of zero": (f"{ONE}.0.maxModelLen", 0, "maxModelLen"),
+    "no sequences": (f"{ONE}.0.maxNumSeqs", 0, "maxNumSeqs"),
+    "unknown KV type": (f"{ONE}.0.kvCacheDtype", "int8", "kvCacheDtype"),
+    "budget without a unit": (f"{ONE}.0.budget", "17", "budget"),
+    "budget as a number": (f"{ONE}.0.budget", 17, "budget"),
+    "negative budget": (f"{ONE}.0.budget", "-5GiB", "budget"),
+    "unknown unit": (f"{ONE}.0.budget", "5Gi", "budget"),
+    "cut digest": (f"{ONE}.0.budget", "sha256:abc", "budget"),
+    "more than the whole memory": (f"{ONE}.0.gpuMemoryUtilization", 1.1, "gpuMemoryUtilization"),
+    "none of the memory": ("vllm.gpuMemoryUtilization", 0, "gpuMemoryUtilization"),
+    "arguments as text": (f"{ONE}.0.vllmArgs", "--enforce-eager", "vllmArgs"),
+    "store over http": ("store.url", "http://models/gamma", "url"),
+    "store as a path": ("store.url", "/store", "url"),
+    "secret name with a slash": ("hub.tokenSecret", "a/b", "tokenSecret"),
+    "digest of an image": ("images.vllm.digest", "abc", "digest"),
+    "tag with a space": ("images.vllm.tag", "a b", "tag"),
+    "pull policy": ("images.vllm.pullPolicy", "Sometimes", "pullPolicy"),
+    "prepare mode": ("prepare.mode", "job", "mode"),
+    "port": ("vllm.port", 70000, "port"),
+    "boolean as text": ("sidecar.enabled", "yes", "enabled"),
+    "memory with a wrong unit": ("vllm.resources", {"requests": {"memory": "16GB"}}, "resources"),
+    "size with a wrong unit": ("modelVolume.size", "100GiB", "size"),
+    "volume type": ("modelVolume.type", "hostPath", "type"),
+    "access mode": ("modelVolume.accessModes", ["RWX"], "accessModes"),
+    "surge of a fraction": ("rollout.maxSurge", 0.5, "maxSurge"),
+    "surge of 200 %": ("rollout.maxSurge", "200%", "maxSurge"),
+    "autoscaler": ("autoscaling.type", "vpa", "type"),
+    "address of Prometheus": ("autoscaling.keda.serverAddress", "prometheus:9090", "serverAddress"),
+    "toleration effect": ("tolerations", [{"key": "a", "effect": "Never"}], "tolerations"),
+    "scrape interval": ("monitoring.serviceMonitor.interval", "30 sec", "interval"),
+    "label that is no text": ("podLabels", {"a": 1}, "podLabels"),
+    "service type": ("service.type", "Ingress", "type"),
+    "environment without a name": ("vllm.extraEnv", [{"value": "1"}], "extraEnv"),
+    "negative time": ("vllm.startupTimeoutSeconds", -1, "startupTimeoutSeconds"),
+    "name of the release": ("fullnameOverride", "GAMMA", "fullnameOverride"),
+}
+KEDA = {"type": "keda", "keda": {"serverAddress": "http://p:9090"}}
+# What is wrong -> (values, words of the refusal).
+BY_CHECK = {
+    "nothing to deploy": ({}, "nothing to deploy"),
+    "no store": ({**allocation(), "store": {"url": ""}}, "store.url is empty"),
+    "file store without volume": (
+        {**allocation(), "store": {"url": "file:///store"}},
+        "store.volume is empty",
+    ),
+    "volume without file store": (
+        {**allocation(), "store": {"url": "s3://a/b", "volume": {"emptyDir": {}}}},
+        "use file:///store",
+    ),
+    "unknown GPU": (allocation(gpu="rtx9090"), 'no GPU profile "rtx9090"; known are a100-40gb'),
+    "two of one name": (
+        {"store": {"url": "s3://a/b"}, "allocations": [{"name": "a", "model": "m", "gpu": "l4"}] * 2},
+        "two allocations are named a",
+    ),
+    "no claim": ({**allocation(), "modelVolume": {"type": "existing"}}, "modelVolume.existingClaim"),
+    "claim that is not used": ({**allocation(), "modelVolume": {"existingClaim": "a"}}, "set it to existing"),
+    "nothing to serve": ({**allocation(), "prepare": {"mode": "none"}}, "the checkpoint must be there"),
+    "read-only and prepared": (
+        {**allocation(), "modelVolume": {"type": "existing", "existingClaim": "a", "readOnly": True}},
+        "leaves no place for the checkpoint",
+    ),
+    "native without sidecar": (
+        {**allocation(), "prepare": {"mode": "native"}, "sidecar": {"enabled": False}},
+        "sidecar.enabled must be true",
+    ),
+    "native that must see the device": (
+        {**allocation(gpu="any"), "prepare": {"mode": "native"}},
+        "cannot see the device",
+    ),
+    "one port for two": ({**allocation(), "vllm": {"port": 8080}}, "are equal"),
+    "MIG slices together": (allocation(gpu="h100-mig-3g.40gb", count=2), "MIG slices cannot work together"),
+    "one-pod claim, two pods": (
+        {**allocation(replicas=2), "modelVolume": {"type": "pvc"}},
+        "serves one pod at a time",
+    ),
+    "one-pod claim, surge": (
+        {**allocation(rollout={"maxSurge": 1}), "modelVolume": {"type": "pvc"}},
+        "serves one pod at a time",
+    ),
+    "rollout that cannot go on": (allocation(rollout={"maxUnavailable": 0}), "both 0"),
+    "replicas and autoscaling": (allocation(replicas=2, autoscaling=KEDA), "both set"),
+    "fewest above most": (allocation(autoscaling=KEDA | {"minReplicas": 9}), "minReplicas 9 is above"),
+    "to zero without a queue": (allocation(autoscaling=KEDA | {"minReplicas": 0}), "minReplicas 0 needs"),
+    "to zero by HPA": (allocation(autoscaling={"type": "hpa", "minReplicas": 0}), "minReplicas 0 needs"),
+    "no Prometheus": (allocation(autoscaling={"type": "keda"}), "serverAddress is empty"),
+    "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
+    "learn where": (
+        {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},
+        'learn: no GPU profile "x"',
+    ),
+}
+
+
+def changed(path, value):
+    """Values that are right but for one place."""
+    values = allocation()
+    *way, last = path.split(".")
+    at = values
+    for step in way:
+        at = at[int(step)] if isinstance(at, list) else at.setdefault(step, {})
+    at[int(last) if isinstance(at, list) else last] = value
+    return values
+
+
+def test_the_table_is_long_and_its_start_is_right(helm):
+    assert len(BY_SCHEMA) >= 40
+    render(helm, allocation())
+
+
+@pytest.mark.parametrize("case", BY_SCHEMA)
+def test_schema_refuses(helm, case):
+    path, value, word = BY_SCHEMA[case]
+    refusal = fail(helm, changed(path, value))
+    assert "schema" in refusal  # and not a template that stumbled
+    assert word in refusal
+
+
+@pytest.mark.parametrize("case", BY_CHECK)
+def test_check_refuses(helm4, case):
+    values, words = BY_CHECK[case]
+    refusal = fail(helm4, values)
+    assert "values that cannot work" in refusal
+    assert words in refusal
+
+
+def test_all_mistakes_are_told_at_once():
+    refusal = fail(Helm("helm3"), allocation(gpu="x", rollout={"maxUnavailable": 0}) | {"store": {"url": ""}})
+    assert all(words in refusal for words in ("store.url is empty", 'no GPU profile "x"', "both 0"))
+
+
+def test_lint_tells_of_wrong_values(helm):
+    done = helm.run("lint", "--strict", CHART, "-f", EXAMPLES["one-gpu"], "--set", "vllm.port=http", check=False)
+    assert done.returncode != 0
+    assert "port" in done.stdout + done.stderr
+
+
+def test_profiles_are_those_of_the_catalogue(helm4):
+    """Every `catalogue` names a card that `gamma prepare --gpu` knows, with the label that its nodes carry."""
+
+    catalogue = load_catalogue()
+    seen = 0
+    for path in (CHART / "values.yaml", *CLOUDS.values()):
+        for name, profile in yaml.safe_load(path.read_text())["gpuProfiles"].items():
+            card = (profile or {}).get("catalogue", "auto")
+            if card == "auto":
+                continue
+            gpu = find_gpu(card, catalogue)
+            label = (profile.get("nodeSelector") or {}).get("nvidia.com/gpu.product")
+            assert label in (None, gpu.product_label), name
+            seen += 1
+    assert seen >= 10
