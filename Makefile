@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-demo bench-experts bench-scale bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-demo bench-bank bench-experts bench-scale bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: setup ## from a model folder to a served mixed-precision endpoint, and a c
 
 bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
 	@$(PYTHON) benchmarks/demo/bench.py
+
+bench-bank: setup ## from a new budget to a ready server: from the bank, against export and serve
+	@$(PYTHON) benchmarks/bank/bench.py
 
 bench-experts: setup ## what widths of their own cost a layer of experts on CPU
 	@$(PYTHON) benchmarks/experts/bench.py
