@@ -56,6 +56,29 @@ def test_ark_agrees_with_the_reference(num_bits, symmetric):
 
 
 @needs_ark
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_a_layer_is_its_segments_side_by_side(tokens, dtype):
+    kinds = [(40, 3, 32, False), (24, 16, 0, True), (33, 5, 64, True)]
+    segments, held, weights = [], [], []
+    for rows, num_bits, group_size, symmetric in kinds:
+        if num_bits == 16:
+            weights.append(torch.randn(rows, 128).to(dtype).float())
+            segments.append(Segment((0,), 16, None, None, rows, 128))
+            held.append({"weight": weights[-1].to(dtype)})
+        else:
+            segment, tensors, weight = make_segment(rows, 128, num_bits, group_size, symmetric)
+            segments.append(segment)
+            held.append(ark.pack(segment, tensors))
+            weights.append(weight)
+    x = torch.randn(2, tokens, 128).to(dtype)
+    given = ark.layer(segments, held, x)
+    assert given.shape == (2, tokens, 97)
+    assert given.dtype == dtype
+    torch.testing.assert_close(given.float(), x.float() @ torch.cat(weights).T, rtol=2e-2, atol=2e-2)
+
+
+@needs_ark
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_bytes_of_a_blob_are_known_ahead(num_bits, symmetric):
