@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-demo bench-bank bench-experts bench-scale bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-channel-blocks bench-demo bench-bank bench-experts bench-scale bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ bench-experts: setup ## what widths of their own cost a layer of experts on CPU
 
 bench-solver: setup ## how fast the integer program is solved, at the sizes of a 32B model and of one with experts
 	@$(PYTHON) benchmarks/solver/bench.py
+
+bench-channel-blocks: setup ## whether widths by block of output channels beat widths by module, at equal bytes
+	@$(PYTHON) benchmarks/channel_blocks/bench.py
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # they bring torch
     from allocator.learning import LearningSettings
     from allocator.running import Resume
 
+_LARGEST_WRITER_PARAMETERS = 2_000_000_000
+"""Larger models do not write their own calibration text: in float32 they would need more than 8 GB of memory."""
+
 __all__ = [
     "CandidateSettings",
     "LearnResult",
@@ -37,7 +40,7 @@ AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 @dataclass(frozen=True)
 class CandidateSettings:
-    """What the bank holds, and the calibration text that learning runs on (`None`: the model writes its own)."""
+    """What the bank holds, and the calibration text that learning runs on (`None`: see `--calibration`)."""
 
     quantizer: str = "gptq"
     widths: Sequence[int] = WIDTHS
@@ -126,7 +129,8 @@ def learn(
         digest=team.from_leader(lambda: _model_digest(inventory, work, progress, remember=True)),
     )
     progress("calibration text", 0.0)
-    calibration = team.from_leader(lambda: _calibration(model, candidates, length))
+    parameters = sum(m.parameters for m in inventory.modules)
+    calibration = team.from_leader(lambda: _calibration(model, candidates, length, parameters))
     progress("calibration text", 1.0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made_with = {
@@ -206,9 +210,11 @@ def _model_digest(inventory: "Inventory", work: Path, progress: Progress, rememb
     return model_digest(inventory, tell)
 
 
-def _calibration(model: Path, candidates: CandidateSettings, length: int) -> "Calibration":
-    from allocator.blocks import calibration_from_model, calibration_from_text
+def _calibration(model: Path, candidates: CandidateSettings, length: int, parameters: int) -> "Calibration":
+    from allocator.blocks import calibration_from_model, calibration_from_python, calibration_from_text
 
+    if candidates.calibration is None and parameters > _LARGEST_WRITER_PARAMETERS:
+        return calibration_from_python(model, candidates.sequences, length, candidates.seed)
     if candidates.calibration is None:
         return calibration_from_model(model, candidates.sequences, length, candidates.seed)
     return calibration_from_text(model, list(candidates.calibration), candidates.sequences, length, candidates.seed)

@@ -1,23 +1,21 @@
 """Calibration sequences: token ids from text files, or sampled from the model itself."""
 
-import json
-import lzma
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from allocator.blocks.texts import PIECE_CHARACTERS, Piece, pieces_of_files, pieces_of_python, sample_pieces
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 
-__all__ = [
-    "Calibration",
-    "calibration_from_model",
-    "calibration_from_text",
-    "read_texts",
-    "sequences_of_text",
-]
+__all__ = ["Calibration", "calibration_from_model", "calibration_from_python", "calibration_from_text"]
+
+_SURPLUS = 4  # so many times the text that is needed is tokenised, for windows from all over it
+_CHARACTERS_A_TOKEN = 6
+_LEAST_PIECES = 1000
 
 
 @dataclass(frozen=True)
@@ -32,38 +30,17 @@ class Calibration:
         return digest_bytes(self.token_ids.to(torch.int64).contiguous().numpy().tobytes())
 
 
-def read_texts(path: Path) -> list[str]:
-    """The documents of a .txt/.raw (one document), .jsonl (objects with "text") or .json (list) file, plain or .xz."""
-    try:
-        content = path.read_bytes()
-        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
-        kind = path.with_suffix("").suffix if path.suffix == ".xz" else path.suffix
-        if kind == ".jsonl":
-            return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-        if kind == ".json":
-            return [item if isinstance(item, str) else item["text"] for item in json.loads(text)]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
-        raise InputError(
-            f"{path}: cannot be read as calibration text ({type(error).__name__}: {error}); "
-            'give UTF-8 text, .jsonl with {"text": ...} lines or a .json list'
-        ) from None
-    return [text]
-
-
-def sequences_of_text(
-    folder: Path, texts: list[str], sequences: int, length: int, seed: int, source: str
-) -> Calibration:
-    """`sequences` windows of `length` tokens, drawn without overlap from the tokenised texts, in random order."""
+def _windows(folder: Path, pieces: Iterable[Piece], sequences: int, length: int, seed: int, source: str) -> Calibration:
+    """`sequences` windows of `length` tokens, drawn without overlap from a sample of the pieces, in random order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Whole books are cut for the tokenizer, which is quadratic in places; a cut costs one odd token in 20 000.
-    pieces = [text[i : i + 20_000] for text in texts for i in range(0, len(text), 20_000)]
+    enough = max(_LEAST_PIECES, _SURPLUS * sequences * length * _CHARACTERS_A_TOKEN // PIECE_CHARACTERS)
     ids: list[int] = []
-    for piece in pieces:
+    for piece, ends in sample_pieces(pieces, enough, seed):
         ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(pieces) == len(texts):
+        if ends:
             ids += separator
     windows = len(ids) // length
     if windows < sequences:
@@ -77,9 +54,13 @@ def sequences_of_text(
 
 
 def calibration_from_text(folder: Path, paths: list[Path], sequences: int, length: int, seed: int) -> Calibration:
-    """Sequences from text files, with the tokenizer of the model in `folder`."""
-    texts = [text for path in paths for text in read_texts(path)]
-    return sequences_of_text(folder, texts, sequences, length, seed, ", ".join(p.name for p in paths))
+    """Sequences from text files of any size, with the tokenizer of the model in `folder`."""
+    return _windows(folder, pieces_of_files(paths), sequences, length, seed, ", ".join(p.name for p in paths))
+
+
+def calibration_from_python(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
+    """Sequences from the documentation and sources of Python, for when no text is given for a large model."""
+    return _windows(folder, pieces_of_python(), sequences, length, seed, "documentation and sources of Python")
 
 
 def calibration_from_model(folder: Path, sequences: int, length: int, seed: int) -> Calibration:

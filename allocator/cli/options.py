@@ -134,8 +134,8 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text (.txt, .jsonl, .json, also .xz), may be repeated; without it the model writes its own, "
-        "for which it must fit into memory",
+        help="text (.txt, .jsonl, .json, also .xz) of any size, may be repeated; without it a model of up to 2 billion "
+        "parameters writes its own, for a larger one the documentation and sources of Python are taken",
     )
     text.add_argument("--sequences", type=int, default=128)
     text.add_argument("--sequence-length", type=int, default=2048, help="at most what the model allows")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from allocator.blocks import calibration_from_model, calibration_from_text
+from allocator.blocks import calibration_from_model, calibration_from_python, calibration_from_text
+from allocator.blocks.texts import sample_pieces
 from allocator.contract.errors import InputError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -64,3 +65,35 @@ def test_the_model_writes_its_own_text_reproducibly(tiny_model: Callable[[str], 
     assert first.token_ids.shape == (4, 16)
     assert torch.equal(first.token_ids, again.token_ids)
     assert not torch.equal(first.token_ids, other.token_ids)
+
+
+def test_of_a_large_file_a_sample_from_all_over_it_is_read(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("allocator.blocks.texts.PIECE_CHARACTERS", 64)
+    monkeypatch.setattr("allocator.blocks.calibration._LEAST_PIECES", 16)
+    path = tmp_path / "large.txt"
+    path.write_text("".join(chr(33 + i // 200) * 200 for i in range(0, 12_000, 200)))  # a letter a stretch
+    calibration = calibration_from_text(tiny_model("llama"), [path], 8, 8, seed=0)
+    assert len(calibration.token_ids.unique()) > 4
+    again = calibration_from_text(tiny_model("llama"), [path], 8, 8, seed=0)
+    assert again.digest == calibration.digest
+
+
+def test_samples_are_drawn_evenly_and_kept_in_order() -> None:
+    pieces = [(str(i), True) for i in range(40)]
+    counts = [0] * 40
+    for seed in range(400):
+        chosen = [int(text) for text, _ in sample_pieces(pieces, 10, seed)]
+        assert chosen == sorted(chosen)
+        assert len(set(chosen)) == 10
+        for number in chosen:
+            counts[number] += 1
+    assert 60 < min(counts) <= max(counts) < 150  # 100 expected
+    assert sample_pieces(pieces, 100, 0) == pieces
+
+
+def test_without_text_a_large_model_gets_that_of_python(tiny_model: Callable[[str], Path]) -> None:
+    calibration = calibration_from_python(tiny_model("llama"), 16, 128, seed=0)
+    assert calibration.token_ids.shape == (16, 128)
+    assert len(calibration.token_ids.unique()) > 40
