@@ -20,6 +20,7 @@ VERBS = {
     "show": "show an assignment: width of every module, bytes, a heat map",
     "diff": "show what changed between two assignments of one model",
     "sweep": "solve for many budgets: what each buys, as a table and a figure",
+    "kv": "measure what an fp8 KV cache costs",
     "verify": "check that a checkpoint is what it declares",
     "store": "fill and list a store that the sidecar and prepare read",
     "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",

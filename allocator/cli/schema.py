@@ -10,21 +10,28 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus"])
+    parser.add_argument(
+        "name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache"]
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.bank import Bank
     from allocator.contract.checkpoint import CheckpointConfig
     from allocator.contract.documents import Document
+    from allocator.contract.kv_cache import KvCacheScores
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
     from allocator.fitting import Catalogue, Plan
+    from allocator.fitting.probe import ProbeRecord
 
     if args.name == "checkpoint":
         print_json(CheckpointConfig.model_json_schema())
     elif args.name == "gpus":
         print_json(Catalogue.published_schema())
     else:
-        documents: dict[str, type[Document]] = {"bank": Bank, "scores": Scores, "manifest": Manifest, "plan": Plan}
+        documents: dict[str, type[Document]] = {
+            "bank": Bank, "scores": Scores, "manifest": Manifest, "plan": Plan, "probe": ProbeRecord,
+            "kv_cache": KvCacheScores,
+        }  # fmt: skip
         print_json(documents[args.name].published_schema())
