@@ -1,5 +1,7 @@
-"""What a worker of vLLM says of its own memory. Mixed into the worker by `--worker-extension-cls`, so that it runs where
-the numbers are, in every rank."""
+"""What a worker of vLLM says of its own memory.
+
+Mixed into the worker by `--worker-extension-cls`, so that it runs where the numbers are, in every rank.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What vLLM really used on a device: calibration records, kept by GPU and vLLM version, and the plan lines they replace.
+"""What vLLM really used on a device: records kept by GPU and vLLM version, and the lines of a plan they replace.
 
 A record is of one start of vLLM (`gamma probe`). A later plan of the same model and arguments takes all measured
 lines; one of another model or other traffic takes only what depends on neither, the memory outside of torch.

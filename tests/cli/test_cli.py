@@ -12,7 +12,21 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 
 SMALL = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32", "--passes", "1"]
-VERBS = ["inspect", "learn", "solve", "export", "fit", "show", "diff", "sweep", "verify", "store", "prepare", "schema"]
+VERBS = [
+    "inspect",
+    "learn",
+    "solve",
+    "export",
+    "fit",
+    "show",
+    "diff",
+    "sweep",
+    "kv",
+    "verify",
+    "store",
+    "prepare",
+    "schema",
+]
 
 
 def gamma(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -126,7 +140,7 @@ def test_an_unknown_quantizer_is_refused_before_work(tiny_model: Callable[[str],
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["bank", "scores", "manifest", "checkpoint"])
+@pytest.mark.parametrize("name", ["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache"])
 def test_schemas_are_published(name: str) -> None:
     assert json.loads(gamma("schema", name).stdout)["properties"]
 

@@ -77,7 +77,7 @@ def test_a_dtype_that_leaves_too_little_is_passed_over_and_none_is_an_error(make
     assert chosen.dtype == "fp8"
     assert options[0].total_loss is None
     budgets["fp8"] = 1
-    with pytest.raises(InfeasibleBudgetError, match="auto: .*fp8: "):
+    with pytest.raises(InfeasibleBudgetError, match=r"auto: .*fp8: "):
         choose_kv_cache(kv_losses(measured({"fp8": 9.0})), best_in)
 
 
