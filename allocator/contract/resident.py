@@ -1,22 +1,28 @@
 """Bytes that one rank of vLLM holds after loading: a closed formula of how a module is stored, split and packed.
 
-`split` names how tensor parallelism cuts a module (Megatron's scheme, as vLLM's linear layers have it):
+`split` names how tensor parallelism cuts a module (Megatron's scheme, as vLLM's layers have it):
 
     column      rows (out_features) are divided among the ranks
     kv          rows of key or value heads: divided, and replicated when there are more ranks than heads
     qkv         a whole `qkv_proj` stored as one: query rows as column, key and value rows as kv
     row         columns (in_features) are divided
     replicated  every rank holds all
-    vocabulary  rows are padded to a multiple of 64 and divided (`vocab_parallel_embedding.py`)
-    expert_column, expert_row   one expert of a mixture: as column and row, or with expert parallelism whole
+    embedding, head, tied   rows of the vocabulary, padded to a multiple of 64 and divided; a tied module is both
+    expert_column, expert_row   one expert of a mixture: as column and row; with expert parallelism whole
                 experts are divided among the ranks
 
-All ranks of one pipeline stage hold the same number of bytes.
+Modules that vLLM fuses into one layer and whose width, group size and symmetry are equal are packed together, if they
+are neighbours. All ranks of one pipeline stage hold the same number of bytes.
 """
 
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+from pydantic import Field
+
+from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, ModuleFormat
 
@@ -25,26 +31,36 @@ __all__ = [
     "Heads",
     "Kernel",
     "Ranks",
+    "Residency",
     "Split",
+    "Stage",
+    "kind_name",
     "pad",
     "rank_shape",
     "resident_bytes",
+    "segment_bytes",
+    "segment_tensors",
 ]
 
-Split = Literal["column", "kv", "qkv", "row", "replicated", "vocabulary", "expert_column", "expert_row"]
+Split = Literal["column", "kv", "qkv", "row", "replicated", "embedding", "head", "tied", "expert_column", "expert_row"]
 Kernel = Literal["torch", "ark", "humming"]
 
 VOCABULARY_PADDING = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of vLLM."""
 
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class Heads:
+_ARK_ROWS, _ARK_HEADER_BYTES = 24, 128
+_HUMMING_ROWS, _HUMMING_COLUMNS = 256, 128
+_EXPERT_ALIGNMENT_BYTES = 64
+
+
+class Heads(Strict):
     """Attention heads of the model, which `kv` and `qkv` are divided by."""
 
-    query: int
-    key_value: int
-    size: int
+    query: int = Field(ge=1)
+    key_value: int = Field(ge=1)
+    size: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -60,14 +76,6 @@ def pad(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _divided(what: str, value: int, ranks: Ranks) -> int:
-    size = ranks.tensor_parallel_size
-    if value % size:
-        fitting = [n for n in range(1, 65) if value % n == 0]
-        raise InputError(f"tensor_parallel_size {size} does not divide {what} {value}; possible are {fitting}")
-    return value // size
-
-
 def rank_shape(
     shape: tuple[int, int], split: Split, ranks: Ranks, heads: Heads | None = None, group_size: int | None = None
 ) -> tuple[int, int]:
@@ -80,7 +88,7 @@ def rank_shape(
     match split:
         case "replicated":
             return shape
-        case "vocabulary":
+        case "embedding" | "head" | "tied":
             return _divided("the padded vocabulary", pad(rows, VOCABULARY_PADDING), ranks), columns
         case "kv" | "qkv":
             if heads is None:
@@ -100,6 +108,14 @@ def rank_shape(
             return _divided("out_features", rows, ranks), columns
 
 
+def _divided(what: str, value: int, ranks: Ranks) -> int:
+    size = ranks.tensor_parallel_size
+    if value % size:
+        fitting = [n for n in range(1, 65) if value % n == 0]
+        raise InputError(f"tensor_parallel_size {size} does not divide {what} {value}; possible are {fitting}")
+    return value // size
+
+
 def _kv_rows(rows: int, split: Split, ranks: Ranks, heads: Heads) -> int:
     size = ranks.tensor_parallel_size
     if size <= heads.key_value:
@@ -116,6 +132,35 @@ def _kv_rows(rows: int, split: Split, ranks: Ranks, heads: Heads) -> int:
     return rows // heads.key_value * kept
 
 
+def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kernel) -> tuple[int, ...]:
+    """Bytes of each tensor that holds `rows` packed together; `module` says their storage (its shape does not count).
+
+    torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. ark has
+    one blob: rows padded to 24, codes, float32 scales, zero points of one byte, and 128 bytes (read off
+    auto-round-lib 0.16 with fp32 compute). humming pads rows to 256 and columns to 128.
+    """
+    if not module.quantized:
+        return (2 * rows * columns,)
+    assert module.group_size is not None
+    bits = module.num_bits
+    if kernel == "ark":
+        groups = columns // module.group_size
+        each = columns * bits // 8 + groups * (4 if module.symmetric else 5)
+        return (pad(rows, _ARK_ROWS) * each + _ARK_HEADER_BYTES,)
+    if kernel == "humming":
+        rows, columns = pad(rows, _HUMMING_ROWS), pad(columns, _HUMMING_COLUMNS)
+    groups = -(-columns // module.group_size)
+    packed, scales = rows * columns * bits // 8, 2 * rows * groups
+    if module.symmetric:
+        return packed, scales
+    return packed, scales, 4 * -(-rows * bits // 32) * groups
+
+
+def segment_bytes(rows: int, columns: int, module: ModuleFormat, kernel: Kernel, alignment: int = 1) -> int:
+    """Sum of `segment_tensors`, each padded to `alignment`."""
+    return sum(pad(nbytes, alignment) for nbytes in segment_tensors(rows, columns, module, kernel))
+
+
 def resident_bytes(
     module: ModuleFormat,
     split: Split,
@@ -123,22 +168,141 @@ def resident_bytes(
     heads: Heads | None = None,
     kernel: Kernel = "torch",
 ) -> int:
-    """Bytes of one module on one rank; `weight_shape` is not kept.
+    """Bytes of one module on one rank (of one expert, on a rank that holds it), packed for itself.
 
-    The torch kernel keeps the tensors of the file: packed rows, 16-bit scales, packed zero points. Neighbouring
-    modules of one kind inside a fused layer join their zero points, which can save a word where their rows
-    do not fill whole words; this counts each for itself and never too little.
+    What it takes beside others is never more: packing neighbours together saves padding.
     """
-    ranks = ranks or Ranks()
-    rows, columns = rank_shape(module.shape, split, ranks, heads, module.group_size)
-    if not module.quantized:
-        return 2 * rows * columns
-    assert module.group_size is not None
-    if kernel == "humming":
-        rows, columns = pad(rows, 256), pad(columns, 128)
-    groups = columns // module.group_size
-    packed = rows * columns * module.num_bits // 8
-    if kernel == "ark":
-        raise InputError("resident bytes of the ark kernel are not known yet")
-    zero_points = 0 if module.symmetric else 4 * -(-rows * module.num_bits // 32) * groups
-    return packed + 2 * rows * groups + zero_points
+    rows, columns = rank_shape(module.shape, split, ranks or Ranks(), heads, module.group_size)
+    alignment = _EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
+    nbytes = segment_bytes(rows, columns, module, kernel, alignment)
+    if not module.quantized or split not in ("embedding", "tied"):
+        return nbytes
+    # An embedding gathers rows, which it keeps as the torch kernel does.
+    gathered = segment_bytes(rows, columns, module, "torch")
+    return gathered if split == "embedding" or kernel == "torch" else gathered + nbytes
+
+
+class Stage(Strict):
+    """The blocks `first_block` to `last_block` of one pipeline stage, and its bytes that are no modules (norms,
+    biases, whatever is copied)."""
+
+    first_block: int = Field(ge=0)
+    last_block: int = Field(ge=0)
+    other_bytes: int = Field(ge=0)
+
+
+class Residency(Strict):
+    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`)."""
+
+    kernel: Kernel
+    tensor_parallel_size: int = Field(ge=1)
+    expert_parallel: bool
+    heads: Heads
+    experts: int = Field(default=0, ge=0)
+    stages: list[Stage] = Field(min_length=1)
+    splits: dict[str, Split]
+    fused: dict[str, str]
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.tensor_parallel_size, self.expert_parallel)
+
+    def stages_of(self, name: str) -> list[int]:
+        """The stages that hold module `name`: its block's; the first for an embedding, the last for a head."""
+        match = _NUMBER.search(name)
+        if match is not None:
+            block = int(match[1])
+            return [i for i, s in enumerate(self.stages) if s.first_block <= block <= s.last_block]
+        split = self._split(name)
+        last = len(self.stages) - 1
+        return {"embedding": [0], "tied": sorted({0, last})}.get(split, [last])
+
+    def module_bytes(self, name: str, module: ModuleFormat) -> int:
+        """Bytes of a module on the rank that holds it, packed for itself. Raises InputError for an unknown name.
+
+        With expert parallelism an expert counts for the ranks' even share of it.
+        """
+        split = self._split(name)
+        nbytes = self._checked(name, lambda: resident_bytes(module, split, self.ranks, self.heads, self.kernel))
+        if split.startswith("expert") and self.expert_parallel:
+            held = -(-self.experts // self.tensor_parallel_size)
+            nbytes = -(-nbytes * held // self.experts)
+        return nbytes
+
+    def stage_bytes(self, modules: Mapping[str, ModuleFormat]) -> list[int]:
+        """Bytes of a whole model on the tightest rank of each stage, fused layers packed as vLLM's plugin does."""
+        ranks = self.tensor_parallel_size if self.expert_parallel else 1
+        totals = [[stage.other_bytes] * ranks for stage in self.stages]
+        for names in self._layers(modules):
+            nbytes = self._layer_bytes(names, modules)
+            for stage in self.stages_of(names[0]):
+                for rank in self._ranks_of(names[0], ranks):
+                    totals[stage][rank] += nbytes
+        return [max(ranks) for ranks in totals]
+
+    def _ranks_of(self, name: str, ranks: int) -> Iterable[int]:
+        """Experts are dealt out in order; the first ranks take one more if need be (`determine_expert_map`)."""
+        if ranks == 1 or not self._split(name).startswith("expert"):
+            return range(ranks)
+        expert = int(_NUMBER.findall(name)[-1])
+        each, more = divmod(self.experts, ranks)
+        if expert < more * (each + 1):
+            return (expert // (each + 1),)
+        return (more + (expert - more * (each + 1)) // each,)
+
+    def _layer_bytes(self, names: list[str], modules: Mapping[str, ModuleFormat]) -> int:
+        """Bytes of one layer on a rank that holds it: neighbours of one kind are packed together."""
+        split = self._split(names[0])
+        if len(names) == 1:
+            form = modules[names[0]]
+            return self._checked(names[0], lambda: resident_bytes(form, split, self.ranks, self.heads, self.kernel))
+        alignment = _EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
+        total = 0
+        for module, rows, columns in self._segments(names, modules):
+            total += segment_bytes(rows, columns, module, self.kernel, alignment)
+        return total
+
+    def _segments(self, names: list[str], modules: Mapping[str, ModuleFormat]) -> list[tuple[ModuleFormat, int, int]]:
+        segments: list[tuple[ModuleFormat, int, int]] = []
+        for name in names:
+            rows, columns = self._rank_shape(name, modules[name])
+            if segments and _kind(segments[-1][0]) == _kind(modules[name]):
+                rows += segments.pop()[1]
+            segments.append((modules[name], rows, columns))
+        return segments
+
+    def _rank_shape(self, name: str, module: ModuleFormat) -> tuple[int, int]:
+        return self._checked(
+            name, lambda: rank_shape(module.shape, self._split(name), self.ranks, self.heads, module.group_size)
+        )
+
+    def _checked(self, name: str, compute: Callable[[], Result]) -> Result:
+        try:
+            return compute()
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+    def _layers(self, names: Iterable[str]) -> Iterable[list[str]]:
+        layers: dict[str, list[str]] = {}
+        for name in names:
+            fused = self.fused.get(kind_name(name))
+            layers.setdefault(name if fused is None else name.rpartition(".")[0] + "+" + fused, []).append(name)
+        return layers.values()
+
+    def _split(self, name: str) -> Split:
+        split = self.splits.get(kind_name(name))
+        if split is None:
+            raise InputError(f"{name}: the plan has no such module; it is of another model")
+        return split
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def kind_name(name: str) -> str:
+    """The name with every number between dots as `*`: `model.layers.3.mlp.up_proj` is `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _kind(module: ModuleFormat) -> tuple[int, int | None, bool | None]:
+    return module.num_bits, module.group_size, module.symmetric

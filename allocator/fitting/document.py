@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from allocator.contract.documents import Document, Strict
+from allocator.contract.resident import Residency
 from allocator.fitting.request import PlanRequest
 
 __all__ = ["Advice", "Basis", "Capacity", "DeviceMemory", "Line", "Plan", "UniformWidth", "Verdict"]
@@ -86,6 +87,7 @@ class Plan(Document):
     lines: list[Line]
     kv_bytes_per_block: int
     kv_blocks_per_sequence: int
+    residency: Residency
     weight_budget_bytes: int
     smallest_weight_bytes: int
     uniform: list[UniformWidth]

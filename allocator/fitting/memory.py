@@ -25,9 +25,9 @@ __all__ = [
 
 MIB = 1 << 20
 
-SAMPLER_BYTES = 15.3
+SAMPLER_BYTES = 15.5
 """Bytes a sequence and vocabulary entry while sampling: 16-bit logits, their float32 copy, and the buffers of top-k and
-top-p. Of 14.8 to 15.1 in [A] for Llama-3.1-8B, Qwen2.5-7B, Qwen3-8B, phi-4, granite-3.1-2b the most, and 2 % more."""
+top-p. 14.8 to 15.5 in [A]: Llama-3.1-8B, Qwen2.5-7B, Qwen3-8B, phi-4, granite-3.1-2b, Gemma-3-27B (the most)."""
 
 HIDDEN_COPIES = 4.4
 """Hidden states alive at the peak of the MLP, besides its own three intermediates: 4.2 to 4.3 in [A] (CodeLlama-7B,
@@ -37,8 +37,8 @@ EXPERT_WORKSPACE = 1.3
 """Workspace of a mixture of experts over its two intermediates: 1.1 to 1.25 in [A] (Qwen1.5-MoE, DeepSeek-V2-Lite,
 Qwen3-30B-A3B). It stays allocated, so it comes on top of the sampler."""
 
-NON_TORCH_BYTES = 260 * MIB
-"""Kernels and handles of cuBLAS and CUDA outside PyTorch on one GPU: 0.24 to 0.26 GiB in [A]."""
+NON_TORCH_BYTES = 280 * MIB
+"""Kernels and handles of cuBLAS and CUDA outside PyTorch on one GPU: 0.24 to 0.27 GiB in [A]."""
 NON_TORCH_PARALLEL_BYTES = 2180 * MIB
 """The same with tensor parallelism, whose all-reduce buffers are most of it: 2.06 to 2.17 GiB in [A]."""
 
@@ -51,6 +51,8 @@ PIECEWISE_COPIES = 1.35
 `Estimated PIECEWISE CUDA graph memory` of 40 logs of [A]; likewise the bytes of each further graph, by layers."""
 PIECEWISE_BYTES_PER_LAYER = 0.22 * MIB
 FULL_BYTES_PER_LAYER = 0.16 * MIB
+LATENT_KERNELS = 1.6
+"""Kernels of a layer with latent attention, over those of one with grouped heads: by as much its graphs are larger."""
 _GRAPH_LEAST_BYTES = 1 * MIB
 
 ATTENTION_SPLITS = 32
@@ -122,6 +124,7 @@ def cuda_graph_bytes(shape: ModelShape, request: PlanRequest, batched_tokens: in
     value_size = max(shape.attention[0].value_size, shape.heads.size)
     if shape.attention[0].kind == "mla":
         value_size = shape.attention[0].key_size
+        layers = int(layers * LATENT_KERNELS)
     first_whole = 4 * whole[-1] * shape.heads.query / size * value_size * ATTENTION_SPLITS
     further = (len(piecewise) - 1) * max(PIECEWISE_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)
     further += (len(whole) - 1) * max(FULL_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)

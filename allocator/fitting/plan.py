@@ -9,7 +9,7 @@ from allocator.fitting.catalogue import Device
 from allocator.fitting.document import Advice, Capacity, DeviceMemory, Plan, UniformWidth, Verdict
 from allocator.fitting.lines import PROBED, Ledger, batched_tokens, ledger
 from allocator.fitting.request import PlanRequest, check_request
-from allocator.fitting.weights import weight_sizes
+from allocator.fitting.weights import check_formats, residency_of, weight_sizes
 from allocator.inventory.shape import ModelShape
 
 __all__ = ["Plan", "make_plan"]
@@ -38,9 +38,13 @@ def make_plan(
     if not probe.keys() <= set(PROBED):
         raise InputError(f"probed lines {sorted(probe.keys() - set(PROBED))} are not known; known are {PROBED}")
     request = check_request(request, shape, device.capability)
-    sizes = weight_sizes(shape, request, group_size, symmetric)
+    residency = residency_of(shape, request)
+    sizes = weight_sizes(shape, residency, group_size, symmetric)
     total = ledger(shape, device, request, probe)
-    fixed = None if formats is None else sizes.of_formats(formats)
+    fixed = None
+    if formats is not None:
+        check_formats(shape, formats)
+        fixed = max(residency.stage_bytes(formats))
     uniform = {bits: sizes.uniform_bytes(bits) for bits in WIDTHS}
     needed = sizes.smallest_bytes if fixed is None else fixed
     missing = max(needed - total.budget, 0)
@@ -57,6 +61,7 @@ def make_plan(
         lines=total.lines,
         kv_bytes_per_block=max(pool.bytes_per_block for pool in total.pools),
         kv_blocks_per_sequence=total.pools[0].blocks_per_sequence(request.max_model_len or 1),
+        residency=residency,
         weight_budget_bytes=total.budget,
         smallest_weight_bytes=sizes.smallest_bytes,
         uniform=[UniformWidth(num_bits=b, nbytes=n, fits=n <= total.budget) for b, n in uniform.items()],

@@ -143,7 +143,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
         raise InputError(f"config.json: tie_word_embeddings must be true or false, given {tied!r}")
     tied = rules.tied_by_default if tied is None else tied
 
-    modules = [_outside(rules, language, "embedding")]
+    modules = [_outside(rules, language, "embedding", tied)]
     modules += [kind for rule in rules.linears if (kind := _linear(rules, rule, language, sparse)) is not None]
     if not tied:
         modules.append(_outside(rules, language, "lm_head"))
@@ -186,10 +186,13 @@ def why_16(role: Role, in_features: int) -> str | None:
     return None
 
 
-def _outside(rules: Architecture, config: dict[str, Any], role: Literal["embedding", "lm_head"]) -> ModuleKind:
+def _outside(
+    rules: Architecture, config: dict[str, Any], role: Literal["embedding", "lm_head"], tied: bool = False
+) -> ModuleKind:
     named = rules.embedding if role == "embedding" else rules.lm_head
     shape = (rules.dimension(named.shape[0], config), rules.dimension(named.shape[1], config))
-    return ModuleKind(named.name, shape, named.shape, role, "vocabulary", None, (), 0, why_16(role, shape[1]))
+    split: Split = "head" if role == "lm_head" else "tied" if tied else "embedding"
+    return ModuleKind(named.name, shape, named.shape, role, split, None, (), 0, why_16(role, shape[1]))
 
 
 def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], sparse: list[bool]) -> ModuleKind | None:
