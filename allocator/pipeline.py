@@ -12,11 +12,12 @@ from allocator.contract.layout import WIDTHS
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
-from allocator.solving import SolveSettings, parse_budget, solve_scores
+from allocator.solving import SolveSettings, parse_budget, solve_resident, solve_scores
 
 if TYPE_CHECKING:  # they bring torch
     from allocator.blocks import Calibration
     from allocator.exporting import Declaration, ExportReport
+    from allocator.fitting import Plan
     from allocator.inventory import Inventory
     from allocator.learning import LearningSettings
     from allocator.running import Resume
@@ -255,8 +256,12 @@ def fit(
     overwrite: bool = False,
     progress: Progress = silent,
     resume: "Resume" = "auto",
+    plan: "Plan | None" = None,
 ) -> tuple[Manifest, "ExportReport"]:
-    """learn, solve and export. The budget and `out` are checked before anything is computed."""
+    """learn, solve and export. The budget and `out` are checked before anything is computed.
+
+    With `plan` the budget is the bytes that it leaves a rank for weights, and that of `solving` does not count.
+    """
     from allocator.exporting import check_target
     from allocator.inventory import read_inventory
 
@@ -267,11 +272,33 @@ def fit(
             f"budget {solving.budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
             f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"
         )
+    if plan is not None:
+        _check_plan(plan, inventory, candidates)
     check_target(out, low, overwrite)
     result = learn(model, work, candidates, learning, progress, resume)
-    manifest = solve_scores(result.scores, solving)
+    if plan is None:
+        manifest = solve_scores(result.scores, solving)
+    else:
+        requested = f"plan for {plan.device.name}"
+        manifest = solve_resident(result.scores, solving, plan.residency, plan.weight_budget_bytes, requested)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
+
+
+def _check_plan(plan: "Plan", inventory: "Inventory", candidates: CandidateSettings) -> None:
+    """Raises InfeasibleBudgetError if the narrowest candidates are too large for the plan."""
+    if not plan.verdict.fits:
+        raise InfeasibleBudgetError(f"it does not fit on {plan.device.name}: {plan.verdict.message}")
+    narrowest = {
+        m.name: inventory.formats(m, candidates.widths, candidates.group_size, candidates.symmetric)[0]
+        for m in inventory.modules
+    }
+    smallest = max(plan.residency.stage_bytes(narrowest))
+    if smallest > plan.weight_budget_bytes:
+        raise InfeasibleBudgetError(
+            f"the plan leaves {plan.weight_budget_bytes} bytes of a rank for weights, the narrowest candidates take "
+            f"{smallest}; allow narrower widths, or plan for less traffic or a larger GPU"
+        )
 
 
 def _readable(kind: type[AnyDocument], path: Path) -> AnyDocument | None:

@@ -4,7 +4,9 @@ The work folder keeps candidates and scores, so that the same command with anoth
 """
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allocator.cli.options import (
     add_budget,
@@ -17,8 +19,15 @@ from allocator.cli.options import (
     solve_settings,
 )
 from allocator.cli.output import print_json, print_tables, show_progress
+from allocator.cli.planning import add_device, add_traffic, device_of, plan_request
+from allocator.contract.errors import InputError
+
+if TYPE_CHECKING:
+    from allocator.fitting import Plan
 
 EXAMPLES = """examples:
+  gamma fit ./Qwen3-8B --gpu rtx4080 --max-model-len 8192 --kv-cache-dtype fp8 --out Qwen3-8B-gamma
+  vllm serve --config Qwen3-8B-gamma/vllm.yaml
   gamma fit ./Qwen3-8B --budget 5.2GiB --calibration text.jsonl --out Qwen3-8B-gamma
   gamma fit ./Qwen3-8B --average-bits 3.5 --calibration text.jsonl --out Qwen3-8B-3.5bit
   vllm serve Qwen3-8B-gamma"""
@@ -26,7 +35,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_budget(parser)
+    add_budget(parser, required=False, plan=True)
+    add_device(parser)
+    add_traffic(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, help="folder for candidates and scores (default: OUT-work)")
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
@@ -42,13 +53,50 @@ def run(args: argparse.Namespace) -> None:
 
     candidates, learning = candidate_settings(args), learning_settings(args)
     work = args.work or args.out.with_name(args.out.name + "-work")
+    plan = _plan(args)
     with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         manifest, report = fit(
             model, work, args.out, solve_settings(args), candidates, learning,
-            overwrite=args.overwrite, progress=progress, resume=args.resume,
+            overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan,
         )  # fmt: skip
+    serve = f"vllm serve {args.out}" if plan is None else _write_serving(plan, args.out)
     if args.json:
-        print_json(export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}})
+        document = export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}}
+        print_json(document | {"serve": serve})
     else:
-        print_tables(*manifest_tables(manifest), export_table(report), f"serve it: vllm serve {args.out}")
+        print_tables(*manifest_tables(manifest), export_table(report), f"serve it: {serve}")
+
+
+def _plan(args: argparse.Namespace) -> "Plan | None":
+    """The plan that the options ask for, None for a budget in bytes of the checkpoint."""
+    from allocator.fitting import Plan
+    from allocator.fitting.model import read_model
+    from allocator.fitting.plan import make_plan
+
+    kinds = [args.budget, args.average_bits, args.plan, args.gpu, args.gpu_memory]
+    if sum(kind is not None for kind in kinds) != 1:
+        raise InputError("give exactly one of --gpu, --gpu-memory, --plan, --budget and --average-bits")
+    if args.plan is not None:
+        return Plan.read(args.plan)
+    device = device_of(args)
+    if device is None:
+        return None
+    model, request = read_model(args.model, args.revision), plan_request(args)
+    return make_plan(
+        model.shape, device, request, model=model.name, group_size=args.group_size, symmetric=args.symmetric
+    )
+
+
+def _write_serving(plan: "Plan", checkpoint: Path) -> str:
+    """The plan of the finished checkpoint and `vllm.yaml` beside it; returns the command that serves it."""
+    from allocator.fitting.catalogue import device_again
+    from allocator.fitting.model import read_model
+    from allocator.fitting.plan import make_plan
+    from allocator.fitting.serving import vllm_arguments, write_vllm_config
+
+    model = read_model(str(checkpoint))
+    final = make_plan(model.shape, device_again(plan.device), plan.request, model=plan.model, formats=model.formats)
+    final.write(checkpoint / "plan.json")
+    write_vllm_config(final, checkpoint.absolute())
+    return shlex.join(vllm_arguments(final, str(checkpoint)))

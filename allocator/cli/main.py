@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from allocator import __version__
 from allocator.contract.errors import GammaError, InputError
@@ -14,6 +16,7 @@ __all__ = ["main"]
 VERBS = {
     "inspect": "what is in a model: modules, shapes, bytes at every width, feasible budgets",
     "learn": "build the candidates of a model and learn what each width of each module costs",
+    "plan": "what a GPU's memory leaves for the weights, for your traffic",
     "solve": "find the best assignment for a budget",
     "export": "write the checkpoint of an assignment",
     "fit": "learn, solve and export in one step",
@@ -33,11 +36,22 @@ _EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 
 4 the budget cannot be met, 75 stopped by SIGTERM after a finished step (run it again), 130 interrupted"""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and takes `-3GiB` for a value, so that it is refused as one."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-\.?\d")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(InputError.exit_code, f"{self.prog}: {message}; `{self.prog} --help` shows what is allowed\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
     # Read when torch loads. Threads that spin while they wait slow a busy machine down several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gamma",
         description="Give every module of a language model the bits it deserves, to the byte.",
         epilog=_EPILOG,

@@ -54,14 +54,22 @@ def add_figure(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def add_budget(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_mutually_exclusive_group(required=True)
+def add_budget(parser: argparse.ArgumentParser, required: bool = True, plan: bool = False) -> None:
+    """`plan` adds --plan, a budget in bytes after loading."""
+    group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--budget", help="bytes of all tensors of the checkpoint, e.g. 5.9GiB, 6GB, 123456789")
     group.add_argument(
         "--average-bits",
         type=float,
         help="stored bits a weight over the modules that can be quantized, scales and zero points included",
     )
+    if plan:
+        group.add_argument(
+            "--plan",
+            type=Path,
+            metavar="PLAN",
+            help="plan.json of `gamma plan --out`: the budget is the bytes that a rank has for weights after loading",
+        )
     add_rules(parser)
 
 

@@ -1,6 +1,7 @@
 """Find the assignment of least score that fits a budget, exactly (stage II).
 
-The budget counts every tensor of the checkpoint. Takes seconds at most and needs nothing but the scores.
+The budget counts every tensor of the checkpoint, or with --plan what a rank of vLLM holds after loading. Takes
+seconds at most and needs nothing but the scores.
 """
 
 import argparse
@@ -12,22 +13,30 @@ from allocator.cli.output import print_json, print_tables
 EXAMPLES = """examples:
   gamma solve work/scores.json --budget 5.9GiB --out manifest.json
   gamma solve work/scores.json --average-bits 3.0 --out manifest.json
+  gamma solve work/scores.json --plan plan.json --out manifest.json
   gamma solve work/scores.json --budget 6GB --pin '*.layers.0.*=8' --fusion tied"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scores", type=Path, metavar="SCORES", help="scores.json of `gamma learn`")
-    add_budget(parser)
+    add_budget(parser, plan=True)
     parser.add_argument("--out", type=Path, metavar="MANIFEST", help="write the manifest to this file")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.pipeline import solve_scores
+    from allocator.fitting import Plan
     from allocator.reporting import manifest_tables
+    from allocator.solving import solve_resident, solve_scores
 
-    manifest = solve_scores(Scores.read(args.scores), solve_settings(args))
+    scores, settings = Scores.read(args.scores), solve_settings(args)
+    if args.plan is None:
+        manifest = solve_scores(scores, settings)
+    else:
+        plan = Plan.read(args.plan)
+        requested = f"plan for {plan.device.name}"
+        manifest = solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested)
     if args.out is not None:
         manifest.write(args.out)
     if args.json:

@@ -1,6 +1,6 @@
 """The manifest: one width for every module, the budget it fits, the solver's proof, and where all of it came from."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,10 +14,26 @@ MANIFEST_NAME = "gamma_manifest.json"
 
 
 class Budget(Strict):
-    """What was asked for, in the user's words, and in bytes of checkpoint tensors."""
+    """What was asked for, in the user's words, and in bytes.
+
+    They are bytes of checkpoint tensors, or, where `kind` says "resident", bytes of weights that a rank of vLLM holds
+    after loading: then `resident_bytes` is what the assignment takes on the tightest rank.
+    """
 
     requested: str
     nbytes: int = Field(ge=1)
+    kind: Literal["resident"] | None = None
+    resident_bytes: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _resident_bytes_are_of_a_rank(self) -> "Budget":
+        if (self.kind is None) != (self.resident_bytes is None):
+            raise ValueError("resident_bytes stand in a budget of kind resident, and only there")
+        return self
+
+    def used(self, tensor_bytes: int) -> int:
+        """The bytes that count against the budget of an assignment with `tensor_bytes`."""
+        return tensor_bytes if self.resident_bytes is None else self.resident_bytes
 
 
 class Proof(Strict):
@@ -61,8 +77,9 @@ class Manifest(Document):
         total = self.other_bytes + sum(self.module_bytes.values())
         if self.tensor_bytes != total:
             raise ValueError(f"tensor_bytes is {self.tensor_bytes}, the parts add up to {total}")
-        if total > self.budget.nbytes:
-            raise ValueError(f"the assignment has {total} bytes, over the budget of {self.budget.nbytes}")
+        used = self.budget.used(total)
+        if used > self.budget.nbytes:
+            raise ValueError(f"the assignment has {used} bytes, over the budget of {self.budget.nbytes}")
         return self
 
 

@@ -136,8 +136,9 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     """Bytes of each tensor that holds `rows` packed together; `module` says their storage (its shape does not count).
 
     torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. ark has
-    one blob: rows padded to 24, codes, float32 scales, zero points of one byte, and 128 bytes (read off
-    auto-round-lib 0.16 with fp32 compute). humming pads rows to 256 and columns to 128.
+    one blob: rows padded to 24, codes, float32 scales, zero points of one byte, and 128 bytes
+    (`gamma_vllm.kernels.ark.blob_bytes`). humming pads rows to 256 and columns to 128, and unpacks zero points to 4
+    or 8 bits (`gamma_vllm.kernels.humming.resident_bytes`).
     """
     if not module.quantized:
         return (2 * rows * columns,)
@@ -147,13 +148,15 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
         groups = columns // module.group_size
         each = columns * bits // 8 + groups * (4 if module.symmetric else 5)
         return (pad(rows, _ARK_ROWS) * each + _ARK_HEADER_BYTES,)
+    zero_point_bits = bits
     if kernel == "humming":
         rows, columns = pad(rows, _HUMMING_ROWS), pad(columns, _HUMMING_COLUMNS)
-    groups = -(-columns // module.group_size)
+        zero_point_bits = 4 if bits <= 4 else 8
+    groups = columns // module.group_size
     packed, scales = rows * columns * bits // 8, 2 * rows * groups
     if module.symmetric:
         return packed, scales
-    return packed, scales, 4 * -(-rows * bits // 32) * groups
+    return packed, scales, 4 * -(-rows * zero_point_bits // 32) * groups
 
 
 def segment_bytes(rows: int, columns: int, module: ModuleFormat, kernel: Kernel, alignment: int = 1) -> int:

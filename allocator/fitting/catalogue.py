@@ -18,8 +18,19 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from allocator.contract.documents import Strict, explain, parse_json, read_text_limited
 from allocator.contract.errors import ContractError, InputError
+from allocator.fitting.document import DeviceMemory
 
-__all__ = ["Catalogue", "Device", "Gpu", "MigSlice", "find_gpu", "load_catalogue", "memory_device"]
+__all__ = [
+    "Catalogue",
+    "Device",
+    "Gpu",
+    "MigSlice",
+    "cuda_memory",
+    "device_again",
+    "find_gpu",
+    "load_catalogue",
+    "memory_device",
+]
 
 MIB = 1 << 20
 
@@ -177,6 +188,23 @@ def find_gpu(name: str, catalogue: Sequence[Gpu] | None = None) -> Device:
 def memory_device(total_bytes: int) -> Device:
     """A device of which only the memory that CUDA sees is known."""
     return Device(f"{total_bytes / 2**30:.2f} GiB", total_bytes, total_bytes, "exact")
+
+
+def device_again(memory: DeviceMemory) -> Device:
+    """The device that a plan was made for."""
+    capability = None
+    if memory.compute_capability is not None:
+        major, minor = memory.compute_capability.split(".")
+        capability = int(major), int(minor)
+    return Device(
+        name=memory.name,
+        total_bytes=memory.total_bytes,
+        cuda_bytes=memory.cuda_bytes,
+        basis=memory.basis,
+        capability=capability,
+        product_label=memory.product_label,
+        resource=memory.resource,
+    )
 
 
 def cuda_memory(total_mib: int) -> int:

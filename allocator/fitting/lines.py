@@ -40,14 +40,14 @@ def ledger(shape: ModelShape, device: Device, request: PlanRequest, probe: Mappi
     allowed = -(-device.cuda_bytes * round(request.gpu_memory_utilization * 10**6) // 10**6)
     kv = max(pool.bytes_for(request.max_num_seqs, request.max_model_len) for pool in pools)
     lines = [
-        _line("device memory", device.total_bytes, "exact", "as the driver reports it"),
+        _line("device memory", device.total_bytes, "exact", "as the driver reports"),
         _line("CUDA memory", device.cuda_bytes, device.basis, "what vLLM sees"),
-        _line("vLLM may use", allowed, device.basis, f"--gpu-memory-utilization {request.gpu_memory_utilization:g}"),
-        _line("KV cache", kv, "exact", f"{request.max_num_seqs} x {request.max_model_len} tokens, and the null block"),
+        _line("vLLM may use", allowed, device.basis, f"utilization {request.gpu_memory_utilization:g}"),
+        _line("KV cache", kv, "exact", f"{request.max_num_seqs} x {request.max_model_len} tokens"),
         *_overheads(shape, device, request, tokens, probe),
     ]
     budget = allowed - sum(line.nbytes for line in lines[3:])
-    lines.append(_line("left for weights", budget, "formula", "of one rank, after loading"))
+    lines.append(_line("left for weights", budget, "formula", "a rank, after loading"))
     return Ledger(lines, pools, kv, budget)
 
 
@@ -56,12 +56,12 @@ def _overheads(
 ) -> list[Line]:
     blackwell = device.capability is not None and device.capability[0] == 10
     predicted: dict[str, tuple[int, Basis, str]] = {
-        "activations": (memory.activation_bytes(shape, request, tokens), "formula", f"a batch of {tokens} tokens"),
+        "activations": (memory.activation_bytes(shape, request, tokens), "formula", f"{tokens} tokens at once"),
         "cuda graphs": (memory.cuda_graph_bytes(shape, request, tokens, blackwell), "measured", ""),
         "non-torch": (memory.non_torch_bytes(request), "measured", ""),
         "attention workspace": (memory.attention_workspace_bytes(request, device.capability), "formula", ""),
         "position tables": (memory.position_bytes(shape), "formula", ""),
-        "slack": (memory.slack_bytes(shape), "formula", "segments of the allocator"),
+        "slack": (memory.slack_bytes(shape), "formula", "of the allocator"),
     }
     return [
         _line(name, probe[name], "probe", note) if name in probe else _line(name, nbytes, basis, note)

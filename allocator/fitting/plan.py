@@ -1,18 +1,18 @@
 """The plan: what is left for the weights, whether that is enough, and what would make it so."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, WIDTHS, ModuleFormat
 from allocator.fitting.advice import advise
-from allocator.fitting.catalogue import Device
+from allocator.fitting.catalogue import Device, Gpu, find_gpu
 from allocator.fitting.document import Advice, Capacity, DeviceMemory, Plan, UniformWidth, Verdict
 from allocator.fitting.lines import PROBED, Ledger, batched_tokens, ledger
 from allocator.fitting.request import PlanRequest, check_request
 from allocator.fitting.weights import check_formats, residency_of, weight_sizes
 from allocator.inventory.shape import ModelShape
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "plans_of_catalogue"]
 
 
 def make_plan(
@@ -69,6 +69,32 @@ def make_plan(
         verdict=_verdict(missing, average, advice),
         advice=advice,
     )
+
+
+def plans_of_catalogue(
+    shape: ModelShape,
+    catalogue: Sequence[Gpu],
+    request: PlanRequest,
+    *,
+    model: str = "",
+    group_size: int = 128,
+    symmetric: bool = False,
+    formats: Mapping[str, ModuleFormat] | None = None,
+) -> list[Plan]:
+    """A plan for every card of `catalogue` that runs the kernels and what `request` asks, least memory first."""
+    cards = [find_gpu(gpu.name, catalogue) for gpu in catalogue if gpu.why_not is None]
+    check_request(request, shape, None)
+    plans = []
+    for device in sorted(cards, key=lambda d: (d.cuda_bytes, d.name)):
+        try:
+            plans.append(
+                make_plan(
+                    shape, device, request, model=model, group_size=group_size, symmetric=symmetric, formats=formats
+                )
+            )
+        except InputError:
+            continue  # the card has no kernels for the KV cache that was asked for
+    return plans
 
 
 def _capacity(total: Ledger, request: PlanRequest, weights: int) -> Capacity | None:

@@ -23,7 +23,7 @@ class PlanRequest(Strict):
     `kernel` is the one that will multiply (humming on CUDA).
     """
 
-    max_model_len: int | None = Field(default=None, ge=1, le=1 << 26)
+    max_model_len: int | None = Field(default=None, ge=1, le=1 << 40)
     max_num_seqs: int = Field(default=1, ge=1, le=1 << 16)
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"

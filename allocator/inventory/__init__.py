@@ -1,5 +1,6 @@
 """What is in a model, read from config.json and the safetensors headers: no weights, no torch."""
 
+from allocator.inventory.config import find_config
 from allocator.inventory.digest import model_digest
 from allocator.inventory.digest_cache import DIGEST_CACHE_NAME, cached_model_digest
 from allocator.inventory.inventory import Inventory, Module, read_inventory
@@ -11,6 +12,7 @@ __all__ = [
     "ModelShape",
     "Module",
     "cached_model_digest",
+    "find_config",
     "model_digest",
     "read_inventory",
     "read_shape",

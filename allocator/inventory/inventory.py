@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import InputError
 from allocator.contract.layout import (
     GROUP_SIZES,
@@ -20,11 +19,11 @@ from allocator.contract.layout import (
 from allocator.contract.resident import Split
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.inventory.architectures import architecture_of
+from allocator.inventory.config import read_config, refuse_quantized
 from allocator.inventory.shape import ModelShape, ModuleKind, Role, read_shape
 
 __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
-_CONFIG_MAX_BYTES = 64 << 20
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -143,7 +142,8 @@ def read_inventory(folder: Path) -> Inventory:
     Raises InputError for a model that cannot be used (unknown architecture, already quantized, no
     safetensors, a tensor missing or of another shape or dtype), ContractError for damaged files.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
+    refuse_quantized(config, folder)
     shape = read_shape(config)
     if shape.plan_only is not None:
         raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
@@ -189,26 +189,6 @@ def _in_model_order(shape: ModelShape) -> Iterator[tuple[ModuleKind, int | None,
     for kind in shape.modules:
         if kind.role == "lm_head":
             yield kind, None, 0
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; download the model first, for example with `hf download`")
-    if not path.exists():
-        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    config = parse_json(read_text_limited(path, _CONFIG_MAX_BYTES), path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    for key in ("quantization_config", "compression_config"):
-        quantized = config.get(key)
-        if quantized:
-            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-            raise InputError(
-                f"{path}: the model is already quantized ({key}, quant_method {method!r}); "
-                "give the original 16-bit or 32-bit model"
-            )
-    return config
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -45,7 +45,8 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
     rows = [
         ("budget", f"{manifest.budget.requested} = {manifest.budget.nbytes:,} bytes"),
         ("all tensors", f"{manifest.tensor_bytes:,} bytes ({manifest.tensor_bytes / 2**30:.4f} GiB)"),
-        ("left over", f"{manifest.budget.nbytes - manifest.tensor_bytes:,} bytes"),
+        *_resident_rows(manifest),
+        ("left over", f"{manifest.budget.nbytes - manifest.budget.used(manifest.tensor_bytes):,} bytes"),
         ("average width", f"{block_bits(manifest):.3f} bits, scales and zero points included,"),
         ("", "over the linear modules of all blocks"),
     ]
@@ -67,6 +68,13 @@ def manifest_title(manifest: Manifest) -> str:
     """One line for a figure: model, size, average width."""
     size = format_bytes(manifest.tensor_bytes).partition(" (")[0]
     return f"{manifest.model.name}, {size}, {block_bits(manifest):.2f} bits on average"
+
+
+def _resident_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    held = manifest.budget.resident_bytes
+    if held is None:
+        return []
+    return [("on a rank", f"{held:,} bytes ({held / 2**30:.4f} GiB) of weights after loading; the budget is of these")]
 
 
 def export_table(report: "ExportReport") -> Table:

@@ -87,7 +87,7 @@ def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Sc
     plan = plan_entry(entry, device, _request(settings))
     if not plan.verdict.fits:
         raise InfeasibleBudgetError(f"{entry.name} does not fit on {device.name}: {plan.verdict.message}")
-    manifest = solve_for_plan(scores, SolveSettings(), plan, entry.config)
+    manifest = solve_for_plan(scores, SolveSettings(), plan)
     return manifest, plan_entry(entry, device, _request(settings), manifest.modules)
 
 

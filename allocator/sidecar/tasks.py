@@ -75,7 +75,7 @@ def allocate(
         made, manifest = None, solve_scores(scores, settings, seconds)
     else:
         made = Plan.parse(plan_payload, "plan")
-        manifest = solve_for_plan(scores, settings, made, entry.config, seconds)
+        manifest = solve_for_plan(scores, settings, made, seconds)
     taken = time.perf_counter() - started
     allocation = _allocation(identity, request, entry.name, scores, manifest, made)
     content = allocation.model_dump_json(exclude_none=True).encode()

@@ -4,6 +4,7 @@ from allocator.solving.budget import budget_for_average_bits, format_bytes, pars
 from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Program, Solution, Solver, solve
 from allocator.solving.request import SolveSettings, solve_scores
+from allocator.solving.resident import solve_resident
 from allocator.solving.units import Fusion
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "make_manifest",
     "parse_budget",
     "solve",
+    "solve_resident",
     "solve_scores",
 ]

@@ -8,8 +8,13 @@ from allocator.solving.program import Solution
 __all__ = ["make_manifest"]
 
 
-def make_manifest(scores: Scores, solution: Solution, requested: str, budget_bytes: int) -> Manifest:
-    """The manifest of `solution`, modules in the order of `scores`; `requested` is the budget as typed."""
+def make_manifest(
+    scores: Scores, solution: Solution, requested: str, budget_bytes: int, resident_bytes: int | None = None
+) -> Manifest:
+    """The manifest of `solution`, modules in the order of `scores`; `requested` is the budget as typed.
+
+    With `resident_bytes`, what the tightest rank holds, the budget is one of such bytes.
+    """
     sizes = {name: module_bytes(solution.assignment[name]) for name in scores.modules}
     return Manifest(
         model=scores.model,
@@ -17,7 +22,12 @@ def make_manifest(scores: Scores, solution: Solution, requested: str, budget_byt
         scores_digest=scores.digest,
         method=scores.method,
         dtype=scores.dtype,
-        budget=Budget(requested=requested, nbytes=budget_bytes),
+        budget=Budget(
+            requested=requested,
+            nbytes=budget_bytes,
+            kind=None if resident_bytes is None else "resident",
+            resident_bytes=resident_bytes,
+        ),
         tensor_bytes=scores.other_bytes + sum(sizes.values()),
         other_bytes=scores.other_bytes,
         module_bytes=sizes,

@@ -1,0 +1,55 @@
+"""Plan a GPU's memory for a model and its traffic: what is left for the weights, and whether that is enough.
+
+Reads config.json only: a folder, or of a hub id that one file. Without a GPU it says which cards do. For a gamma
+checkpoint it says how many tokens and sequences its KV cache holds.
+"""
+
+import argparse
+from pathlib import Path
+
+from allocator.cli.options import add_json, add_model
+from allocator.cli.output import print_json, print_tables
+from allocator.cli.planning import add_device, add_traffic, catalogue_of, device_of, plan_request
+from allocator.contract.layout import GROUP_SIZES
+
+EXAMPLES = """examples:
+  gamma plan Qwen/Qwen3-32B --gpu rtx4090 --max-model-len 16384 --max-num-seqs 4 --kv-cache-dtype fp8
+  gamma plan ./Qwen3-8B --gpu-memory 12GiB --max-model-len 8192 --out plan.json
+  gamma plan ./Qwen3-8B-gamma --gpu l4 --max-model-len 8192
+  gamma plan ./Qwen3-32B --max-model-len 32768 --max-num-seqs 8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_device(parser)
+    add_traffic(parser)
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help="of the candidates")
+    parser.add_argument("--symmetric", action="store_true", help="candidates without zero points")
+    parser.add_argument(
+        "--out", type=Path, metavar="PLAN", help="write the plan to this file, for `gamma solve --plan`"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.fitting.model import read_model
+    from allocator.fitting.plan import make_plan, plans_of_catalogue
+    from allocator.reporting.plans import devices_table, plan_tables
+
+    request, device = plan_request(args), device_of(args)
+    model = read_model(args.model, args.revision)
+    common = {"group_size": args.group_size, "symmetric": args.symmetric, "formats": model.formats}
+    if device is None:
+        plans = plans_of_catalogue(model.shape, catalogue_of(args), request, model=model.name, **common)
+        if args.json:
+            print_json([plan.payload() for plan in plans])
+        else:
+            print_tables(devices_table(plans))
+        return
+    plan = make_plan(model.shape, device, request, model=model.name, **common)
+    if args.out is not None:
+        plan.write(args.out)
+    if args.json:
+        print_json(plan.payload() | {"digest": plan.digest})
+    else:
+        print_tables(*plan_tables(plan))

@@ -1,0 +1,118 @@
+"""Options of the verbs that plan for a GPU, and what they mean."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.contract.errors import InputError
+
+if TYPE_CHECKING:
+    from allocator.fitting import Device, Gpu, PlanRequest
+
+__all__ = ["add_device", "add_traffic", "catalogue_of", "device_of", "plan_request"]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("GPU")
+    group.add_argument(
+        "--gpu", metavar="NAME", help="a card (rtx4090, h100, l4, a100-40gb:3g.20gb), or auto: the one here"
+    )
+    group.add_argument("--gpu-memory", metavar="SIZE", help="memory of a card that has no name, e.g. 24GiB")
+    group.add_argument("--gpu-catalogue", type=Path, metavar="FILE", help="cards of your own (`gamma schema gpus`)")
+
+
+def add_traffic(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("traffic and vLLM, named as in `vllm serve`")
+    group.add_argument("--max-model-len", metavar="N", help="longest sequence (default: the model's)")
+    group.add_argument("--max-num-seqs", metavar="N", default="1", help="sequences of that length at once (default 1)")
+    group.add_argument("--max-num-batched-tokens", metavar="N", help="default: what vLLM takes on the card")
+    group.add_argument("--kv-cache-dtype", metavar="DTYPE", default="auto", help="auto (default), fp8, ...")
+    group.add_argument("--tensor-parallel-size", metavar="N", default="1")
+    group.add_argument("--pipeline-parallel-size", metavar="N", default="1")
+    group.add_argument("--enable-expert-parallel", action="store_true", help="deal whole experts out to the ranks")
+    group.add_argument("--gpu-memory-utilization", metavar="PART", default="0.92", help="default 0.92, as vLLM has it")
+    group.add_argument("--block-size", metavar="N", default="16")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+
+
+def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
+    from allocator.fitting import load_catalogue
+
+    return load_catalogue(args.gpu_catalogue)
+
+
+def device_of(args: argparse.Namespace) -> "Device | None":
+    """The device that the options name, None if they name none. Raises InputError."""
+    from allocator.fitting import find_gpu, memory_device
+    from allocator.solving.budget import parse_budget
+
+    if args.gpu is not None and args.gpu_memory is not None:
+        raise InputError("give one of --gpu and --gpu-memory")
+    if args.gpu_memory is not None:
+        try:
+            return memory_device(parse_budget(args.gpu_memory))
+        except InputError as error:
+            raise InputError(f"--gpu-memory: {error}".replace("budget ", "", 1)) from None
+    if args.gpu == "auto":
+        from allocator.sidecar.device import read_devices
+        from allocator.sidecar.planning import visible_device
+
+        visible = read_devices()
+        if not visible:
+            raise InputError(
+                "--gpu auto: no NVIDIA GPU is visible here; name one (--gpu rtx4090) or give --gpu-memory 24GiB"
+            )
+        return visible_device(visible, 1)
+    return None if args.gpu is None else find_gpu(args.gpu, catalogue_of(args))
+
+
+def plan_request(args: argparse.Namespace) -> "PlanRequest":
+    """Raises InputError naming the option, what was given and what is allowed."""
+    from pydantic import ValidationError
+
+    from allocator.fitting import PlanRequest
+    from allocator.fitting.request import KV_CACHE_DTYPES
+
+    if args.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise InputError(
+            f"--kv-cache-dtype {args.kv_cache_dtype!r} is not known; allowed are {', '.join(KV_CACHE_DTYPES)}"
+        )
+    given: dict[str, Any] = {
+        name: _count("--" + name.replace("_", "-"), getattr(args, name))
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size",
+            "block_size",
+        )
+        if getattr(args, name) is not None
+    }  # fmt: skip
+    given |= {
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "expert_parallel": args.enable_expert_parallel,
+        "gpu_memory_utilization": _share("--gpu-memory-utilization", args.gpu_memory_utilization),
+        "enforce_eager": args.enforce_eager,
+    }
+    try:
+        return PlanRequest(**given)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        option = "--" + str(item["loc"][0]).replace("_", "-")
+        raise InputError(f"{option} {item['input']}: {item['msg'].lower()}") from None
+
+
+def _count(option: str, text: str) -> int:
+    units = {"": 1, "k": 1000, "K": 1024}
+    match = re.fullmatch(r"([0-9][0-9_]{0,11})([kK]?)", text.strip())
+    if match is None:
+        raise InputError(f"{option} {text!r} is no whole number; give one such as 8192 or 16K (16384)")
+    return int(match[1]) * units[match[2]]
+
+
+def _share(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise InputError(f"{option} {text!r}: give a number above 0 and at most 1, such as 0.92")
+    return value

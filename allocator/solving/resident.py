@@ -1,0 +1,122 @@
+"""Solving for bytes that a rank of vLLM holds after loading, instead of bytes of the checkpoint.
+
+Each pipeline stage is a program of its own: its modules, and the budget of its ranks. Modules count as if each were
+packed for itself; packing neighbours together only saves, so that the budget always holds.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from allocator.contract.errors import InfeasibleBudgetError
+from allocator.contract.layout import ModuleFormat
+from allocator.contract.manifest import Manifest
+from allocator.contract.resident import Residency
+from allocator.contract.scores import Candidate, ScoredModule, Scores
+from allocator.solving.manifest import make_manifest
+from allocator.solving.program import Solution, solve
+from allocator.solving.request import SolveSettings
+
+__all__ = ["resident_scores", "solve_resident"]
+
+_MOST_CORRECTIONS = 8
+
+
+def solve_resident(
+    scores: Scores,
+    settings: SolveSettings,
+    residency: Residency,
+    budget_bytes: int,
+    requested: str,
+    time_limit_seconds: float = 60.0,
+) -> Manifest:
+    """The assignment of least total score whose weights take at most `budget_bytes` on the tightest rank.
+
+    `settings` give pins, ceilings, floors, fusion and solver; their budget does not count. `requested` names the budget
+    for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
+    """
+    allowed = budget_bytes
+    for _ in range(_MOST_CORRECTIONS):
+        solution = _solve_stages(scores, settings, residency, allowed, time_limit_seconds)
+        resident = max(residency.stage_bytes(solution.assignment))
+        if resident <= budget_bytes:
+            return make_manifest(scores, solution, requested, budget_bytes, resident)
+        # Experts dealt out whole can make one rank larger than its even share.
+        allowed -= resident - budget_bytes
+    raise InfeasibleBudgetError(
+        f"no assignment was found with at most {budget_bytes} bytes on every rank; experts of different widths do not "
+        "divide evenly among the ranks: serve without expert parallelism, or raise the budget"
+    )
+
+
+def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:
+    """`scores` of the modules of one stage with the bytes that they take on a rank, which are no longer those of files.
+
+    A tied embedding that two stages hold belongs to the first; the last reserves it at 16 bits.
+    """
+    other_bytes = residency.stages[stage].other_bytes
+    modules = {}
+    for name, module in scores.modules.items():
+        held = residency.stages_of(name)
+        if held[0] == stage:
+            modules[name] = _resident(name, module, residency)
+        elif stage in held:
+            shape = module.candidates[0].format.shape
+            other_bytes += residency.module_bytes(name, ModuleFormat(shape=shape, num_bits=16))
+    return scores.model_copy(update={"modules": modules, "other_bytes": other_bytes})
+
+
+def _resident(name: str, module: ScoredModule, residency: Residency) -> ScoredModule:
+    counted = []
+    for candidate in module.candidates:
+        nbytes = residency.module_bytes(name, candidate.format)
+        # Not validated: the bytes of a candidate are those of its file everywhere else.
+        counted.append(Candidate.model_construct(format=candidate.format, nbytes=nbytes, score=candidate.score))
+    return module.model_copy(update={"candidates": counted})
+
+
+def _solve_stages(
+    scores: Scores, settings: SolveSettings, residency: Residency, budget_bytes: int, seconds: float
+) -> Solution:
+    stages = range(len(residency.stages))
+    parts = []
+    for stage in stages:
+        view = resident_scores(scores, residency, stage)
+        try:
+            parts.append(
+                solve(
+                    view,
+                    budget_bytes,
+                    pins=_rules_for(settings.pins, view, scores),
+                    ceilings=_rules_for(settings.ceilings, view, scores),
+                    floors=_rules_for(settings.floors, view, scores),
+                    fusion=settings.fusion,
+                    solver=settings.solver,
+                    time_limit_seconds=seconds / len(stages),
+                )
+            )
+        except InfeasibleBudgetError as error:
+            where = f"pipeline stage {stage}: " if len(stages) > 1 else ""
+            raise InfeasibleBudgetError(f"{where}on each rank, {error}") from None
+    if len(parts) == 1:
+        return parts[0]
+    assignment = {name: form for part in parts for name, form in part.assignment.items()}
+    return replace(
+        parts[0],
+        assignment={name: assignment[name] for name in scores.modules},
+        objective=math.fsum(part.objective for part in parts),
+        bound=math.fsum(part.bound for part in parts),
+        gap=math.fsum(part.gap for part in parts),
+        solver=", ".join(dict.fromkeys(part.solver for part in parts)),
+        tensor_bytes=sum(part.tensor_bytes for part in parts),
+    )
+
+
+def _rules_for(rules: Mapping[str, int], view: Scores, scores: Scores) -> dict[str, int]:
+    """The rules that a stage's modules know; one that matches no module at all stays, so that it is refused."""
+
+    def matches(pattern: str, names: Iterable[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    return {p: b for p, b in rules.items() if matches(p, view.modules) or not matches(p, scores.modules)}

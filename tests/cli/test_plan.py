@@ -1,0 +1,115 @@
+"""`gamma plan` as a user runs it: fast, without torch, and one clear line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from allocator.cli.main import main
+from tests.configs import FOLDER
+
+MODEL = str(FOLDER / "qwen3-32b.json")
+
+
+def test_plan_prints_every_line_with_its_basis_and_the_verdict(capsys):
+    arguments = ["--gpu", "rtx4090", "--max-model-len", "16K", "--max-num-seqs", "4", "--kv-cache-dtype", "fp8"]
+    assert main(["plan", MODEL, *arguments]) == 0
+    out = capsys.readouterr().out
+    for word in ("device memory", "KV cache", "activations", "cuda graphs", "non-torch", "slack", "left for weights"):
+        assert word in out
+    for basis in ("exact", "measured", "formula"):
+        assert basis in out
+    assert "yes: fits at 2.5" in out
+    assert "4 sequences of 16,384" in out
+
+
+def test_no_comes_with_the_number_that_makes_it_yes(capsys):
+    assert main(["plan", MODEL, "--gpu", "rtx4080", "--max-model-len", "16384", "--max-num-seqs", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "no: needs 13." in out
+    assert "GiB more: --max-model-len 2304 fits" in out
+
+
+def test_without_a_gpu_it_says_which_ones_do(capsys):
+    assert main(["plan", MODEL, "--max-model-len", "8192", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    verdicts = {plan["device"]["name"]: plan["verdict"]["fits"] for plan in plans}
+    assert not verdicts["NVIDIA GeForce RTX 4060"]
+    assert verdicts["NVIDIA H100 80GB HBM3"]
+    assert main(["plan", MODEL, "--max-model-len", "8192"]) == 0
+    assert "RTX 4090" in capsys.readouterr().out
+
+
+def test_plan_takes_under_a_second_and_no_torch():
+    code = (
+        "import sys\nfrom allocator.cli.main import main\n"
+        f"main(['plan', {MODEL!r}, '--gpu', 'h100', '--max-model-len', '8192'])\n"
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        seconds.append(min(time.perf_counter() - started, used))
+    assert min(seconds) < 1.0
+
+
+BAD = {
+    "unknown gpu": (["--gpu", "rtx4091"], "GPU 'rtx4091' is not known; nearest are rtx4090"),
+    "gpu without kernels": (["--gpu", "v100"], "compute capability 7.0"),
+    "unit": (["--gpu-memory", "24XB"], "--gpu-memory: '24XB': unit 'XB' is not known"),
+    "negative": (["--gpu-memory", "-3GiB"], "'-3GiB' is no amount of memory"),
+    "context": (["--gpu", "h100", "--max-model-len", "40961"], "--max-model-len 40961 is beyond the model's 40960"),
+    "context as text": (["--gpu", "h100", "--max-model-len", "long"], "--max-model-len 'long' is no whole number"),
+    "no sequences": (["--gpu", "h100", "--max-num-seqs", "0"], "--max-num-seqs 0: input should be greater"),
+    "ranks": (["--gpu", "h100", "--tensor-parallel-size", "3"], "does not divide the model's 64 attention heads"),
+    "stages": (["--gpu", "h100", "--pipeline-parallel-size", "65"], "more than the model's 64 blocks"),
+    "kv dtype": (["--gpu", "h100", "--kv-cache-dtype", "int3"], "'int3' is not known; allowed are auto"),
+    "fp8 on turing": (["--gpu", "t4", "--kv-cache-dtype", "fp8"], "needs compute capability 8.0"),
+    "utilization": (["--gpu", "h100", "--gpu-memory-utilization", "92"], "give a number above 0 and at most 1"),
+    "mig": (["--gpu", "h100:9g.9gb"], "no MIG profile '9g.9gb'"),
+    "two devices": (["--gpu", "h100", "--gpu-memory", "8GiB"], "give one of --gpu and --gpu-memory"),
+    "unknown option": (["--gpu", "h100", "--max-modl-len", "5"], "unrecognized arguments"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(capsys, case):
+    arguments, message = BAD[case]
+    try:
+        code = main(["plan", MODEL, *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["./no-such-folder", "no-such-file.json"])
+def test_missing_model_is_named(capsys, model):
+    assert main(["plan", model, "--gpu", "h100"]) == 2
+    assert f"{model}: no such folder, and no Hugging Face id" in capsys.readouterr().err
+
+
+def test_hub_id_without_network_is_explained(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    from allocator.inventory import config
+
+    monkeypatch.setattr(config, "_resolves", lambda address: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["plan", "nobody/no-model", "--gpu", "h100"]) == 2
+    assert "its config.json cannot be downloaded" in capsys.readouterr().err
+
+
+def test_plan_of_another_quantized_model_is_refused(capsys, tmp_path):
+    config = json.loads((FOLDER / "qwen3-8b.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
+    assert "already quantized (quantization_config, quant_method 'awq')" in capsys.readouterr().err
