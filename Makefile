@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-channel-blocks bench-demo bench-bank bench-experts bench-scale bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench-solver: setup ## how fast the integer program is solved, at the sizes of a
 
 bench-channel-blocks: setup ## whether widths by block of output channels beat widths by module, at equal bytes
 	@$(PYTHON) benchmarks/channel_blocks/bench.py
+
+bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of 64 and 128
+	@$(PYTHON) benchmarks/quantizers/bench.py
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py

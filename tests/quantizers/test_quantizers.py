@@ -145,3 +145,27 @@ def test_large_modules_are_quantized_in_stripes_to_the_same_codes(monkeypatch: p
             striped = get_quantizer(name).quantize(weight, form(3), torch.bfloat16, statistics)
         assert torch.equal(whole.scale, striped.scale)
         assert (whole.codes != striped.codes).float().mean() < 0.001  # sums of products in another order
+
+
+def test_settings_are_part_of_the_name() -> None:
+    plain, damped = get_quantizer("gptq"), get_quantizer("gptq:damping=0.05")
+    assert (plain.name, damped.name) == ("gptq", "gptq:damping=0.05")
+    weight, _, statistics = weight_and_statistics()
+    one = plain.quantize(weight, form(2), torch.bfloat16, statistics)
+    other = damped.quantize(weight, form(2), torch.bfloat16, weight_and_statistics()[2])
+    assert not torch.equal(one.codes, other.codes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gptq:dumping=0.1", "it has damping"),
+        ("rtn:damping=0.1", "it has none"),
+        ("gptq:damping=much", "setting=number"),
+        ("gptq:damping=-1", "must be above 0"),
+        ("magic:x=1", "choose from"),
+    ],
+)
+def test_wrong_settings_are_explained(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        get_quantizer(spec)
