@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_stored"]
+__all__ = ["Experts", "as_stored"]
 
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -26,7 +26,7 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
         if name.endswith("experts") and of_experts and "gate_up_proj" in dict(module.named_parameters()):
             names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
             parent, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(parent), attribute, _Experts(module, names))
+            setattr(layer.get_submodule(parent), attribute, Experts(module, names))
     return layer
 
 
@@ -38,7 +38,7 @@ def _rename_mlp(layer: nn.Module, name: str) -> None:
     layer.__class__ = type(kind.__name__, (kind,), {"mlp": property(lambda self: getattr(self, name))})
 
 
-class _Experts(nn.ModuleList):
+class Experts(nn.ModuleList):
     """The experts of a block, each with three linear modules. An expert runs on the tokens that chose it, if any."""
 
     def __init__(self, fused: Any, names: tuple[str, str, str]) -> None:
