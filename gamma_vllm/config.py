@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GammaConfig"]
 
+_DRAFT_PREFIX = "draft_model."
+"""What vLLM puts before the names of the layers of a draft model for speculative decoding."""
+
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 """Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
 
@@ -116,6 +119,7 @@ class GammaConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer. Raises ContractError naming the layer and the module that has no entry."""
+        prefix = prefix.removeprefix(_DRAFT_PREFIX)
         if isinstance(layer, ParallelLMHead):
             return self._lm_head(prefix)
         if isinstance(layer, VocabParallelEmbedding):

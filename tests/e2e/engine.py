@@ -21,7 +21,7 @@ os.environ |= {
 }
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
@@ -118,10 +118,17 @@ def _scores(logprobs, prompt, save):
     return math.exp(-float(chosen.mean()))
 
 
+def _inspect_here(model):
+    """vLLM inspects a model class in a process of its own, which costs 10 s for each; this one has all it needs."""
+    (name,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def run(job):
     engine = None
     try:
         if "kernel" in job:
+            _inspect_here(job["model"])
             os.environ |= {"GAMMA_KERNEL": job["kernel"], **job.get("environment", {})}
             engine = Vllm(job["model"], **job.get("options", {}))
         else:

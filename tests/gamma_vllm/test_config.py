@@ -73,6 +73,8 @@ def test_layers_get_the_methods_of_their_modules(gamma):
     assert [m.name for m in method.modules] == ["a.q_proj", "a.k_proj", "a.v_proj"]
     assert isinstance(config.get_quant_method(of_type("LinearBase"), "a.o_proj"), UnquantizedLinearMethod)
     assert config.get_quant_method(of_type("Attention"), "a.attn") is None
+    draft = config.get_quant_method(of_type("LinearBase"), "draft_model.a.qkv_proj")
+    assert [m.name for m in draft.modules] == ["a.q_proj", "a.k_proj", "a.v_proj"]
 
 
 def test_a_layer_without_an_entry_is_refused(gamma):
