@@ -171,7 +171,7 @@ def _layer(
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], total))
     activations, no_bias = flat.to(torch.float32), torch.empty(0)
-    output = activations.new_empty(flat.shape[0], total)
+    output = activations.new_zeros(flat.shape[0], total)  # ARK leaves it alone when a blob is no blob: no garbage then
     start = 0
     for weight, count, group_size, bits, with_zeros in zip(
         weights, rows, group_sizes, num_bits, asymmetric, strict=True
@@ -181,7 +181,7 @@ def _layer(
         if bits == 16:
             place.copy_(F.linear(flat, weight))
             continue
-        product = place if place.is_contiguous() else activations.new_empty(flat.shape[0], count)
+        product = place if place.is_contiguous() else activations.new_zeros(flat.shape[0], count)
         auto_round_kernel.woqgemm(
             activations, weight, no_bias, count, columns, group_size, compute, f"int{bits}", _SCALE_TYPE, with_zeros,
             product,
