@@ -20,14 +20,6 @@ _SIZES = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-_VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 _EXPERTS = {"num_experts_per_tok": 2}
 
 KINDS = {
@@ -37,7 +29,6 @@ KINDS = {
     "phi3": ("Phi3", {}),
     "gemma3": ("Gemma3", {"head_dim": 64, "tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 64, "head_dim": 32} | _EXPERTS),
-    "gemma3_images": ("Gemma3", {"head_dim": 64, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4} | _EXPERTS),
 }
 """Name -> (prefix of the classes in transformers, what differs from the common sizes)."""
@@ -50,12 +41,8 @@ def make_model(kind: str, folder: Path) -> Path:
     name, changes = KINDS[kind]
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     config = config_class(**(_SIZES | changes))
-    model_class = getattr(transformers, f"{name}ForCausalLM")
-    if kind == "gemma3_images":
-        config = transformers.Gemma3Config(text_config=config.to_dict(), vision_config=_VISION, mm_tokens_per_image=4)
-        model_class = transformers.Gemma3ForConditionalGeneration
     torch.manual_seed(1)
-    model = model_class(config)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)

@@ -37,7 +37,7 @@ def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointCon
     for name, tensor in load_file(source / "model.safetensors").items():
         module, _, kind = name.rpartition(".")
         leaf = module.rpartition(".")[2]
-        if kind != "weight" or leaf not in (*_LINEAR, *_VOCABULARY) or "vision" in module:
+        if kind != "weight" or leaf not in (*_LINEAR, *_VOCABULARY):
             tensors[name] = tensor
             continue
         num_bits, group_size, symmetric = choose(module)
