@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from allocator import __version__
-from allocator.contract.digest import digest_json
+from allocator.contract.digest import digest_bytes, digest_json
 from allocator.contract.errors import GammaError
 from allocator.sidecar.dispatch import Solved, Task
 from allocator.sidecar.entry import Entry
@@ -117,16 +117,20 @@ class Allocations:
 
         return await self._once(f"{identity} {persist}", solve)
 
-    async def plan(self, hardware: PlanHardware, entry: Entry) -> dict[str, Any]:
-        """What the hardware leaves for the weights. Raises ApiError 400 for what vLLM would refuse."""
-        chosen = PlanHardware(**hardware.model_dump(exclude={"model"}))
-        key = _identity("plan", chosen.model_dump(mode="json"), entry)
+    async def plan(self, hardware: PlanHardware, entry: Entry, manifest: bytes | None = None) -> dict[str, Any]:
+        """What the hardware leaves for the weights, or with `manifest` (its file) for the KV cache.
+
+        Raises ApiError 400 for what vLLM would refuse.
+        """
+        chosen = PlanHardware(**hardware.model_dump(exclude={"model", "manifest"}))
+        request = chosen.model_dump(mode="json") | ({"manifest": digest_bytes(manifest)} if manifest else {})
+        key = _identity("plan", request, entry)
         content = self._memory.get(key)
         made: dict[str, Any]
         if content is not None:
             made = json.loads(content)
         else:
-            made = await self._solve("plan", entry.model_dump_json(), chosen.model_dump_json())
+            made = await self._solve("plan", entry.model_dump_json(), chosen.model_dump_json(), manifest)
             self._memory.put(key, json.dumps(made).encode())
         headroom = made["weight_budget_bytes"] - made["smallest_weight_bytes"]
         gpu = made["device"]["name"] if hardware.gpu_memory is None else "by memory"

@@ -20,6 +20,8 @@ _CONSOLE = {
     "console.js": ("console.js", "text/javascript; charset=utf-8"),
     "charts.js": ("charts.js", "text/javascript; charset=utf-8"),
     "api.js": ("api.js", "text/javascript; charset=utf-8"),
+    "format.js": ("format.js", "text/javascript; charset=utf-8"),
+    "panels.js": ("panels.js", "text/javascript; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 

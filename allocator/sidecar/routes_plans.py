@@ -38,7 +38,9 @@ async def plan(
     ],
 ) -> dict[str, Any]:
     service = service_of(request)
-    return await service.allocations.plan(body, await service.catalogue.find(body.model))
+    entry = await service.catalogue.find(body.model)
+    manifest = None if body.manifest is None else await service.allocations.manifest_text(body.manifest)
+    return await service.allocations.plan(body, entry, manifest)
 
 
 def _gpu(gpu: Gpu) -> GpuInfo:

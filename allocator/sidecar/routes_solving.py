@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Request, Response
+from fastapi import APIRouter, Body, Path, Query, Request, Response
 
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import responses
@@ -57,8 +57,9 @@ async def allocate(
             }
         ),
     ],
+    keep: Annotated[bool, Query(description="keep it in the store, which needs a write token")] = True,
 ) -> Response:
-    content = await service_of(request).allocations.allocate(body, request.state.may_write)
+    content = await service_of(request).allocations.allocate(body, keep and request.state.may_write)
     return Response(content, media_type=_JSON)
 
 

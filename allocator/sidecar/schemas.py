@@ -62,9 +62,10 @@ class PlanHardware(Body):
 
 
 class PlanRequestBody(PlanHardware):
-    """`POST /v1/plans`."""
+    """`POST /v1/plans`. With `manifest` the plan is of that assignment: what it leaves for the KV cache."""
 
     model: ModelId
+    manifest: Digest | None = Field(default=None, description="of an allocation made before")
 
 
 class AllocationRequest(Body):
@@ -109,7 +110,7 @@ class Allocation(Answer):
 
 
 class SweepRequest(Body):
-    """`POST /v1/sweeps`: the best assignment for `points` budgets between two, evenly spaced."""
+    """`POST /v1/sweeps`: the best assignment for `points` budgets between two, each larger by one factor."""
 
     model: ModelId
     smallest: Amount | None = Field(default=None, description="default: the smallest that is feasible")

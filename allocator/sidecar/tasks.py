@@ -1,5 +1,6 @@
 """What the solver processes do. Each keeps the scores that it used last; nothing else lives between two calls."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -93,13 +94,19 @@ def allocate(
     return Solved(content, text, taken, gap)
 
 
-def plan(entry_json: str, hardware_json: str) -> dict[str, Any]:
-    """The plan of a model on some hardware, as its file."""
+def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> dict[str, Any]:
+    """The plan of a model on some hardware, with a manifest for that assignment."""
     entry = Entry.model_validate_json(entry_json)
     hardware = PlanHardware.model_validate_json(hardware_json)
     memory = None if hardware.gpu_memory is None else parse_budget(hardware.gpu_memory)
     request = PlanRequest(**hardware.model_dump(exclude={"gpu", "gpu_memory"}))
-    made = plan_entry(entry, device_of(hardware.gpu, memory), request)
+    formats = None
+    if manifest_text is not None:
+        manifest = Manifest.parse(json.loads(manifest_text), "manifest")
+        if manifest.model.digest != entry.model.digest:
+            raise InputError(f"the manifest is of model {manifest.model.digest}, {entry.name} is {entry.model.digest}")
+        formats = manifest.modules
+    made = plan_entry(entry, device_of(hardware.gpu, memory), request, formats)
     return made.payload() | {"digest": made.digest}
 
 
@@ -115,7 +122,8 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, secon
             f"smallest {first} and largest {last} bytes: smallest must be at least {low} (the smallest assignment) "
             "and below largest"
         )
-    budgets = [first + (last - first) * i // (request.points - 1) for i in range(request.points)]
+    steps = request.points - 1
+    budgets = [first, *(round(first * (last / first) ** (i / steps)) for i in range(1, steps)), last]
     points = [_point(scores, budget, request, seconds / request.points) for budget in budgets]
     uniform = {str(bits): point for bits in WIDTHS if (point := _uniform(scores, bits)) is not None}
     result = SweepResult(

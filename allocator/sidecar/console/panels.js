@@ -1,0 +1,207 @@
+// Each panel of the page from plain data. Nothing here asks the service.
+
+import { curve, heatMap, memoryBar, swatch } from "./charts.js";
+import { count, gib, loss, percent, place } from "./format.js";
+
+export const $ = (id) => document.getElementById(id);
+
+const WIDTHS = [2, 3, 4, 5, 6, 8, 16];
+const RUNTIME = ["cuda graphs", "non-torch", "attention workspace", "position tables"];
+
+export function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+export function verdict(kind, strong, rest, small) {
+  const holder = $("verdict");
+  holder.className = `verdict ${kind}`;
+  holder.replaceChildren(element("b", strong), ` ${rest}`);
+  if (small) holder.append(element("small", small));
+}
+
+export function advice(items, onTake) {
+  const holder = $("advice");
+  holder.hidden = items.length === 0;
+  holder.replaceChildren(
+    ...items.map((item) => {
+      const button = element("button", `${item.option} ${item.value}`);
+      button.type = "button";
+      button.title = item.message;
+      button.addEventListener("click", () => onTake(item));
+      return button;
+    }),
+  );
+}
+
+export function figures(allocation, sweep) {
+  const set = (id, text, small) => {
+    $(id).replaceChildren(text);
+    if (small) $(id).append(element("small", small));
+  };
+  set("f-size", gib(allocation.tensor_bytes), `${count(allocation.tensor_bytes)} bytes`);
+  set("f-bits", `${allocation.average_bits.toFixed(2)} bits`, "scales and zeros included");
+  const gap = allocation.proof && allocation.proof.gap > 0 ? `at most ${loss(allocation.proof.gap)} above the best` : "proven best";
+  set("f-loss", loss(allocation.predicted_loss), gap);
+  const same = sweep ? oneWidth(sweep.uniform, allocation.tensor_bytes) : null;
+  if (same > 0 && allocation.predicted_loss > 0) {
+    const saved = 1 - allocation.predicted_loss / same;
+    set("f-gain", saved >= 0 ? `−${percent(saved)}` : `+${percent(-saved)}`, "loss, at the same size");
+  } else set("f-gain", "–");
+}
+
+// What one width for all would lose at this size: between two widths on the logarithm.
+function oneWidth(uniform, bytes) {
+  const points = Object.values(uniform).sort((p, q) => p.tensor_bytes - q.tensor_bytes).filter((p) => p.predicted_loss > 0);
+  for (let i = 1; i < points.length; i++) {
+    const [p, q] = [points[i - 1], points[i]];
+    if (bytes >= p.tensor_bytes && bytes <= q.tensor_bytes) {
+      const t = (bytes - p.tensor_bytes) / (q.tensor_bytes - p.tensor_bytes);
+      return Math.exp((1 - t) * Math.log(p.predicted_loss) + t * Math.log(q.predicted_loss));
+    }
+  }
+  return null;
+}
+
+export function memory(plan) {
+  const line = (name) => plan.lines.find((l) => l.name === name)?.nbytes ?? 0;
+  const total = line("device memory") || plan.device.total_bytes;
+  const usable = line("vLLM may use");
+  const weights = plan.planned ? plan.planned.weight_bytes : plan.smallest_weight_bytes;
+  const known = ["device memory", "CUDA memory", "vLLM may use", "KV cache", "activations", "slack", "left for weights", ...RUNTIME];
+  const others = plan.lines.filter((l) => !known.includes(l.name)).reduce((sum, l) => sum + Math.max(l.nbytes, 0), 0);
+  const parts = [
+    { kind: "m-weights", label: "weights", bytes: weights },
+    { kind: "m-kv", label: "KV cache", bytes: plan.planned && plan.verdict.fits ? plan.planned.kv_bytes : line("KV cache") },
+    { kind: "m-act", label: "activations", bytes: line("activations") },
+    { kind: "m-run", label: "graphs and runtime", bytes: RUNTIME.reduce((sum, name) => sum + line(name), 0) + others },
+    { kind: "m-slack", label: "slack", bytes: line("slack") },
+  ];
+  const used = parts.reduce((sum, part) => sum + part.bytes, 0);
+  const missing = plan.verdict.needs_bytes;
+  parts.push({ kind: "m-free", label: "left to others", bytes: Math.max(total - Math.max(used, usable), 0) });
+  $("memory-bar").replaceChildren(memoryBar(parts, total));
+  if (missing > 0) parts.push({ kind: "m-over", label: "too much", bytes: missing });
+  $("memory-legend").replaceChildren(
+    ...parts.filter((part) => part.bytes > 0).map((part) => {
+      const item = element("li");
+      item.append(swatch(part.kind), `${part.label} `, element("b", gib(part.bytes)));
+      return item;
+    }),
+  );
+  $("memory-title").textContent = `Memory of one GPU: ${plan.device.name}, ${gib(total, 1)}`;
+}
+
+export function pareto(sweep, gpus, allocation, onPick) {
+  $("curve-unit").textContent = sweep.unit.length > 60 ? sweep.unit.split(",")[0] : sweep.unit;
+  curve($("curve"), {
+    points: sweep.points,
+    uniform: sweep.uniform,
+    gpus,
+    chosen: allocation ? { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss } : { bytes: Infinity, loss: null },
+    onPick,
+  });
+}
+
+let map = null;
+
+export function widths(manifest, changed) {
+  const cells = [], outside = [], shares = new Map();
+  let all = 0;
+  for (const [name, form] of Object.entries(manifest.modules)) {
+    const at = place(name), weights = form.shape[0] * form.shape[1];
+    shares.set(form.num_bits, (shares.get(form.num_bits) || 0) + weights);
+    all += weights;
+    const cell = { ...at, name, bits: form.num_bits, bytes: manifest.module_bytes[name], changed: changed.has(name) };
+    if (at.block === null) outside.push(cell);
+    else cells.push(cell);
+  }
+  map = cells.length ? heatMap($("map"), cells) : null;
+  $("map-count").textContent = `${Object.keys(manifest.modules).length} modules`;
+  $("map-legend").replaceChildren(
+    ...WIDTHS.filter((bits) => shares.has(bits)).map((bits) => {
+      const item = element("li");
+      item.append(swatch(`w${bits}`), `${bits} bits `, element("b", percent(shares.get(bits) / all)));
+      return item;
+    }),
+    ...outside.map((cell) => element("li", `${cell.kind} ${cell.bits} bits`, "quiet")),
+  );
+}
+
+function read(cells) {
+  if (!cells || !cells.length) return;
+  const [first] = cells;
+  const bits = cells.length === 1 ? `${first.bits} bits` : `${Math.min(...cells.map((c) => c.bits))} to ${Math.max(...cells.map((c) => c.bits))} bits, ${cells.length} experts`;
+  const bytes = cells.reduce((sum, c) => sum + c.bytes, 0);
+  $("map-readout").textContent = `Block ${first.block}, ${first.local}: ${bits}, ${gib(bytes)}`;
+}
+
+export function listenToMap() {
+  const holder = $("map");
+  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  holder.addEventListener("pointermove", (event) => map && read(map.at(event)));
+  holder.addEventListener("pointerleave", () => map && map.hide());
+  holder.addEventListener("blur", () => map && map.hide());
+  holder.addEventListener("keydown", (event) => {
+    const step = steps[event.key];
+    if (!step || !map) return;
+    event.preventDefault();
+    read(map.move(...step));
+  });
+}
+
+export function difference(document_) {
+  const holder = $("diff");
+  if (!document_) {
+    holder.replaceChildren();
+    return;
+  }
+  const kinds = new Map();
+  for (const change of document_.changed) {
+    const { kind } = place(change.module);
+    const row = kinds.get(kind) || { more: 0, less: 0, bytes: 0 };
+    if (change.bits_after > change.bits_before) row.more++;
+    else if (change.bits_after < change.bits_before) row.less++;
+    row.bytes += change.bytes_change;
+    kinds.set(kind, row);
+  }
+  const signed = (bytes) => `${bytes < 0 ? "−" : "+"}${gib(Math.abs(bytes))}`;
+  const before = document_.before.predicted_loss, after = document_.after.predicted_loss;
+  const losses = before > 0 && after > 0 ? `, predicted loss ${loss(before)} → ${loss(after)}` : "";
+  const head = element("p", `${document_.changed.length} of ${document_.modules} modules differ, ${signed(document_.tensor_bytes_change)}${losses}.`);
+  holder.replaceChildren(head);
+  if (!kinds.size) return;
+  const table = element("table"), top = element("tr"), body = element("tbody"), thead = element("thead");
+  for (const name of ["module", "wider", "narrower", "size"]) {
+    const cell = element("th", name);
+    cell.scope = "col";
+    top.append(cell);
+  }
+  for (const [kind, row] of kinds) {
+    const line = element("tr"), name = element("th", kind);
+    name.scope = "row";
+    line.append(name, element("td", row.more || "–", row.more ? "up" : ""), element("td", row.less || "–", row.less ? "down" : ""), element("td", signed(row.bytes)));
+    body.append(line);
+  }
+  thead.append(top);
+  table.append(thead, body);
+  holder.append(table);
+}
+
+export function gpuOptions(gpus, chosen) {
+  const select = $("gpu"), groups = new Map();
+  for (const gpu of gpus) {
+    const group = groups.get(gpu.segment) || element("optgroup");
+    group.label = gpu.segment;
+    groups.set(gpu.segment, group);
+    const option = element("option", `${gpu.name.replace(/^NVIDIA (GeForce )?/, "")} · ${(gpu.memory_bytes / 2 ** 30).toFixed(0)} GiB`);
+    option.value = gpu.id;
+    group.append(option);
+  }
+  const other = element("option", "another, by memory");
+  other.value = "";
+  select.replaceChildren(...groups.values(), other);
+  if (gpus.some((gpu) => gpu.id === chosen)) select.value = chosen;
+}
