@@ -128,10 +128,9 @@ async def diff(
     return document
 
 
-async def _known(service: Service, side: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(side, str):
-        await service.allocations.manifest_text(side)
-    return side
+async def _known(service: Service, side: str | dict[str, Any]) -> bytes | dict[str, Any]:
+    """A manifest by digest as its text: what was not kept is known to this process only."""
+    return side if isinstance(side, dict) else await service.allocations.manifest_text(side)
 
 
 def _model(entry: Entry) -> ModelInfo:

@@ -132,7 +132,7 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, secon
     return result.model_dump_json(exclude_none=True).encode()
 
 
-def diff(before: str | dict[str, Any], after: str | dict[str, Any]) -> dict[str, Any]:
+def diff(before: bytes | dict[str, Any], after: bytes | dict[str, Any]) -> dict[str, Any]:
     """What changed between two manifests, with the losses of the scores they were solved from, if stored."""
     old, new = _manifest_of(before, "before"), _manifest_of(after, "after")
     scores = _scores_of(new.scores_digest) if new.scores_digest and _has_scores(new.scores_digest) else None
@@ -200,14 +200,9 @@ def _choosable(scores: Scores) -> set[str]:
     return {name for name, module in scores.modules.items() if len(module.candidates) > 1}
 
 
-def _manifest_of(given: str | dict[str, Any], where: str) -> Manifest:
-    if isinstance(given, str):
-        manifest = _opened().manifest(given)
-        if manifest is None:
-            raise InputError(f"the store has no manifest {given}")
-        return manifest
+def _manifest_of(given: bytes | dict[str, Any], where: str) -> Manifest:
     try:
-        return Manifest.parse(given, where)
+        return Manifest.parse(json.loads(given) if isinstance(given, bytes) else given, where)
     except ContractError as error:
         raise InputError(str(error)) from None
 
