@@ -5,8 +5,8 @@ processes. Importing this package imports neither torch nor vllm.
 
 Environment variables, read by `gamma_vllm.kernels.choose`, `gamma_vllm.kernels.ark` and `gamma_vllm.bank`:
 
-- `GAMMA_KERNEL` = `auto` (default), `humming`, `ark` or `torch`: which kernels multiply. A kernel that is asked for and
-  cannot run is an error that says why.
+- `GAMMA_KERNEL` = `auto` (default), `humming`, `native`, `ark` or `torch`: which kernels multiply. A kernel that is
+  asked for and cannot run is an error that says why.
 - `GAMMA_ARK_COMPUTE` = `fp32` (default), `bf16` or `int8`: in what the ARK kernels compute.
 - `GAMMA_MANIFEST` = path: the manifest to serve when the model is a bank; `GAMMA_VERIFY` = `1`: digests are compared.
 """

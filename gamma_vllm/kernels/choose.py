@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from gamma_vllm.kernels.ark import ArkKernel
 from gamma_vllm.kernels.humming import HummingKernel
+from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
 
@@ -49,7 +50,12 @@ class Kernel(Protocol):
         """
 
 
-_KERNELS: dict[str, type[Kernel]] = {"humming": HummingKernel, "ark": ArkKernel, "torch": TorchKernel}
+_KERNELS: dict[str, type[Kernel]] = {
+    "humming": HummingKernel,
+    "native": NativeKernel,
+    "ark": ArkKernel,
+    "torch": TorchKernel,
+}
 """In order of preference; the last runs everywhere."""
 
 

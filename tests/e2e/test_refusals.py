@@ -138,4 +138,4 @@ def test_the_flag_on_a_model_of_another_kind_is_explained(errors):
 
 
 def test_an_unknown_kernel_is_refused(errors):
-    assert "GAMMA_KERNEL='marlin': expected auto, humming, ark or torch" in errors["unknown kernel"]
+    assert "GAMMA_KERNEL='marlin': expected auto, humming, native, ark or torch" in errors["unknown kernel"]

@@ -10,6 +10,7 @@ from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.kernels import torch_reference
 from gamma_vllm.kernels.ark import ArkKernel, blob_bytes
 from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
 
@@ -127,8 +128,11 @@ def test_choice_follows_the_environment(monkeypatch):
     monkeypatch.setenv("GAMMA_KERNEL", "auto")
     assert choose_kernel(torch.device("cuda")) == reference
     monkeypatch.setattr(ArkKernel, "why_not", lambda device: None)
+    monkeypatch.setattr(NativeKernel, "why_not", lambda device: "no")
     assert choose_kernel(CPU) == ArkKernel("fp32")
-    monkeypatch.delenv("GAMMA_KERNEL")
+    monkeypatch.setattr(NativeKernel, "why_not", lambda device: None)
+    assert choose_kernel(CPU) == NativeKernel()
+    monkeypatch.setenv("GAMMA_KERNEL", "ark")
     monkeypatch.setenv("GAMMA_ARK_COMPUTE", "int8")
     assert choose_kernel(CPU) == ArkKernel("int8")
 
@@ -138,7 +142,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(RuntimeError, match=r"GAMMA_KERNEL=ark cannot run: .* on cuda"):
         choose_kernel(torch.device("cuda"))
     monkeypatch.setenv("GAMMA_KERNEL", "marlin")
-    with pytest.raises(ValueError, match="'marlin': expected auto, humming, ark or torch"):
+    with pytest.raises(ValueError, match="'marlin': expected auto, humming, native, ark or torch"):
         choose_kernel(CPU)
 
 

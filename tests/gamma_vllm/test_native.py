@@ -1,0 +1,101 @@
+# ruff: noqa: E402 - torch and vllm are optional: imported only when they are there
+"""Our CPU kernel against the dequantized weight, and what it does without a compiler or the right CPU."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from gamma_vllm.kernels import native
+from gamma_vllm.kernels.native import NativeKernel, resident_bytes
+from gamma_vllm.shards import Segment
+from tests.gamma_vllm.test_kernels import CPU, WIDTHS, make_segment, relative_error
+
+kernel = NativeKernel()
+needs_native = pytest.mark.skipif(NativeKernel.why_not(CPU) is not None, reason=f"native: {NativeKernel.why_not(CPU)}")
+SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+
+
+@needs_native
+@SYMMETRY
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
+    for rows, columns, group_size in ((1, 128, 64), (33, 96, 32), (48, 384, 128), (65, 640, 64)):
+        segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
+        packed = kernel.pack(segment, tensors)
+        assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+        for tokens in (1, 2, 3, 7, 8, 21, 60):  # few: code by code, in eights, fours, twos and ones; many: dequantized
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+            for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
+                product = kernel.linear(segment, packed, x.to(dtype))
+                assert product.dtype == dtype
+                expected = x.to(dtype).double() @ weight.double().T
+                assert relative_error(product, expected) < limit, (rows, columns, tokens, dtype)
+
+
+@needs_native
+def test_scales_in_float16():
+    segment, tensors, weight = make_segment(40, 128, 5, 64, False, torch.float16)
+    x = torch.randn(2, 3, 256)[..., ::2].to(torch.float16)
+    assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x.float() @ weight.T) < 1e-3
+
+
+@needs_native
+def test_nothing_behind_the_weight_is_read():
+    """The rows of one module end where another's begin; what stands there must not count."""
+    segment, tensors, weight = make_segment(16, 64, 3, 32, True)
+    words = tensors["packed"].numel()
+    storage = torch.full((words + 64,), -1, dtype=torch.int32)
+    storage[:words] = tensors["packed"].flatten()
+    tensors["packed"] = storage[:words].view(16, -1)
+    x = torch.randn(1, 64)
+    assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x @ weight.T) < 1e-4
+
+
+@needs_native
+def test_a_layer_of_several_widths_and_a_dense_part():
+    parts = [make_segment(64, 128, 3, 64, True), make_segment(32, 128, 5, 32, False)]
+    dense = torch.randn(24, 128)
+    segments = [segment for segment, _, _ in parts] + [Segment((9,), 16, None, None, 24, 128)]
+    held = [kernel.pack(segment, tensors) for segment, tensors, _ in parts] + [{"weight": dense}]
+    whole = torch.cat([*(weight for _, _, weight in parts), dense])
+    for tokens in (1, 5, 40):
+        x = torch.randn(2, tokens, 128)
+        assert relative_error(kernel.layer(segments, held, x), x @ whole.T) < 1e-4
+    assert kernel.layer(segments, held, torch.zeros(2, 0, 128)).shape == (2, 0, 120)
+    with pytest.raises(ValueError, match="64 activations for a weight of 128 columns"):
+        kernel.layer(segments, held, torch.zeros(1, 64))
+
+
+@needs_native
+def test_torch_compile_sees_one_operator():
+    segment, tensors, _ = make_segment(33, 128, 3, 32, False)
+    packed = kernel.pack(segment, tensors)
+    x = torch.randn(4, 128)
+    compiled = torch.compile(lambda x: kernel.linear(segment, packed, x) + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), kernel.linear(segment, packed, x) + 1)
+
+
+def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
+    if NativeKernel.why_not(CPU) is not None:
+        pytest.skip("native kernel cannot run")
+    monkeypatch.setattr(native, "_PIECE_WEIGHTS", 128 * 7)
+    segment, tensors, weight = make_segment(50, 128, 6, 32, False)
+    x = torch.randn(40, 128)
+    assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x @ weight.T) < 1e-4
+
+
+def test_it_says_why_it_cannot_run(monkeypatch, tmp_path):
+    assert "CPUs" in NativeKernel.why_not(torch.device("cuda"))
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512f", "fma"}))
+    native._why_not_cpu.cache_clear()
+    assert "this CPU has no avx512bw" in NativeKernel.why_not(CPU)
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset(native._CPU_FLAGS))
+    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native._library.cache_clear()
+    native._why_not_cpu.cache_clear()
+    assert "there is no C++ compiler" in NativeKernel.why_not(CPU)
+    monkeypatch.undo()
+    native._library.cache_clear()
+    native._why_not_cpu.cache_clear()
