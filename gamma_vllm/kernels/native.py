@@ -38,8 +38,8 @@ _CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx5
 
 _FEW_TOKENS = 24
 """Up to so many activations multiplying code by code is faster than dequantizing first (measured, Zen 5, one core)."""
-_PIECE_WEIGHTS = 1 << 23
-"""Weights dequantized at a time."""
+_SPACE_WEIGHTS = 1 << 24
+"""Weights dequantized at a time; 32 MiB in bfloat16 stay allocated in each process for them."""
 
 
 def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
@@ -179,28 +179,79 @@ def _layer(
     """`x` `[..., columns]` times each weight (packed, or `[rows, columns]` at 16 bits), joined along the rows."""
     if x.shape[-1] != columns:
         raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
-    flat, total = x.reshape(-1, columns).contiguous(), sum(rows)
-    tokens = flat.shape[0]
-    few = tokens <= _FEW_TOKENS
-    activations = _as_bfloat16(flat) if few else flat
-    copies = activations.shape[0] // tokens if tokens and few else 1
-    output = torch.empty(activations.shape[0], total, dtype=torch.float32 if few else x.dtype)
+    flat = x.reshape(-1, columns).contiguous()
+    multiply = _code_by_code if flat.shape[0] <= _FEW_TOKENS else _dequantized
+    segments = list(zip(weights, scales, zeros, rows, group_sizes, num_bits, strict=True))
+    return multiply(flat, segments, sum(rows)).to(x.dtype).view(*x.shape[:-1], sum(rows))
+
+
+_Held = tuple[Tensor, Tensor, Tensor, int, int, int]
+"""A segment: weight, scale, zero points, rows, group size, bits."""
+
+
+def _code_by_code(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+    """Few activations `[tokens, columns]`: `[tokens, total]` in float32. Products go straight to their place."""
+    tokens, columns = x.shape
+    parts = _as_bfloat16(x)
+    output = torch.empty(parts.shape[0], total, dtype=torch.float32)
     start = 0
-    for weight, scale, zero, count, group_size, bits in zip(
-        weights, scales, zeros, rows, group_sizes, num_bits, strict=True
-    ):
-        place = output.narrow(1, start, count)
-        start += count
+    for weight, scale, zero, rows, group_size, bits in segments:
+        place = output.narrow(1, start, rows)
+        start += rows
         if bits == 16:
-            place[:tokens].copy_(F.linear(flat, weight))
+            place[:tokens].copy_(F.linear(x, weight))
             place[tokens:].zero_()
-        elif few:
-            _multiply(weight, scale, zero, columns, count, group_size, bits, activations, place)
-        else:
-            _dequantize_and_multiply(weight, scale, zero, columns, count, group_size, bits, flat, place)
-    if copies > 1:
-        output = output.view(copies, tokens, total).sum(0)
-    return output.to(x.dtype).view(*x.shape[:-1], total)
+            continue
+        _library().gamma_multiply(
+            weight.data_ptr(), scale.data_ptr(), scale.dtype == torch.bfloat16, zero.data_ptr() or None,
+            rows, columns, group_size, bits, parts.data_ptr(), parts.shape[0], place.data_ptr(), total,
+        )  # fmt: skip
+    return output if parts.shape[0] == tokens else output.view(-1, tokens, total).sum(0)
+
+
+def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+    """Many activations: the weight dequantized to their dtype (float16: to float32), and one product for as many rows
+    as the work space holds."""
+    tokens, columns = x.shape
+    dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+    x, space = x.to(dtype), _work_space(dtype, columns)
+    output = None if total <= space.shape[0] else torch.empty(tokens, total, dtype=dtype)
+    done = filled = 0
+    for weight, scale, zero, rows, group_size, bits in segments:
+        first = 0
+        while first < rows:
+            count = min(rows - first, space.shape[0] - filled)
+            place = space[filled : filled + count]
+            if bits == 16:
+                place.copy_(weight[first : first + count])
+            else:
+                _library().gamma_dequantize(
+                    weight[first].data_ptr(), scale[first].data_ptr(), scale.dtype == torch.bfloat16,
+                    zero[first].data_ptr() if zero.numel() else None, count, columns, group_size, bits,
+                    place.data_ptr(), dtype == torch.bfloat16,
+                )  # fmt: skip
+            first += count
+            filled += count
+            if filled == space.shape[0] or done + filled == total:
+                product = torch.mm(x, space[:filled].t())
+                if output is None:
+                    return product
+                output.narrow(1, done, filled).copy_(product)
+                done, filled = done + filled, 0
+    assert output is not None
+    return output
+
+
+_spaces: dict[torch.dtype, Tensor] = {}
+
+
+def _work_space(dtype: torch.dtype, columns: int) -> Tensor:
+    """Rows of `columns` for dequantized weights, kept for the next call: fresh pages would cost more than unpacking."""
+    space = _spaces.get(dtype)
+    if space is None or space.numel() < columns:
+        space = _spaces[dtype] = torch.empty(max(_SPACE_WEIGHTS, columns), dtype=dtype)
+    rows = space.numel() // columns
+    return space[: rows * columns].view(rows, columns)
 
 
 def _as_bfloat16(x: Tensor) -> Tensor:
@@ -215,50 +266,6 @@ def _as_bfloat16(x: Tensor) -> Tensor:
         parts.append(rest.to(torch.bfloat16))
         rest = rest - parts[-1].to(torch.float32)
     return torch.cat(parts)
-
-
-def _multiply(
-    weight: Tensor,
-    scale: Tensor,
-    zeros: Tensor,
-    columns: int,
-    rows: int,
-    group_size: int,
-    bits: int,
-    x: Tensor,
-    place: Tensor,
-) -> None:
-    _library().gamma_multiply(
-        weight.data_ptr(), scale.data_ptr(), scale.dtype == torch.bfloat16, zeros.data_ptr() or None,
-        rows, columns, group_size, bits, x.data_ptr(), x.shape[0], place.data_ptr(), place.stride(0),
-    )  # fmt: skip
-
-
-def _dequantize_and_multiply(
-    weight: Tensor,
-    scale: Tensor,
-    zeros: Tensor,
-    columns: int,
-    rows: int,
-    group_size: int,
-    bits: int,
-    x: Tensor,
-    place: Tensor,
-) -> None:
-    """A piece of rows at a time, in the dtype of bfloat16 activations, else in float32."""
-    dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    x = x.to(dtype)
-    piece = min(rows, max(1, _PIECE_WEIGHTS // columns))
-    dense = torch.empty(piece, columns, dtype=dtype)
-    library = _library()
-    for first in range(0, rows, piece):
-        count = min(piece, rows - first)
-        library.gamma_dequantize(
-            weight[first].data_ptr(), scale[first].data_ptr(), scale.dtype == torch.bfloat16,
-            zeros[first].data_ptr() if zeros.numel() else None, count, columns, group_size, bits,
-            dense.data_ptr(), dtype == torch.bfloat16,
-        )  # fmt: skip
-        place.narrow(1, first, count).copy_(F.linear(x, dense[:count]))
 
 
 def _fake(

@@ -79,10 +79,14 @@ def test_torch_compile_sees_one_operator():
 def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
     if NativeKernel.why_not(CPU) is not None:
         pytest.skip("native kernel cannot run")
-    monkeypatch.setattr(native, "_PIECE_WEIGHTS", 128 * 7)
+    monkeypatch.setattr(native, "_SPACE_WEIGHTS", 128 * 7)
+    monkeypatch.setattr(native, "_spaces", {})
     segment, tensors, weight = make_segment(50, 128, 6, 32, False)
+    dense = Segment((1,), 16, None, None, 9, 128)
+    parts = [kernel.pack(segment, tensors), {"weight": torch.randn(9, 128)}]
     x = torch.randn(40, 128)
-    assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x @ weight.T) < 1e-4
+    expected = x @ torch.cat([weight, parts[1]["weight"]]).T
+    assert relative_error(kernel.layer([segment, dense], parts, x), expected) < 1e-4
 
 
 def test_it_says_why_it_cannot_run(monkeypatch, tmp_path):
