@@ -24,6 +24,17 @@ TEXT = (
     "day they found a small red ball under the old tree. She said that it was the best day of her life."
 )
 TOKENS = 24
+
+
+def _kernels():
+    """Those that run here; the native one needs AVX-512 with BF16."""
+    pytest.importorskip("vllm")
+    from gamma_vllm.kernels.native import NativeKernel
+
+    return ["torch", "ark", *(["native"] if NativeKernel.why_not(torch.device("cpu")) is None else [])]
+
+
+KERNELS = _kernels()
 FUSED = {f"{n}_proj": "qkv_proj" for n in "qkv"} | {f"{n}_proj": "gate_up_proj" for n in ("gate", "up")}
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -79,10 +90,10 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, 
             return [["generate", {"prompts": beginnings, "tokens": TOKENS}], score]
 
         add(f"{model} transformers", dequantized, ask("transformers"))
-        for kernel in ("torch", "ark"):
+        for kernel in KERNELS:
             add(f"{model} {kernel}", gamma, ask(kernel), kernel=kernel)
         if model == "babyllama105" and COMPILER:
-            for kernel in ("torch", "ark"):
+            for kernel in KERNELS:
                 options = {"enforce_eager": False}
                 steps = ask(f"{kernel} compiled")
                 add(f"{model} {kernel} compiled", gamma, steps, kernel=kernel, options=options)
@@ -91,7 +102,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, 
             add(f"{model} ark bfloat16", gamma, ask("ark bfloat16"), kernel="ark", options=options)
             generate = ["generate", {"prompts": beginnings, "tokens": TOKENS}]
             parameters = ["parameters", {}]
-            for kernel in ("torch", "ark"):
+            for kernel in KERNELS:
                 steps = [generate, parameters, ["zero", {}], generate, ["reload", {}], generate, parameters]
                 add(f"{model} {kernel} reload", gamma, steps, kernel=kernel)
                 steps = [generate, ["reload", {}], parameters]
@@ -143,10 +154,11 @@ def test_greedy_tokens_equal_those_of_transformers(answers, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_ark_agrees_with_transformers(answers, model, record_property):
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_kernels_agree_with_transformers(answers, model, kernel, record_property):
     _, expected = answers(f"{model} transformers")
-    _, given = answers(f"{model} ark")
-    error = logit_error(answers.logprobs(f"{model} ark"), answers.logprobs(f"{model} transformers"))
+    _, given = answers(f"{model} {kernel}")
+    error = logit_error(answers.logprobs(f"{model} {kernel}"), answers.logprobs(f"{model} transformers"))
     record_property("relative logit error", error)
     record_property("perplexity", [given, expected])
     assert error < 1e-2
@@ -160,14 +172,14 @@ def test_bfloat16_activations(answers):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler (g++)")
-@pytest.mark.parametrize("kernel", ["torch", "ark"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_compiled_engine_answers_like_the_eager_one(answers, kernel):
     assert answers(f"babyllama105 {kernel} compiled")[0] == answers(f"babyllama105 {kernel}")[0]
     names = (f"babyllama105 {kernel} compiled", f"babyllama105 {kernel}")
     assert logit_error(*map(answers.logprobs, names)) < 1e-4
 
 
-@pytest.mark.parametrize("kernel", ["torch", "ark"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_weights_can_be_reloaded(answers, kernel):
     before, parameters, _, without, _, after, reloaded = answers(f"demo {kernel} reload")
     assert without != before
@@ -193,7 +205,7 @@ def test_a_worker_holds_the_bytes_that_were_planned(answers, checkpoints):
     assert sum(held.values()) == planned
 
 
-@pytest.mark.parametrize("kernel", ["torch", "ark"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_an_engine_started_without_weights_runs_and_can_load_them(answers, kernel):
     tokens, _, parameters = answers(f"demo {kernel} dummy")
     assert [len(t) for t in tokens] == [TOKENS, TOKENS]
