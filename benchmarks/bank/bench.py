@@ -36,7 +36,7 @@ from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.checkpoints import write_model  # noqa: E402
 
 OUT = ROOT / "demo-out" / "bank"
-SEED, REPEATS, WIDTHS = 0, 3, (3, 4)
+SEED, REPEATS, WIDTHS = 0, 2, (3, 4)
 
 
 def candidate(shape: tuple[int, int], num_bits: int) -> ModuleFormat:
