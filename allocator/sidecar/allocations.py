@@ -172,7 +172,7 @@ class Allocations:
 
         async def solve() -> bytes:
             content: bytes = await self._solve(
-                "sweep", identity, request.model_dump_json(), entry.scores_digest, entry.name, self._pool.seconds
+                "sweep", identity, request.model_dump_json(), entry.scores_digest, entry.name
             )
             self._memory.put(identity, content)
             return content

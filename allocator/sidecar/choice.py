@@ -8,10 +8,11 @@ from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.fitting import Device, Plan, PlanRequest
+from allocator.fitting.serving import serving_options
 from allocator.progress import Progress
 from allocator.sidecar.device import read_devices
 from allocator.sidecar.entry import Entry
-from allocator.sidecar.planning import device_of, plan_entry, visible_device, vllm_arguments
+from allocator.sidecar.planning import device_of, plan_entry, visible_device
 from allocator.sidecar.resident import solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
@@ -127,7 +128,7 @@ def _request(settings: PrepareSettings) -> PlanRequest:
 def _arguments(settings: PrepareSettings, plan: Plan | None) -> dict[str, Any]:
     """Options for `vllm serve`: all that the plan rests on, without a plan only what was asked for."""
     if plan is not None:
-        return vllm_arguments(plan.request, plan.batched_tokens, settings.max_num_seqs)
+        return dict(serving_options(plan))
     given = {
         "tensor-parallel-size": settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else None,
         "max-model-len": settings.max_model_len,

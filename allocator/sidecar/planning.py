@@ -1,4 +1,4 @@
-"""Plans for models of the store: which device, which request, and what vLLM is told so that the plan holds."""
+"""Plans for models of the store, on a named, a measured or a visible device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from allocator.inventory.shape import read_shape
 from allocator.sidecar.device import Device as Visible
 from allocator.sidecar.entry import Entry
 
-__all__ = ["device_of", "plan_entry", "visible_device", "vllm_arguments"]
+__all__ = ["device_of", "plan_entry", "visible_device"]
 
 _SAME_MEMORY = 0.02
 
@@ -61,17 +61,3 @@ def plan_entry(entry: Entry, device: Device, request: PlanRequest, formats: Any 
         read_shape(entry.config), device, request, model=entry.name, group_size=entry.group_size,
         symmetric=entry.symmetric, formats=formats,
     )  # fmt: skip
-
-
-def vllm_arguments(request: PlanRequest, batched_tokens: int, sequences: int | None) -> dict[str, Any]:
-    """The options of `vllm serve` that the plan rests on, by name. `sequences` only if the user said so."""
-    given: dict[str, Any] = {
-        "tensor-parallel-size": request.tensor_parallel_size if request.tensor_parallel_size > 1 else None,
-        "max-model-len": request.max_model_len,
-        "max-num-seqs": sequences,
-        "max-num-batched-tokens": batched_tokens,
-        "kv-cache-dtype": request.kv_cache_dtype if request.kv_cache_dtype != "auto" else None,
-        "gpu-memory-utilization": request.gpu_memory_utilization,
-        "enforce-eager": True if request.enforce_eager else None,
-    }
-    return {name: value for name, value in given.items() if value is not None}

@@ -1,7 +1,6 @@
 """What the solver processes do. Each keeps the scores that it used last; nothing else lives between two calls."""
 
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,6 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from allocator.contract.errors import ContractError, InputError
-from allocator.contract.layout import WIDTHS, ModuleFormat
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
 from allocator.fitting import Plan, PlanRequest
@@ -23,11 +21,17 @@ from allocator.sidecar.planning import device_of, plan_entry
 from allocator.sidecar.resident import solve_for_plan
 from allocator.sidecar.schemas import Allocation, AllocationRequest, PlanHardware, SweepPoint, SweepRequest, SweepResult
 from allocator.sidecar.store import Store, document_text
-from allocator.solving import SolveSettings, parse_budget, solve, solve_scores
+from allocator.solving import SolveSettings, parse_budget, solve_scores
+from allocator.solving.program import Program
+from allocator.solving.sweep import UniformPlan, uniform_plans
+from allocator.solving.sweep import sweep as solve_sweep
+from allocator.solving.units import Rules
 
 __all__ = ["allocate", "begin", "diff", "plan", "sweep", "warm"]
 
 _KEPT_SCORES = 4
+_SWEEP_GAP = 1e-4
+"""Of the predicted loss: a curve needs no proof of its last digits."""
 _scores: OrderedDict[str, Scores] = OrderedDict()
 _store: Store | None = None
 
@@ -110,7 +114,7 @@ def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> di
     return made.payload() | {"digest": made.digest}
 
 
-def sweep(identity: str, request_json: str, scores_digest: str, name: str, seconds: float) -> bytes:
+def sweep(identity: str, request_json: str, scores_digest: str, name: str) -> bytes:
     """The Pareto curve as the answer of the API."""
     request = SweepRequest.model_validate_json(request_json)
     scores = _scores_of(scores_digest)
@@ -124,8 +128,15 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, secon
         )
     steps = request.points - 1
     budgets = [first, *(round(first * (last / first) ** (i / steps)) for i in range(1, steps)), last]
-    points = [_point(scores, budget, request, seconds / request.points) for budget in budgets]
-    uniform = {str(bits): point for bits in WIDTHS if (point := _uniform(scores, bits)) is not None}
+    program = Program.of(scores, Rules({}, {}, {}), request.fusion)
+    points = [
+        SweepPoint(
+            budget_bytes=point.budget_bytes, tensor_bytes=point.solution.tensor_bytes, average_bits=point.average_bits,
+            predicted_loss=point.solution.objective, bound=point.solution.bound,
+        )
+        for point in solve_sweep(program, budgets, relative_gap=_SWEEP_GAP)
+    ]  # fmt: skip
+    uniform = {str(plan.num_bits): _uniform(plan) for plan in uniform_plans(scores)}
     result = SweepResult(
         id=identity, model=name, scores_digest=scores_digest, unit=scores.unit, points=points, uniform=uniform
     )
@@ -167,32 +178,10 @@ def _allocation(
     )
 
 
-def _point(scores: Scores, budget: int, request: SweepRequest, seconds: float) -> SweepPoint:
-    solution = solve(scores, budget, fusion=request.fusion, time_limit_seconds=seconds)
+def _uniform(plan: UniformPlan) -> SweepPoint:
+    size, loss = plan.tensor_bytes, plan.objective
     return SweepPoint(
-        budget_bytes=budget,
-        tensor_bytes=solution.tensor_bytes,
-        average_bits=average_bits(solution.assignment, _choosable(scores)),
-        predicted_loss=solution.objective,
-        bound=solution.bound,
-    )
-
-
-def _uniform(scores: Scores, bits: int) -> SweepPoint | None:
-    """All modules that have a choice at `bits`; None if one of them has no such candidate."""
-    chosen: dict[str, ModuleFormat] = {}
-    losses, size = [], scores.other_bytes
-    for name, module in scores.modules.items():
-        of_width = [c for c in module.candidates if c.format.num_bits == bits or len(module.candidates) == 1]
-        if not of_width:
-            return None
-        chosen[name] = of_width[0].format
-        losses.append(of_width[0].score)
-        size += of_width[0].nbytes
-    loss = math.fsum(losses)
-    over = _choosable(scores)
-    return SweepPoint(
-        budget_bytes=size, tensor_bytes=size, average_bits=average_bits(chosen, over), predicted_loss=loss, bound=loss
+        budget_bytes=size, tensor_bytes=size, average_bits=plan.average_bits, predicted_loss=loss, bound=loss
     )
 
 

@@ -132,7 +132,7 @@ const sweepKey = () => `${model().scores_digest} ${radio("fusion")}`;
 async function sweep(signal, run) {
   const key = sweepKey();
   if (state.sweepKey === key) return;
-  const found = await askPatiently("POST", "v1/sweeps", { model: model().name, points: 33, fusion: radio("fusion") }, signal);
+  const found = await askPatiently("POST", "v1/sweeps", { model: model().name, points: 21, fusion: radio("fusion") }, signal);
   if (run === state.run) [state.sweep, state.sweepKey] = [found, key];
 }
 
