@@ -1,0 +1,179 @@
+"""Checkpoint jobs when things go wrong: killed services, full disks, two services over one store."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from allocator.contract.checkpoint import check_checkpoint
+from allocator.sidecar.job_files import JobFiles, JobRequest, Owner
+from allocator.sidecar.store import Store
+
+from .serving import Running, running
+
+
+@pytest.fixture
+def own_store(tiny_store: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    shutil.copytree(tiny_store, folder)
+    return folder
+
+
+def _asked(service: Running, bits: float) -> str:
+    allocation = service.post("/v1/allocations", {"model": "tiny", "average_bits": bits})
+    return str(allocation["manifest_digest"])
+
+
+@pytest.mark.slow
+def test_a_job_survives_kill_9_and_its_files_verify(own_store: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log1", "--store", own_store) as first:
+        digest = _asked(first, 4.25)
+        job = first.post("/v1/checkpoints", {"manifest": digest}, 202)["id"]
+        while first.get(f"/v1/jobs/{job}")["state"] == "queued":
+            time.sleep(0.01)
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait()
+    assert not (own_store / "checkpoints" / digest[7:]).exists()  # killed while it was being made
+    with running(tmp_path / "log2", "--store", own_store) as second:
+        done = second.finished(job)  # taken up without being asked again
+        assert (done["state"], done["attempt"]) == ("succeeded", 2)
+        _, manifest = check_checkpoint(Path(done["checkpoint"]))
+        assert manifest.digest == digest
+    assert [p.name for p in (own_store / "checkpoints").iterdir() if p.name != ".gamma-volume"] == [digest[7:]]
+
+
+@pytest.mark.slow
+def test_a_stopped_service_leaves_its_job_to_the_next(own_store: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log1", "--store", own_store) as first:
+        job = first.post("/v1/checkpoints", {"manifest": _asked(first, 4.5)}, 202)["id"]
+        while first.get(f"/v1/jobs/{job}")["state"] == "queued":
+            time.sleep(0.01)
+    assert "Traceback" not in (tmp_path / "log1").read_text()
+    with running(tmp_path / "log2", "--store", own_store) as second:
+        assert second.finished(job)["state"] == "succeeded"
+
+
+@pytest.mark.slow
+def test_two_services_over_one_store_give_one_result(own_store: Path, tmp_path: Path) -> None:
+    with (
+        running(tmp_path / "log1", "--store", own_store) as one,
+        running(tmp_path / "log2", "--store", own_store) as two,
+    ):
+        services = [one, two] * 4
+        body = {"model": "tiny", "average_bits": 3.75}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda s: s.http.post("/v1/allocations", json=body), services))
+        assert {a.status_code for a in answers} == {200}
+        assert len({a.content for a in answers}) == 1
+        manifest = {"manifest": answers[0].json()["manifest_digest"]}
+        with ThreadPoolExecutor(8) as pool:
+            jobs = list(pool.map(lambda s: s.post("/v1/checkpoints", manifest, 202)["id"], services))
+        assert len(set(jobs)) == 1
+        states = [s.finished(jobs[0]) for s in (one, two)]
+        assert [s["state"] for s in states] == ["succeeded", "succeeded"]
+        check_checkpoint(Path(states[0]["checkpoint"]))
+    claims = list((own_store / "jobs" / jobs[0][7:]).glob("claim-*"))
+    assert len(claims) == 1  # it was made once
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_the_job_with_the_reason(own_store: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], check=False).returncode:
+        pytest.skip("needs leave to mount a small file system")
+    try:
+        with running(tmp_path / "log", "--store", own_store, "--checkpoints", small) as service:
+            job = service.post("/v1/checkpoints", {"manifest": _asked(service, 6)}, 202)["id"]
+            done = service.finished(job)
+            assert done["state"] == "failed"
+            assert "bytes free" in done["error"]
+            assert done["checkpoint"] is None
+            assert [p.name for p in small.iterdir()] == [".gamma-volume"]
+            assert service.get("/v1/models")["data"]
+            assert service.post("/v1/checkpoints", {"manifest": _asked(service, 6)}, 202)["state"] == "queued"
+            assert service.finished(job)["attempt"] == 2
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_writing_leaves_nothing(own_store: Path, tmp_path: Path) -> None:
+    """No room is missing in advance, but the process may not write files as large as the checkpoint."""
+    out = tmp_path / "checkpoints"
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import runpy; runpy.run_module('allocator.exporting.worker', run_name='__main__')"
+    )
+    with running(tmp_path / "log", "--store", own_store) as service:
+        digest = _asked(service, 6)
+    (bank,) = (own_store / "banks").iterdir()
+    (entry,) = Store(str(own_store)).entries()
+    task = {
+        "model": entry.source.location, "manifest": str(own_store / "manifests" / f"{digest[7:]}.json"),
+        "bank": str(bank), "out": str(out / "x"),
+    }  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(task).encode() + b"\n")
+        process.stdin.flush()
+        lines = [json.loads(line) for line in process.stdout]
+    assert "error" in lines[-1]
+    assert not (out / "x").exists()
+
+
+def test_more_jobs_than_allowed_are_refused_for_now(own_store: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "--store", own_store, "--job-queue", 1) as service:
+        first, second = (_asked(service, bits) for bits in (4, 5))
+        service.post("/v1/checkpoints", {"manifest": first}, 202)
+        refused = service.http.post("/v1/checkpoints", json={"manifest": second})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) > 0
+        assert refused.json()["error"]["type"] == "too_many_requests"
+
+
+def test_a_claim_is_taken_over_only_from_the_dead(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    digest = "sha256:" + "1" * 64
+    request = JobRequest(manifest=digest, scores=digest, volume="v", tensor_bytes=1, created="2026-01-01T00:00:00Z")
+    me = Owner.me()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        started = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        other = Owner(me.host, me.boot, me.namespace, sleeper.pid, started)
+        theirs, ours = JobFiles(store, other), JobFiles(store, me)
+        ours.create(request)
+        assert ours.read(request.identity).open
+        assert theirs.claim(request.identity, 1)
+        assert not ours.claim(request.identity, 1)
+        assert not ours.read(request.identity).open
+        sleeper.kill()
+    record = ours.read(request.identity)
+    assert record.open
+    assert record.attempt == 1
+    assert ours.claim(request.identity, 2)
+    elsewhere = JobFiles(store, Owner("elsewhere", "b", "n", 1, "1"))
+    assert not elsewhere.read(request.identity).open  # cannot be seen from there, and was claimed just now
+    assert os.getpid() == me.pid
+
+
+def test_objects_in_the_store_outlive_the_service(own_store: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log1", "--store", own_store) as first:
+        made = first.post("/v1/allocations", {"model": "tiny", "budget": "190kB"})
+    with running(tmp_path / "log2", "--store", own_store, "--read-only") as second:
+        assert second.get(f"/v1/allocations/{made['id']}") == made
+        assert second.get(f"/v1/allocations/{made['id']}/manifest")["digest"] == made["manifest_digest"]
+        assert (
+            second.post("/v1/checkpoints", {"manifest": made["manifest_digest"]}, 403)["error"]["type"] == "forbidden"
+        )
+        before = sorted(own_store.rglob("*"))
+        second.post("/v1/allocations", {"model": "tiny", "budget": "191kB"})
+        assert sorted(own_store.rglob("*")) == before
