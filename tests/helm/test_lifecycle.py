@@ -16,16 +16,20 @@ def api():
         yield running
 
 
-@pytest.fixture
-def cluster(helm, api, tmp_path):
-    """helm with a kubeconfig of its own; `--wait` for helm 4, whose watcher the API satisfies."""
-    config = tmp_path / "kubeconfig"
+def cluster_of(helm, api, folder):
+    """helm with a kubeconfig of its own."""
+    config = folder / "kubeconfig"
     user = {"name": "nobody", "user": {"token": "none"}}
     context = {"name": "stub", "context": {"cluster": "stub", "user": "nobody", "namespace": "llm"}}
     clusters = [{"name": "stub", "cluster": {"server": api.url}}]
     document = {"apiVersion": "v1", "kind": "Config", "clusters": clusters, "users": [user], "contexts": [context]}
     config.write_text(yaml.safe_dump(document | {"current-context": "stub"}))
     return Helm(helm.name, ("--kubeconfig", str(config), "--namespace", "llm"))
+
+
+@pytest.fixture
+def cluster(helm, api, tmp_path):
+    return cluster_of(helm, api, tmp_path)
 
 
 def write(folder, values):
@@ -35,6 +39,7 @@ def write(folder, values):
 
 
 def wait(cluster):
+    """helm 3 waits for a ReplicaSet whose template is the API server's, with its defaults; this API has none."""
     return ["--wait", "--timeout", "30s"] if cluster.name == "helm4" else []
 
 

@@ -97,10 +97,7 @@ def test_every_part_of_a_request_has_a_folder_of_its_own(helm4, change):
 
     def folder(objects):
         (deployment,) = by_kind(objects, "Deployment")
-        (argument,) = (
-            a for a in deployment["spec"]["template"]["spec"]["containers"][0]["args"] if a.startswith("--config=")
-        )
-        return argument
+        return deployment["spec"]["template"]["spec"]["containers"][0]["args"][1]
 
     assert folder(render(helm4, allocation())) != folder(render(helm4, allocation(**change)))
 

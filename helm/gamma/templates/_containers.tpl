@@ -95,7 +95,8 @@ name: vllm
 {{ include "gamma.vllmImage" .root }}
 command: [vllm, serve]
 args:
-  - --config={{ include "gamma.outFolder" . }}/vllm.yaml
+  - --config
+  - {{ include "gamma.outFolder" . }}/vllm.yaml
   - --host=0.0.0.0
   - --port={{ int64 $values.vllm.port }}
   {{- range concat $values.vllm.extraArgs $a.vllmArgs }}
