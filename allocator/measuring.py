@@ -1,16 +1,64 @@
 """What `gamma kv` and `gamma sweep --measure` call: losses measured on text, with the models in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from allocator.contract.bank import ModelReference
+from allocator.contract.errors import ContractError
 from allocator.contract.kv_cache import KvCacheScores
+from allocator.contract.layout import ModuleFormat
+from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 
-__all__ = ["KV_UNIT", "measure_kv_losses"]
+__all__ = ["KL_UNIT", "MeasureSettings", "measure_assignments", "measure_kv_losses"]
 
-KV_UNIT = "nats of KL divergence a token"
+KL_UNIT = "nats of KL divergence a token"
 _MEASURED_DTYPES = ("fp8",)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """A model folder, the bank of its candidates, and text that was not calibrated on."""
+
+    model: Path
+    bank: Path
+    text: Sequence[Path]
+    sequences: int = 32
+    sequence_length: int = 512
+    seed: int = 1
+
+
+def measure_assignments(
+    scores: Scores,
+    assignments: Mapping[str, Mapping[str, ModuleFormat]],
+    settings: MeasureSettings,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """KL divergence from the original model (nats a token) of each of `assignments`, by their keys.
+
+    Raises ContractError when the bank is not the one of the scores, InputError for text that is too short.
+    """
+    from allocator.blocks import calibration_from_text
+    from allocator.candidates import BankReader
+    from allocator.evaluation.assignments import AssignmentMeter
+    from allocator.inventory import read_inventory
+
+    bank = BankReader(settings.bank)
+    if bank.bank.digest != scores.bank_digest:
+        raise ContractError(
+            f"{settings.bank}: digest {bank.bank.digest}, the scores are of {scores.bank_digest}; give their bank"
+        )
+    longest = read_inventory(settings.model).config.get("max_position_embeddings") or settings.sequence_length
+    length = min(settings.sequence_length, longest)
+    text = calibration_from_text(settings.model, list(settings.text), settings.sequences, length, settings.seed)
+    meter = AssignmentMeter(settings.model, bank, text.token_ids)
+    found = {}
+    for i, (key, assignment) in enumerate(assignments.items()):
+        progress("measuring", i / len(assignments))
+        found[key] = meter.measure(assignment).kl
+    progress("measuring", 1.0)
+    return found
 
 
 def measure_kv_losses(
@@ -52,5 +100,5 @@ def measure_kv_losses(
         losses[dtype] = found.kl
     progress("KV cache", 1.0)
     return KvCacheScores(
-        model=reference, unit=KV_UNIT, calibration_digest=calibration.digest, tokens=found.tokens, losses=losses
+        model=reference, unit=KL_UNIT, calibration_digest=calibration.digest, tokens=found.tokens, losses=losses
     )

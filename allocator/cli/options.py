@@ -89,7 +89,7 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         default="free",
         help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
     )
-    parser.add_argument("--solver", choices=["highs", "cp-sat", "scip"], default="highs")
+    parser.add_argument("--solver", choices=["dynamic", "highs", "cp-sat", "scip"], default="dynamic")
 
 
 def _rule(text: str) -> tuple[str, int]:

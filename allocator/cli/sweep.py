@@ -5,13 +5,19 @@ Beside each budget stands the best uniform plan that fits it.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allocator.cli.options import add_figure, add_output, add_rules, rules
 from allocator.cli.output import print_csv, print_json, print_tables, show_progress
+from allocator.contract.errors import InputError
+
+if TYPE_CHECKING:
+    from allocator.measuring import MeasureSettings
 
 EXAMPLES = """examples:
   gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 10 --figure sweep.png --figure sweep.svg
-  gamma sweep work/scores.json --from 5GiB --to 8GiB --points 30 --csv > sweep.csv"""
+  gamma sweep work/scores.json --from 5GiB --to 8GiB --points 30 --csv > sweep.csv
+  gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 6 --measure ./small-model --text held-out.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="stop each search when it is proven to be this near the best, e.g. 1e-4 (default: proven best)",
     )
+    measuring = parser.add_argument_group("measured loss")
+    measuring.add_argument(
+        "--measure",
+        type=Path,
+        metavar="MODEL",
+        help="measure each assignment and the uniform plans, with the weights of this model folder, which must fit "
+        "into memory twice",
+    )
+    measuring.add_argument("--bank", type=Path, help="bank of the scores (default: `bank` beside SCORES)")
+    measuring.add_argument("--text", type=Path, action="append", metavar="FILE", help="text, not that of --calibration")
+    measuring.add_argument("--sequences", type=int, default=32)
+    measuring.add_argument("--sequence-length", type=int, default=512)
     add_rules(parser)
     add_figure(parser, "the curve")
     add_output(parser)
@@ -40,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     figures = [check_figure_path(path) for path in args.figure]
     request = SweepRequest(
         lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
-        solver=args.solver, relative_gap=args.relative_gap,
+        solver=args.solver, relative_gap=args.relative_gap, measure=_measure(args),
     )  # fmt: skip
     with show_progress() as progress:
         found = run_sweep(Scores.read(args.scores), request, progress)
@@ -52,3 +70,16 @@ def run(args: argparse.Namespace) -> None:
         print_csv(SWEEP_COLUMNS, sweep_rows(found))
     else:
         print_tables(sweep_table(found))
+
+
+def _measure(args: argparse.Namespace) -> "MeasureSettings | None":
+    from allocator.measuring import MeasureSettings
+
+    if args.measure is None:
+        if args.text or args.bank:
+            raise InputError("--text and --bank belong to --measure MODEL")
+        return None
+    if not args.text:
+        raise InputError("--measure needs --text FILE: text that the scores were not learned on")
+    bank = args.bank or args.scores.parent / "bank"
+    return MeasureSettings(args.measure, bank, args.text, args.sequences, args.sequence_length)

@@ -12,7 +12,17 @@ from allocator.reporting.figures import new_figure
 from allocator.reporting.tables import new_table
 from allocator.solving.sweep import SweepPoint, UniformPlan
 
-__all__ = ["SWEEP_COLUMNS", "Mark", "Sweep", "draw_sweep", "sweep_document", "sweep_rows", "sweep_table"]
+__all__ = [
+    "SWEEP_COLUMNS",
+    "Mark",
+    "Sweep",
+    "draw_sweep",
+    "key_of_point",
+    "key_of_uniform",
+    "sweep_document",
+    "sweep_rows",
+    "sweep_table",
+]
 
 SWEEP_COLUMNS = (
     "gpu", "budget_bytes", "tensor_bytes", "average_bits", "predicted_loss", "gap", "measured_loss",
@@ -34,8 +44,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `gamma sweep` found. `measured` are losses by assignment index: first those of `points`, then of `marks`
-    that fit, then of `uniform`; empty when nothing was measured."""
+    """What `gamma sweep` found. `measured` are losses by `key_of_point` and `key_of_uniform`, empty when none was
+    asked for."""
 
     model: str
     unit: str
@@ -47,10 +57,12 @@ class Sweep:
 
 
 def key_of_point(point: SweepPoint) -> str:
+    """The key of its measured loss in `Sweep.measured`."""
     return f"solved {point.budget_bytes}"
 
 
 def key_of_uniform(plan: UniformPlan) -> str:
+    """The key of its measured loss in `Sweep.measured`."""
     return f"uniform {plan.num_bits}"
 
 
@@ -96,10 +108,9 @@ def sweep_table(sweep: Sweep) -> RenderableType:
     unit, divisor = _unit(sweep)
     table = new_table(f"{sweep.model}: what each budget buys")
     named = any(mark.point is not None for mark in sweep.marks)
-    columns = [*(["GPU"] if named else []), f"budget {unit}", f"tensors {unit}", "avg. bits", "predicted"]
-    columns += ["measured"] if sweep.measured else []
-    columns += ["uniform", "predicted"] + (["measured"] if sweep.measured else [])
-    for head in columns:
+    columns = [*(["GPU"] if named else []), *([] if sweep.measured else [f"budget {unit}"]), unit, "bits"]
+    loss = ["predicted", "measured"] if sweep.measured else ["predicted"]
+    for head in (*columns, *loss, "uniform", *loss):
         table.add_column(head, justify="left" if head == "GPU" else "right", no_wrap=True)
     points = [("", point) for point in sweep.points] if not named else []
     points += [(mark.gpu, mark.point) for mark in sweep.marks if mark.point is not None]
@@ -212,8 +223,9 @@ def _row(sweep: Sweep, gpu: str, point: SweepPoint) -> dict[str, Any]:
 def _cells(sweep: Sweep, gpu: str, point: SweepPoint, named: bool, divisor: int) -> list[str]:
     row = _row(sweep, gpu, point)
     cells = [gpu] if named else []
-    cells += [f"{point.budget_bytes / divisor:.3f}", f"{point.solution.tensor_bytes / divisor:.3f}"]
-    cells += [f"{point.average_bits:.3f}", f"{point.solution.objective:.4g}"]
+    cells += [] if sweep.measured else [f"{point.budget_bytes / divisor:.3f}"]
+    cells += [f"{point.solution.tensor_bytes / divisor:.3f}"]
+    cells += [f"{point.average_bits:.3f}", f"{point.solution.objective:.3g}"]
     cells += [_number(row["measured_loss"])] if sweep.measured else []
     cells += [
         "-" if point.uniform is None else f"{point.uniform.num_bits} bits",
@@ -235,7 +247,7 @@ def _savings(marks: Sequence[Mark]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _unit(sweep: Sweep) -> tuple[str, int]:

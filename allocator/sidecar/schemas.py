@@ -79,7 +79,7 @@ class AllocationRequest(Body):
     ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
     floors: Rules = Field(default_factory=dict, description="modules with at least this width")
     fusion: Literal["free", "tied"] = "free"
-    solver: Literal["highs", "cp-sat", "scip"] = "highs"
+    solver: Literal["dynamic", "highs", "cp-sat", "scip"] = "dynamic"
 
     @model_validator(mode="after")
     def _one_budget(self) -> "AllocationRequest":

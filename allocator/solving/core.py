@@ -12,7 +12,8 @@ from allocator.solving.relaxation import Item, Picks, total_bytes, total_gain
 
 __all__ = ["SOLVERS", "Core", "Solver"]
 
-Solver = Literal["highs", "cp-sat", "scip"]
+Solver = Literal["dynamic", "highs", "cp-sat", "scip"]
+"""`dynamic` is ours, which asks HiGHS for what has too many states; the others are OR-Tools'."""
 
 SOLVERS = {
     "highs": mathopt.SolverType.HIGHS,

@@ -1,6 +1,7 @@
 """The integer program: one width for each module, least sum of scores, never a byte over the budget.
 
-Solvers compute in floating point; the answer must not. So bytes are integers divided by their common
+A dynamic program finds and proves the answer in milliseconds; where it would have too many states, an integer solver
+does. Solvers compute in floating point; the answer must not. So bytes are integers divided by their common
 divisor, scores are scaled to the solver's range, every answer is counted anew in integers, and one that a
 tolerance let over the budget is refused and the program given to CP-SAT, which computes in integers.
 """
@@ -9,12 +10,14 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Scores
 from allocator.solving.budget import format_bytes
-from allocator.solving.core import SOLVERS, Core, Solver
+from allocator.solving.core import Core, Solver
+from allocator.solving.dynamic import improve
 from allocator.solving.relaxation import Item, Upgrade, fill, relax, survivors, total_bytes, total_gain, upgrades
 from allocator.solving.units import Choice, Fusion, Rules, Unit, undominated, units_of
 
@@ -50,7 +53,7 @@ def solve(
     ceilings: Mapping[str, int] | None = None,
     floors: Mapping[str, int] | None = None,
     fusion: Fusion = "free",
-    solver: Solver = "highs",
+    solver: Solver = "dynamic",
     time_limit_seconds: float = 60.0,
     relative_gap: float = 0.0,
 ) -> Solution:
@@ -63,8 +66,8 @@ def solve(
     of one score the smallest is taken. Raises InfeasibleBudgetError naming the feasible range, InputError for
     rules that cannot be kept.
     """
-    if solver not in SOLVERS:
-        raise InputError(f"solver {solver!r} is not known; known are {', '.join(SOLVERS)}")
+    if solver not in get_args(Solver):
+        raise InputError(f"solver {solver!r} is not known; known are {', '.join(get_args(Solver))}")
     program = Program.of(scores, Rules(pins or {}, ceilings or {}, floors or {}), fusion)
     return program.solve(budget_bytes, solver, time_limit_seconds, relative_gap)
 
@@ -105,7 +108,7 @@ class Program:
         return self.scores.other_bytes + sum(unit.choices[-1].nbytes for unit in self.units)
 
     def solve(
-        self, budget_bytes: int, solver: Solver = "highs", time_limit_seconds: float = 60.0, relative_gap: float = 0.0
+        self, budget_bytes: int, solver: Solver = "dynamic", time_limit_seconds: float = 60.0, relative_gap: float = 0.0
     ) -> Solution:
         """As `solve`."""
         smallest = self.smallest_bytes
@@ -142,9 +145,14 @@ class _Search:
         if self._good_enough():
             self.used = "relaxation"
             return
+        if solver == "dynamic":
+            self.used = "dynamic"
+            if self._solved_by_states():
+                return
+            solver = "highs"
         self._improve(solver, _FIRST_CORE)
         if self._good_enough():
-            self.used = f"relaxation, {solver}"
+            self.used = f"{self.used}, {solver}" if self.used else solver
             return
         for name in dict.fromkeys((solver, "cp-sat")):
             self.used = f"{self.used}, {name}" if self.used else name
@@ -154,6 +162,15 @@ class _Search:
                 break
         if self.missing <= _RELATIVE_RESOLUTION * math.fsum(unit[-1].gain for unit in self._items):
             self._bound = total_gain(self._items, self.picks)
+
+    def _solved_by_states(self) -> bool:
+        """Run the dynamic program; whether it proved its answer the best."""
+        kept = survivors(self._items, self._relaxed, self.picks)
+        better, proven = improve(self._items, self._relaxed, kept, self.picks, self._slack, self._deadline)
+        self.picks = max(self.picks, better, key=lambda picks: total_gain(self._items, picks))
+        if proven:
+            self._bound = total_gain(self._items, self.picks)
+        return proven
 
     def _improve(self, solver: str, at_most: int | None) -> float | None:
         """Look for better `picks`; returns a bound on the gain, None if the solver has no answer in the budget."""

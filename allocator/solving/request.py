@@ -25,7 +25,7 @@ class SolveSettings:
     ceilings: Mapping[str, int] = field(default_factory=dict)
     floors: Mapping[str, int] = field(default_factory=dict)
     fusion: Fusion = "free"
-    solver: Solver = "highs"
+    solver: Solver = "dynamic"
 
 
 def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: float = 60.0) -> Manifest:

@@ -52,7 +52,7 @@ def spread_budgets(scores: Scores, lowest: str, highest: str, points: int) -> li
 def sweep(
     program: Program,
     budgets: Sequence[int],
-    solver: Solver = "highs",
+    solver: Solver = "dynamic",
     relative_gap: float = 0.0,
     progress: Progress = silent,
 ) -> list[SweepPoint]:

@@ -20,7 +20,7 @@ from allocator.contract.manifest import Manifest
 from allocator.solving import make_manifest, solve
 from allocator.solving.quiet import stdout_to_stderr
 
-SOLVERS = ["highs", "cp-sat"]
+SOLVERS = ["dynamic", "highs", "cp-sat"]
 no_deadline = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 numbers = st.one_of(
@@ -121,11 +121,11 @@ def test_450_modules_at_7_widths_are_proven_best_at_20_budgets_under_a_second_ea
         begin = time.process_time()
         found.append(solve(scores, smallest + (largest - smallest) * i // 21))
         assert time.process_time() - begin < 1.0
-    assert [(s.gap, s.solver) for s in found] == [(0.0, "highs")] * 20
+    assert [(s.gap, s.solver) for s in found] == [(0.0, "dynamic")] * 20
     assert all(a.objective > b.objective for a, b in itertools.pairwise(found))
 
 
-@pytest.mark.parametrize("solver", ["cp-sat", "scip"])
+@pytest.mark.parametrize("solver", ["highs", "cp-sat", "scip"])
 def test_solvers_agree_on_a_large_program(make_large, solver):
     scores = make_large(450, seed=1)
     budget = sum(scores.feasible_bytes()) // 4
@@ -217,7 +217,7 @@ def test_rules_are_kept_and_do_not_count_for_modules_without_a_choice(make_score
         ({"pins": {"a.q": 4}, "ceilings": {"*": 2}}, r"a\.q: pin a\.q=4, ceiling \*=2 leave no width"),
         ({"fusion": "tied", "pins": {"a.q": 2, "a.k": 4}}, r"no common width: a\.k \[4\]; a\.q \[2\]"),
         ({"fusion": "loose"}, "fusion 'loose' is not known; known are free, tied"),
-        ({"solver": "magic"}, "solver 'magic' is not known; known are highs, cp-sat, scip"),
+        ({"solver": "magic"}, "solver 'magic' is not known; known are dynamic, highs, cp-sat, scip"),
     ],
 )
 def test_rules_that_cannot_be_kept_are_refused(make_scores, rules, message):

@@ -1,0 +1,59 @@
+"""Assignments measured without writing checkpoints: the bank's candidates put into a model in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allocator.candidates import BankReader
+from allocator.contract.errors import ContractError
+from allocator.contract.layout import ModuleFormat
+from allocator.evaluation.divergence import Divergence, measure_divergence
+
+__all__ = ["AssignmentMeter"]
+
+
+class AssignmentMeter:
+    """Holds the original model and one copy, whose weights become those of each assignment in turn.
+
+    Float32, on the CPU: both must fit into memory. Weights that two assignments share are not set again.
+    """
+
+    def __init__(self, folder: Path, bank: BankReader, token_ids: Tensor) -> None:
+        """token_ids: int64 `[sequences, length]`, text that was not calibrated on."""
+        self._bank, self._token_ids = bank, token_ids
+        self._original = self._load(folder)
+        self._student = self._load(folder)
+        self._set: dict[str, ModuleFormat] = {}
+
+    def measure(self, assignment: Mapping[str, ModuleFormat]) -> Divergence:
+        """Divergence of the model with `assignment` from the original.
+
+        Raises ContractError for a module that the model or the bank does not have.
+        """
+        with torch.no_grad():
+            for name, form in assignment.items():
+                if self._set.get(name) != form:
+                    self._weight(self._student, name).copy_(self._weight_of(name, form))
+                    self._set[name] = form
+        return measure_divergence(self._original, self._student, self._token_ids)
+
+    def _weight_of(self, name: str, form: ModuleFormat) -> Tensor:
+        return self._bank.dequantized(name, form) if form.quantized else self._weight(self._original, name)
+
+    def _weight(self, model: Any, name: str) -> Tensor:
+        try:
+            weight: Tensor = model.get_parameter(f"{name}.weight")
+        except AttributeError:
+            raise ContractError(
+                f"{name}: the model in transformers has no such module; measure its checkpoint"
+            ) from None
+        return weight
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
