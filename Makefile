@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py
+
+bench-allocation: setup ## every method of allocation on the same candidates and bytes (about an hour; goes on where it stopped)
+	@$(PYTHON) benchmarks/allocation/bench.py
 
 test: lint ## all checks and all tests
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

@@ -190,8 +190,9 @@ def learn(
             states, folder.journal.section("bank"),
         )  # fmt: skip
     scores = learn_scores(
-        inventory, stream, BankReader(folder.bank), hidden, learning, progress, folder.journal.section("learning")
-    )
+        inventory, stream, BankReader(folder.bank), calibration.token_ids, hidden, learning, progress,
+        folder.journal.section("learning"),
+    )  # fmt: skip
     if team.leads:
         scores.write(folder.scores)
     folder.finish()

@@ -17,6 +17,7 @@ class BlockCandidates:
 
     formats: the candidates of each module, the last one being the source at 16 bits. All dequantized weights are kept
     if they fit into `kept_bytes`, so that small models are fast; else none is: at 32B those of one block have 14 GB.
+    The attribute `kept_bytes` says how much that is.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class BlockCandidates:
                 self.formats[module.name.removeprefix(self._prefix)] = bank.formats(module.name)
         needed = sum(4 * f.shape[0] * f.shape[1] for of in self.formats.values() for f in of)
         self._kept: dict[tuple[str, int], Tensor] | None = {} if needed <= kept_bytes else None
+        self.kept_bytes = needed if needed <= kept_bytes else 0
 
     def source(self, name: str) -> Tensor:
         """The original weight of module `name`, float32 `[N, K]`."""

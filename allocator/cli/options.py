@@ -149,13 +149,13 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--sequence-length", type=int, default=2048, help="at most what the model allows")
     learning = parser.add_argument_group("learning")
     learning.add_argument(
-        "--train-average-bits",
-        type=float,
-        default=3.0,
-        help="budget to learn at (default 3.0); the scores serve every other budget too",
+        "--method",
+        choices=["gamma", "measured", "fisher", "deltaloss", "uniform"],
+        default="gamma",
+        help="where the scores come from: gamma (default); or, to compare with: measured (KL divergence of each swap), "
+        "fisher (ModelOpt's score), deltaloss (AutoRound's), uniform (all weights alike)",
     )
-    learning.add_argument("--passes", type=int, default=4, help="visits to each block (default 4)")
-    learning.add_argument("--steps", type=int, default=16, help="samples at each visit (default 16)")
+    learning.add_argument("--draws", type=int, default=4, help="gradients a position that losses are measured with")
     learning.add_argument("--seed", type=int, default=0)
 
 
@@ -188,8 +188,8 @@ def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
 def learning_settings(args: argparse.Namespace) -> "LearningSettings":
     from allocator.learning.settings import LearningSettings
 
-    _positive(args, "passes", "steps", "train_average_bits")
-    return LearningSettings(average_bits=args.train_average_bits, passes=args.passes, steps=args.steps, seed=args.seed)
+    _positive(args, "draws")
+    return LearningSettings(method=args.method, draws=args.draws, seed=args.seed)
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -1,5 +1,7 @@
 """Scores: what each width of each module costs in loss. Solving for a new budget needs only this file."""
 
+import base64
+import binascii
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -8,7 +10,7 @@ from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
-__all__ = ["Candidate", "ScoredModule", "Scores"]
+__all__ = ["Candidate", "Interactions", "ScoredModule", "Scores"]
 
 
 class Candidate(Strict):
@@ -40,6 +42,27 @@ class ScoredModule(Strict):
         return self
 
 
+class Interactions(Strict):
+    """What the errors of two candidates do to each other's loss: the correlation of their errors.
+
+    Candidates are those below 16 bits of all modules that have a choice, in the order of the scores; there are n of
+    them. `correlations` is the base64 text of n(n-1)/2 little-endian float16 numbers r_ij, i < j, row by row.
+    Candidates i and j, of different modules, cost s_i + s_j + 2 r_ij sqrt(s_i s_j) together, s being their scores.
+    `least_eigenvalue` is that of the matrix of the r_ij with 1 on its diagonal and 0 between candidates of one module:
+    no assignment costs less than it times the sum of its scores.
+    """
+
+    correlations: str
+    least_eigenvalue: float
+
+    def content(self) -> bytes:
+        """The float16 numbers as bytes. Raises ValueError if the text is not base64."""
+        try:
+            return base64.b64decode(self.correlations, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"correlations are not base64 text ({error})") from None
+
+
 class Scores(Document):
     """`scores.json`. `other_bytes` counts every tensor that is no module of the program (norms, biases)."""
 
@@ -53,6 +76,30 @@ class Scores(Document):
     settings: dict[str, Any]
     other_bytes: int = Field(ge=0)
     modules: dict[str, ScoredModule]
+    interactions: Interactions | None = None
+
+    @model_validator(mode="after")
+    def _a_number_for_each_pair(self) -> "Scores":
+        if self.interactions is not None:
+            count = len(self.interacting())
+            found = len(self.interactions.content())
+            if found != count * (count - 1):
+                raise ValueError(
+                    f"interactions have {found} bytes, {count} candidates below 16 bits have {count * (count - 1)}"
+                )
+            if any(candidate.score < 0 for _, candidate in self.interacting()):
+                raise ValueError("scores with interactions must not be negative")
+        return self
+
+    def interacting(self) -> list[tuple[str, Candidate]]:
+        """Module name and candidate in the order of `Interactions`."""
+        return [
+            (name, candidate)
+            for name, module in self.modules.items()
+            if len(module.candidates) > 1
+            for candidate in module.candidates
+            if candidate.format.quantized
+        ]
 
     def feasible_bytes(self) -> tuple[int, int]:
         """Smallest and largest checkpoint, in bytes of tensors."""

@@ -5,34 +5,35 @@ of its output matters depends on its size and on its direction. To second order 
 distribution is e^T F e / 2, F being the Fisher matrix of the output, which is the mean of g g^T over gradients g of
 -log p(y) with y drawn from the model itself. A few such draws measure the error in nats; positions are taken as
 independent. On single swaps this tracks the measured KL of the whole model far closer than the error's size does.
+
+The gradients at all blocks' outputs are those of one and the same draw. So g . e is, for an error in any block, the
+change of one and the same quantity, and the mean of (g . e) (g' . e') over draws is what errors of two different blocks
+do to the KL together: pairs of modules anywhere in the model are had from the measurements of single ones.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["UNIT", "errors_along", "gram_matrix", "reconstruction_loss"]
+__all__ = ["UNIT", "correlations", "errors_along", "losses_of_errors"]
 
 UNIT = "nats of KL divergence a token, to second order, of each block's error on the original model's input"
 
 
-def reconstruction_loss(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
-    """Mean over tokens and draws of (g . (output - teacher))^2 / 2.
+def errors_along(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
+    """The error of an output along each gradient, g . (output - teacher): `[S * B * T]`.
 
     output, teacher: `[B, T, D]`; gradients: `[S, B, T, D]`, of S draws (see `blocks.gradients`).
     """
-    return (gradients * (output - teacher)).sum(-1).square().mean() / 2
-
-
-def errors_along(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
-    """The error of an output along each gradient, g . (output - teacher): `[S * B * T]`, shapes as above."""
     return torch.einsum("btd,sbtd->sbt", output - teacher, gradients).flatten()
 
 
-def gram_matrix(errors: Tensor) -> Tensor:
-    """Gram matrix `[C, C]` of output errors, given as `errors_along` `[C, n]`, in the metric of `reconstruction_loss`.
+def losses_of_errors(errors: Tensor) -> Tensor:
+    """Mean of (g . e)^2 / 2 of errors `[C, n]` as `errors_along` gives them: `[C]`, float64."""
+    return errors.double().square().mean(1) / 2
 
-    Its diagonal holds the losses of the C errors.
-    """
-    projected = errors.double()
-    gram: Tensor = projected @ projected.T / (2 * projected.shape[1])
-    return gram
+
+def correlations(errors: Tensor) -> Tensor:
+    """Correlation matrix `[C, C]`, float32, of errors `[C, n]`: the mean of z_i z_j by the roots of those of z_i^2."""
+    errors = errors.float()
+    scaled = errors / errors.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    return scaled @ scaled.T / errors.shape[1]

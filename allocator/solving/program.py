@@ -6,11 +6,15 @@ divisor, scores are scaled to the solver's range, every answer is counted anew i
 tolerance let over the budget is refused and the program given to CP-SAT, which computes in integers.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import get_args
+
+import numpy as np
 
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import ModuleFormat
@@ -18,6 +22,7 @@ from allocator.contract.scores import Scores
 from allocator.solving.budget import format_bytes
 from allocator.solving.core import Core, Solver
 from allocator.solving.dynamic import improve
+from allocator.solving.quadratic import Quadratic, local_search, lower_bound, quadratic_of
 from allocator.solving.relaxation import Item, Upgrade, fill, relax, survivors, total_bytes, total_gain, upgrades
 from allocator.solving.units import Choice, Fusion, Rules, Unit, undominated, units_of
 
@@ -31,10 +36,10 @@ _RELATIVE_RESOLUTION = 1e-9
 
 @dataclass(frozen=True)
 class Solution:
-    """An assignment and its proof: no assignment within the budget has a sum of scores below `bound`.
+    """An assignment and its proof: no assignment within the budget has a loss below `bound`.
 
-    `gap` is `objective - bound` in the unit of the scores; 0 means proven best. `tensor_bytes` counts every
-    tensor of the checkpoint.
+    The loss is the sum of scores, and of interactions if the scores have them. `gap` is `objective - bound` in the unit
+    of the scores; 0 means proven best. `tensor_bytes` counts every tensor of the checkpoint.
     """
 
     assignment: dict[str, ModuleFormat]
@@ -117,7 +122,24 @@ class Program:
         search = _Search(self, budget_bytes - smallest, time.monotonic() + time_limit_seconds, relative_gap)
         search.run(solver)
         chosen = [cs[j] for cs, j in zip(self.choices, search.picks, strict=True)]
-        return _solution(self, chosen, max(search.missing, 0.0) / self.scale, search.used)
+        linear = _solution(self, chosen, max(search.missing, 0.0) / self.scale, search.used)
+        return linear if self.scores.interactions is None else self._with_interactions(chosen, budget_bytes, linear)
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The program with the interactions of the scores, its row of choices in the order of `units`."""
+        return quadratic_of(self.scores, self.units)
+
+    def _with_interactions(self, chosen: list[Choice], budget_bytes: int, linear: Solution) -> Solution:
+        """From the best assignment by scores alone to one that no change of one or two units improves."""
+        everything = [choice for unit in self.units for choice in unit.choices]
+        first = [0, *itertools.accumulate(len(unit.choices) for unit in self.units)]
+        start = [f + unit.choices.index(c) for f, unit, c in zip(first, self.units, chosen, strict=False)]
+        found = local_search(self.quadratic, start, budget_bytes - self.scores.other_bytes)
+        better = _solution(self, [everything[i] for i in found], 0.0, f"{linear.solver}, local search")
+        objective = self.quadratic.value(np.array(found))
+        bound = min(lower_bound(self.scores, linear.bound), objective)
+        return replace(better, objective=objective, bound=bound, gap=objective - bound)
 
 
 class _Search:

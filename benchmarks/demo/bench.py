@@ -52,7 +52,7 @@ def write(model: Any, prompt: str) -> str:
 def quantized(name: str, candidates: CandidateSettings, budget: str | None) -> tuple[Any, int]:
     """The dequantized model at `budget` (None: the smallest there is) and its bytes of tensors."""
     folder = OUT / name
-    result = learn(MODEL, folder / "work", candidates, LearningSettings(passes=2 if budget else 0, steps=8))
+    result = learn(MODEL, folder / "work", candidates, LearningSettings())
     manifest = solve_scores(result.scores, SolveSettings(budget or str(result.scores.feasible_bytes()[0])))
     export(manifest, MODEL, result.bank_folder, folder / "checkpoint", overwrite=True)
     return load_dequantized(folder / "checkpoint"), manifest.tensor_bytes

@@ -107,7 +107,7 @@ def main() -> None:
     os.chdir(ROOT)
     started = time.monotonic()
     OUT.mkdir(exist_ok=True)
-    common = ["--group-size", "64", "--sequences", "24", "--sequence-length", "256", "--passes", "2", "--steps", "8"]
+    common = ["--group-size", "64", "--sequences", "24", "--sequence-length", "256"]
 
     say("what is in the model")
     run("gamma", "inspect", str(MODEL), "--group-size", "64")

@@ -21,7 +21,7 @@ from allocator.inventory import read_inventory
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
 
-LEARNING = LearningSettings(passes=1, steps=2, batch_tokens=128)
+LEARNING = LearningSettings(batch_tokens=128)
 Q = "model.layers.0.self_attn.q_proj"
 
 

@@ -11,7 +11,7 @@ import pytest
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 
-SMALL = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32", "--passes", "1"]
+SMALL = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32"]
 VERBS = [
     "inspect",
     "learn",

@@ -89,7 +89,7 @@ def learned(tmp_path_factory):
 
     work = tmp_path_factory.mktemp("learned")
     candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
-    learn(DEMO, work, candidates, LearningSettings(passes=1, steps=2, batch_tokens=256))
+    learn(DEMO, work, candidates, LearningSettings(batch_tokens=256))
     return work
 
 

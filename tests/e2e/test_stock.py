@@ -25,7 +25,7 @@ def declared(serving, tmp_path_factory):
         candidates = CandidateSettings(
             quantizer="rtn", widths=(4, 16), group_size=64, symmetric=symmetric, sequences=4, sequence_length=64
         )
-        result = learn(DEMO, folder / f"{name}-work", candidates, LearningSettings(passes=0))
+        result = learn(DEMO, folder / f"{name}-work", candidates, LearningSettings())
         modules = result.scores.modules.items()
         pins = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}
         manifest = solve_scores(result.scores, SolveSettings(average_bits=8, fusion="tied", pins=pins))

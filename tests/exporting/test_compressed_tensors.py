@@ -34,7 +34,7 @@ def make(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
                 quantizer="rtn", widths=widths, group_size=32, symmetric=symmetric, sequences=4, sequence_length=32
             )
             work = tmp_path_factory.mktemp("work")
-            learned[key] = learn(tiny_model(kind), work, candidates, LearningSettings(passes=0))
+            learned[key] = learn(tiny_model(kind), work, candidates, LearningSettings())
         result = learned[key]
         modules = result.scores.modules.items()
         vocabulary = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}

@@ -21,7 +21,7 @@ from allocator.inventory import model_digest, read_inventory
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 
-LEARNING = LearningSettings(passes=1, steps=2, batch_tokens=128)
+LEARNING = LearningSettings(batch_tokens=128)
 
 
 @dataclass(frozen=True)

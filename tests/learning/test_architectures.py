@@ -16,7 +16,7 @@ from allocator.solving import SolveSettings, solve_scores
 def test_learn_solve_export(kind: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model(kind)
     candidates = CandidateSettings(quantizer="gptq", group_size=32, widths=(2, 4, 16), sequences=4, sequence_length=32)
-    learned = learn(model, tmp_path / "work", candidates, LearningSettings(passes=1, steps=1))
+    learned = learn(model, tmp_path / "work", candidates, LearningSettings())
     blocks = {name: m for name, m in learned.scores.modules.items() if ".layers." in name}
     experts = 2 * 3 * {"qwen3_moe": 8, "mixtral": 4}.get(kind, 0)
     assert sum(".experts." in name for name in blocks) == experts

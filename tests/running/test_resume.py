@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.running.processes import gamma, renames
 
-SMALL = ["--group-size", "32", "--sequences", "4", "--sequence-length", "32", "--passes", "2", "--steps", "2"]
+SMALL = ["--group-size", "32", "--sequences", "4", "--sequence-length", "32"]
 ENDED = 0
 KILLED = -9
 
@@ -90,10 +90,10 @@ def test_an_export_that_is_killed_goes_on(learned: Learned, tmp_path: Path, shar
 def test_resume_says_which_setting_differs(learned: Learned, tmp_path: Path) -> None:
     work, log = tmp_path / "work", tmp_path / "log"
     shutil.copytree(learned.work, work)
-    other = [*learned.command[:-1], "rtn", "--passes", "1", "--out", work]
+    other = [*learned.command[:-1], "rtn", "--draws", "2", "--out", work]
     assert gamma(*other, "--resume", "must", log=log) == 2
     assert "candidates.quantizer was gptq, is rtn" in log.read_text()
-    assert "learning.passes was 2, is 1" in log.read_text()
+    assert "learning.draws was 4, is 2" in log.read_text()
     assert bytes_of(work) == learned.left
     assert gamma(*other, "--json", log=log) == ENDED
     assert "candidates.quantizer was gptq, is rtn" in log.read_text()

@@ -11,7 +11,7 @@ import pytest
 from tests.running.processes import gamma
 
 # Two batches of states, four of learning: each process has some of each.
-SMALL = ["--group-size", "32", "--sequences", "64", "--sequence-length", "128", "--passes", "1", "--steps", "2"]
+SMALL = ["--group-size", "32", "--sequences", "64", "--sequence-length", "128"]
 
 
 def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:

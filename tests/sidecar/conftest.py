@@ -19,7 +19,7 @@ from allocator.sidecar.store import Store
 
 from .serving import Running, running
 
-LEARN = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32", "--passes", "1"]
+LEARN = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32"]
 DIGEST = "sha256:" + "0" * 64
 
 

@@ -1,0 +1,63 @@
+"""`gamma`: losses of single swaps in the Fisher metric, and of every pair of candidates, from one pass over the blocks.
+
+Each block gets the teacher's states (teacher forcing); each candidate is swapped in alone. Its loss is the mean of
+(g . e)^2 / 2 over tokens and draws (see `objective`). The same numbers g . e, kept for a share of the tokens, give the
+correlation of any two candidates of the model: what their errors add to or take from each other.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from allocator.learning.block import measure_swaps
+from allocator.learning.methods.task import Task
+from allocator.learning.objective import UNIT, correlations, losses_of_errors
+from allocator.learning.tables import Table
+from allocator.learning.teacher import Teacher
+
+__all__ = ["learn_gamma"]
+
+MOST_CANDIDATES = 5000
+"""Above this the pairs would not fit into the scores file (64 MB); then there are none."""
+
+
+def learn_gamma(task: Task) -> Table:
+    """Losses of single swaps in nats, and correlations of their errors."""
+    teacher = task.teacher()
+    pairs = sum(len(module.candidates) for module in task.bank.bank.modules.values()) <= MOST_CANDIDATES
+    scores: dict[str, Tensor] = {}
+    errors: list[Tensor] = []
+    for index in task.blocks("measuring"):
+        found = task.journal.once(f"measured-{index:04d}", partial(_measure_block, task, teacher, index, pairs))
+        for local, (losses, kept) in found.items():
+            scores[task.module(index, local)] = losses
+            errors.append(kept[:-1])
+    return Table(scores, UNIT, correlations(torch.cat(errors)) if pairs and errors else None)
+
+
+def _measure_block(task: Task, teacher: Teacher, index: int, pairs: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """By module of the block the losses `[C]`, and errors `[C, n]` of a share of the tokens in float16, scaled to 1."""
+    block = task.stream.block(index)
+    candidates = task.candidates(index, block)
+    partition = teacher.partition(task.settings.batch_tokens)
+    tokens = task.hidden.shape[0] * task.hidden.shape[1]
+    stride = max(1, -(-tokens * task.settings.draws // task.settings.pair_samples))
+    readers = {
+        number: partial(teacher.batch, task.stream, index, rows) for number, rows in task.journal.team.share(partition)
+    }
+    mine = {
+        number: {
+            local: (losses_of_errors(errors), errors[:, ::stride] if pairs else errors[:, :0])
+            for local, errors in of_batch.items()
+        }
+        for number, of_batch in measure_swaps(task.stream, block, candidates, readers).items()
+    }
+    together = task.journal.team.gather(mine)
+    shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
+    found = {}
+    for local in candidates.formats:
+        losses = shares @ torch.stack([of_batch[local][0] for of_batch in together]) / shares.sum()
+        kept = torch.cat([of_batch[local][1] for of_batch in together], 1)
+        found[local] = (losses, (kept / (2 * losses).sqrt().clamp_min(1e-30).unsqueeze(1)).half())
+    return found

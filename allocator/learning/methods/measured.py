@@ -1,0 +1,30 @@
+"""`measured`: each candidate is swapped in alone, and the KL divergence of the whole model is read.
+
+The direct measurement that other methods stand for (the class of HIGGS, arXiv 2411.17525, and of EXL2 and EXL3): exact
+for one swap, blind to what swaps do together, and the dearest: from the swapped block on, the model runs for each.
+"""
+
+import torch
+from torch import Tensor
+
+from allocator.learning.methods.task import Task
+from allocator.learning.tables import Table
+from allocator.student import Student
+
+__all__ = ["learn_measured"]
+
+
+def learn_measured(task: Task) -> Table:
+    """Nats of KL divergence a token."""
+    student = Student.of_teacher(task.stream, task.bank, task.hidden, task.token_ids)
+    scores: dict[str, Tensor] = {}
+    for index in task.blocks("measuring"):
+        for local in student.local_names(index):
+            name = task.module(index, local)
+
+            def measure(name: str = name) -> Tensor:
+                swaps = [student.losses({name: form}).kl.mean() for form in task.bank.formats(name)[:-1]]
+                return torch.stack([*swaps, torch.zeros((), dtype=torch.float64)])
+
+            scores[name] = task.journal.once(f"measured-{name}", measure)
+    return Table(scores, "nats of KL divergence a token, of each swap alone")

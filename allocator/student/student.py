@@ -1,0 +1,222 @@
+"""The model with a given assignment, run block by block: its divergence from the original, and what changes it.
+
+One block is resident, with the candidates it is given. Blocks and dequantized candidates are kept in memory as long
+as they fit into `hold_bytes`, so that a small model is read once and then answers in fractions of a second.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allocator.blocks.hidden import HiddenStates
+from allocator.blocks.stream import BlockStream
+from allocator.candidates.block import BlockCandidates
+from allocator.candidates.reader import BankReader
+from allocator.contract.layout import ModuleFormat
+
+__all__ = ["Assignment", "Losses", "Student"]
+
+_CHUNK_TOKENS = 2048
+_HOLD_BYTES = 4 << 30
+_HOLD_LOGPROBS_BYTES = 1 << 30
+
+Assignment = Mapping[str, ModuleFormat]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """By sequence, in nats a token `[S]`, float64: `kl` from the original, `nll` of the text."""
+
+    kl: Tensor
+    nll: Tensor
+
+
+class Student:
+    """Runs assignments on `token_ids` (int64 `[S, T]`) and compares them with the original model.
+
+    Modules that an assignment does not name, and those it gives 16 bits, keep the source's weights.
+    """
+
+    def __init__(self, stream: BlockStream, bank: BankReader, token_ids: Tensor, hold_bytes: int = _HOLD_BYTES) -> None:
+        self._open(stream, bank, token_ids, hold_bytes)
+        with torch.no_grad():
+            self._embedded = torch.cat([stream.embed(rows) for rows in self._chunks(token_ids)])
+            self._teacher = torch.cat(self._run({}, self._chunks(self._embedded))[-1])
+
+    @classmethod
+    def of_teacher(
+        cls,
+        stream: BlockStream,
+        bank: BankReader,
+        hidden: HiddenStates,
+        token_ids: Tensor,
+        hold_bytes: int = _HOLD_BYTES,
+    ) -> "Student":
+        """A student of the text whose states in the original model are already in `hidden`."""
+        student = cls.__new__(cls)
+        student._open(stream, bank, token_ids, hold_bytes)
+        boundaries = [hidden.boundary(i) for i in range(stream.blocks + 1)]
+        student._embedded, student._teacher = boundaries[0], boundaries[-1]
+        student._kept = ({}, boundaries)
+        return student
+
+    def for_tokens(self, token_ids: Tensor) -> "Student":
+        """A student of other text that shares what this one holds in memory."""
+        other = copy.copy(self)
+        other.token_ids, other._kept, other._logprobs = token_ids, None, None
+        with torch.no_grad():
+            other._embedded = torch.cat([self.stream.embed(rows) for rows in self._chunks(token_ids)])
+            other._teacher = torch.cat(other._run({}, self._chunks(other._embedded))[-1])
+        return other
+
+    def _open(self, stream: BlockStream, bank: BankReader, token_ids: Tensor, hold_bytes: int) -> None:
+        self.stream, self.bank, self.token_ids = stream, bank, token_ids
+        self._free = [hold_bytes]  # shared by the students of `for_tokens`
+        self._blocks: dict[int, tuple[nn.Module, BlockCandidates]] = {}
+        self._head = stream.head()
+        self._vocabulary = stream.inventory.config["vocab_size"]
+        self._kept: tuple[Assignment, list[Tensor]] | None = None
+        self._logprobs: Tensor | None = None
+        inventory = stream.inventory
+        scored = [m for m in inventory.modules if m.name in bank.bank.modules]
+        self._local = [
+            {m.name.removeprefix(inventory.block_prefix(i)): m.name for m in scored if m.block == i}
+            for i in range(stream.blocks)
+        ]
+
+    def _chunks(self, tensor: Tensor) -> list[Tensor]:
+        return list(torch.split(tensor, max(1, _CHUNK_TOKENS // tensor.shape[1])))
+
+    def local_names(self, index: int) -> dict[str, str]:
+        """Name inside block `index` -> module name, for the modules that have candidates."""
+        return self._local[index]
+
+    def losses(self, assignment: Assignment, keep: bool = False, rows: Tensor | None = None) -> Losses:
+        """Divergence from the original and loss of the text under `assignment`, on the sequences `rows` or all.
+
+        With `keep` the states between blocks stay in memory: the next assignments are run from the first block in
+        which they differ from this one.
+        """
+        start, before = 0, self._embedded
+        if self._kept is not None:
+            kept, boundaries = self._kept
+            start = next(
+                (i for i in range(self.stream.blocks) if self._differs(i, kept, assignment)), self.stream.blocks
+            )
+            before = boundaries[start]
+        chunks = self._chunks(before if rows is None else before[rows])
+        with torch.no_grad():
+            states = self._run(assignment, chunks, start, keep)
+            if keep:
+                earlier = [] if self._kept is None else self._kept[1][:start]
+                self._kept = (dict(assignment), [*earlier, *map(torch.cat, states)])
+            return self._compare(states[-1], rows)
+
+    def states(self, assignment: Assignment, rows: Tensor | None = None) -> list[list[Tensor]]:
+        """The states before each block and after the last, each in chunks of sequences `[s, T, D]`."""
+        chunks = self._chunks(self._embedded if rows is None else self._embedded[rows])
+        return self._run(assignment, chunks, 0, every=True)
+
+    def _differs(self, index: int, a: Assignment, b: Assignment) -> bool:
+        return any(_bits(a, name) != _bits(b, name) for name in self._local[index].values())
+
+    def _run(
+        self, assignment: Assignment, chunks: list[Tensor], start: int = 0, every: bool = False
+    ) -> list[list[Tensor]]:
+        """States from before block `start` to after the last, or after the last only."""
+        boundaries = [chunks]
+        for index in range(start, self.stream.blocks):
+            block, weights = self.block(index)[0], self.weights(index, assignment)
+            chunks = [self.stream.run(block, chunk, weights) for chunk in chunks]
+            boundaries = [*boundaries, chunks] if every else [chunks]
+        return boundaries
+
+    def _compare(self, states: list[Tensor], rows: Tensor | None) -> Losses:
+        kl, nll = [], []
+        for ours, teacher, ids in self._beside_teacher(states, rows):
+            q = self._head(ours[:, :-1]).log_softmax(-1)
+            kl.append(_divergence(teacher, q).double().mean(-1))
+            nll.append(_surprise(q, ids).double().mean(-1))
+        return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
+
+    def _beside_teacher(self, states: list[Tensor], rows: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of states, of the original's log probabilities `[s, T-1, V]`, and of token ids."""
+        teacher, ids = (t if rows is None else t[rows] for t in (self._teacher, self.token_ids))
+        if self._logprobs is None and 4 * self.token_ids.numel() * self._vocabulary <= _HOLD_LOGPROBS_BYTES:
+            self._logprobs = torch.cat([self._teacher_logprobs(chunk) for chunk in self._chunks(self._teacher)])
+        if self._logprobs is not None:
+            held = self._logprobs if rows is None else self._logprobs[rows]
+            logprobs: Iterable[Tensor] = self._chunks_like(states, held)
+        else:
+            logprobs = map(self._teacher_logprobs, self._chunks(teacher))
+        return zip(states, logprobs, self._chunks_like(states, ids), strict=True)
+
+    def _chunks_like(self, states: list[Tensor], tensor: Tensor) -> list[Tensor]:
+        return list(torch.split(tensor, [len(chunk) for chunk in states]))
+
+    def _teacher_logprobs(self, states: Tensor) -> Tensor:
+        with torch.no_grad():
+            logprobs: Tensor = self._head(states[:, :-1]).log_softmax(-1)
+        return logprobs
+
+    def output_slopes(
+        self, states: list[Tensor], rows: Tensor | None = None, of_text: bool = False
+    ) -> tuple[Losses, list[Tensor]]:
+        """Losses, and the slope of the mean KL (of the text's loss with `of_text`) by the states after the last block.
+
+        The mean is over all positions that predict a token; states and slopes are in chunks as `states` gives them.
+        """
+        positions = sum(s.shape[0] * (s.shape[1] - 1) for s in states)
+        kl, nll, slopes = [], [], []
+        for ours, teacher, ids in self._beside_teacher(states, rows):
+            ours = ours.detach().clone().requires_grad_(True)
+            q = self._head(ours[:, :-1]).log_softmax(-1)
+            divergence, surprise = _divergence(teacher, q), _surprise(q, ids)
+            (slope,) = torch.autograd.grad((surprise if of_text else divergence).sum() / positions, ours)
+            kl.append(divergence.detach().double().mean(-1))
+            nll.append(surprise.detach().double().mean(-1))
+            slopes.append(slope)
+        return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu()), slopes
+
+    def block(self, index: int) -> tuple[nn.Module, BlockCandidates]:
+        """Decoder block `index` with the source's weights, and its candidates."""
+        if index in self._blocks:
+            return self._blocks[index]
+        block = self.stream.block(index)
+        candidates = BlockCandidates(self.stream.inventory, self.stream, self.bank, index, block)
+        needed = sum(p.nbytes for p in block.parameters()) + candidates.kept_bytes
+        if needed <= self._free[0]:
+            self._free[0] -= needed
+            self._blocks[index] = block, candidates
+        return block, candidates
+
+    def weights(self, index: int, assignment: Assignment) -> dict[str, Tensor]:
+        """The weights of the modules of block `index` that have candidates, by parameter name."""
+        _, candidates = self.block(index)
+        return {
+            f"{local}.weight": candidates.weight(local, _number(candidates.formats[local], _bits(assignment, name)))
+            for local, name in self._local[index].items()
+        }
+
+
+def _number(formats: list[ModuleFormat], bits: int) -> int:
+    return next(i for i, form in enumerate(formats) if form.num_bits == bits)
+
+
+def _bits(assignment: Assignment, name: str) -> int:
+    form = assignment.get(name)
+    return 16 if form is None else form.num_bits
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of log probabilities `[..., V]`: `[...]`, nats."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _surprise(logprobs: Tensor, token_ids: Tensor) -> Tensor:
+    """-log p of each next token: log probabilities `[s, T-1, V]` and token ids `[s, T]` to `[s, T-1]`."""
+    targets = token_ids[:, 1:].unsqueeze(-1).to(logprobs.device)
+    return -logprobs.gather(-1, targets).squeeze(-1)

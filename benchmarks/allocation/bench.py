@@ -1,0 +1,200 @@
+"""Every method of allocation on the same candidates and the same exact bytes, judged on text that none has seen.
+
+    make bench-allocation
+
+Each cell (model, quantizer, group size, method, budget) is kept in WORK as it is done, so that a stopped run goes on;
+delete a cell's file to run it anew. Writes benchmarks/results/allocation.json, and a table on stdout.
+"""
+
+import argparse
+import json
+import lzma
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from allocator.blocks import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.contract.documents import write_atomically  # noqa: E402
+from allocator.contract.scores import Scores  # noqa: E402
+from allocator.learning import LearningSettings  # noqa: E402
+from allocator.pipeline import CandidateSettings, learn  # noqa: E402
+from allocator.refining import refine  # noqa: E402
+from benchmarks.allocation.laboratory import Laboratory  # noqa: E402
+from benchmarks.allocation.relearn import relearn  # noqa: E402
+from benchmarks.allocation.report import write_report  # noqa: E402
+from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
+
+UNIFORM_3 = "uniform, 3 bits and scales"
+BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
+LEARNED = ("gamma", "fisher", "deltaloss", "measured")
+SEQUENCES, LENGTH, SEED = 48, 256, 0
+HELD_OUT = (64, 16)
+SEARCH_BITS, SEARCH_SECONDS, REFINE_SECONDS = (2.5, 3.0, 3.5), 240.0, 40.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model and its candidates."""
+
+    model: str
+    folder: Path
+    quantizer: str
+    group_size: int
+    searches: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.quantizer}-g{self.group_size}"
+
+
+def settings(shared: Path) -> list[Setting]:
+    """ref-7m with gptq and group 128 first: what the claims are about, and the only one with per-budget searches."""
+    reference, demo = shared / "models" / "ref-7m", ROOT / "benchmarks" / "demo" / "model"
+    models = [("ref-7m", reference)] if reference.is_dir() else []
+    models.append(("demo", demo))
+    return [
+        Setting(name, folder, quantizer, group, searches=(name, quantizer, group) == ("ref-7m", "gptq", 128))
+        for name, folder in models
+        for quantizer, group in (("gptq", 128), ("gptq", 64), ("rtn", 128), ("rtn", 64))
+    ]
+
+
+def texts(shared: Path, work: Path) -> tuple[list[Path], list[Path]] | None:
+    """Files to calibrate on (books, web pages, articles; parts of training splits) and to report on (other splits)."""
+    folder = shared / "text"
+    if not folder.is_dir():
+        return None
+    cut = work / "calibration.txt"
+    if not cut.exists():
+        books = lzma.decompress((folder / "books.train.txt.xz").read_bytes()).decode()
+        pieces = [books[i : i + 4000] for i in range(0, len(books), len(books) // 300)]
+        web, articles = ((folder / f"{name}.calib.txt").read_text()[:600_000] for name in ("c4", "wiki"))
+        write_atomically(cut, "\n".join([*pieces, web, articles]))
+    return [cut], [folder / "books.valid.txt", folder / "wikitext2.valid.raw"]
+
+
+class Bench:
+    """The cells of one setting."""
+
+    def __init__(self, setting: Setting, work: Path, shared: Path) -> None:
+        self.setting = setting
+        self.work = work / setting.name
+        self.work.mkdir(parents=True, exist_ok=True)
+        files = texts(shared, work)
+        self.candidates = CandidateSettings(
+            quantizer=setting.quantizer,
+            group_size=setting.group_size,
+            calibration=None if files is None else files[0],
+            sequences=SEQUENCES,
+            sequence_length=LENGTH,
+            seed=SEED,
+        )
+        learn(setting.folder, self.work, self.candidates, LearningSettings(method="uniform"))
+        if files is None:
+            calibration = calibration_from_model(setting.folder, SEQUENCES, LENGTH, SEED).token_ids
+            held_out = [calibration_from_model(setting.folder, HELD_OUT[0], LENGTH, SEED + 1).token_ids]
+        else:
+            calibration = calibration_from_text(setting.folder, files[0], SEQUENCES, LENGTH, SEED).token_ids
+            held_out = [
+                calibration_from_text(setting.folder, [file], count, LENGTH, SEED).token_ids
+                for file, count in zip(files[1], HELD_OUT, strict=True)
+            ]
+        self.lab = Laboratory(setting.folder, self.work / "bank", calibration, held_out)
+
+    def scores(self, method: str) -> tuple[Scores, float]:
+        """Scores by the product's own command and the CPU seconds it took, candidates not counted."""
+        kept, record = self.work / f"scores-{method}.json", self.work / f"scores-{method}.seconds"
+        if not record.exists():
+            start = time.process_time()
+            result = learn(self.setting.folder, self.work, self.candidates, LearningSettings(method=method, seed=SEED))
+            seconds = time.process_time() - start
+            result.scores.write(kept)
+            record.write_text(str(seconds))
+        return Scores.read(kept), float(record.read_text())
+
+    def cell(self, method: str, bits: float, plan: Callable[[], list[int]], learning_seconds: float = 0.0) -> list[int]:
+        """The plan of one cell, from WORK or made and measured now."""
+        path = self.work / f"{method}-{bits}.json".replace(" ", "_")
+        if path.exists():
+            return [int(b) for b in json.loads(path.read_text())["plan"]]
+        start = time.process_time()
+        found = plan()
+        seconds = time.process_time() - start
+        spent, budget = self.lab.nbytes(found), self.lab.budget(bits)
+        assert spent <= budget, (method, bits, spent, budget)
+        record: dict[str, Any] = {
+            "method": method, "bits": bits, "plan": found, "nbytes": spent, "budget_bytes": budget,
+            "learning_seconds": learning_seconds, "seconds": seconds,
+        }  # fmt: skip
+        record["held_out"] = [
+            {"kl": losses.kl.tolist(), "nll": losses.nll.tolist()} for losses in self.lab.report(found)
+        ]
+        write_atomically(path, json.dumps(record))
+        print(f"{self.setting.name} {method} {bits}: KL {torch.tensor(record['held_out'][0]['kl']).mean():.5f}, "
+              f"{seconds:.0f} s", flush=True)  # fmt: skip
+        return found
+
+    def run(self) -> None:
+        lab = self.lab
+        budgets = [bits for bits in BITS if lab.feasible(bits)]
+        gamma, gamma_seconds = self.scores("gamma")
+        for bits in budgets:
+            self.cell("uniform", bits, lambda bits=bits: lab.uniform(bits))
+            self.cell("head and tail", bits, lambda bits=bits: head_and_tail(lab, bits))
+            self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), gamma_seconds)
+            self.cell("gamma, singles", bits, lambda bits=bits: lab.solve(lab.table(gamma), bits), gamma_seconds)
+        three = [3] * len(lab.names)
+        self.cell(UNIFORM_3, round(8 * lab.nbytes(three) / lab.parameters + 5e-5, 4), lambda: three)
+        for method in ("fisher", "deltaloss", "measured"):
+            scores, seconds = self.scores(method)
+            for bits in budgets:
+                self.cell(method, bits, lambda bits=bits, s=scores: lab.solve_scores(s, bits), seconds)
+        if self.setting.searches:
+            self.run_searches(budgets, gamma, gamma_seconds)
+
+    def run_searches(self, budgets: list[float], gamma: Scores, gamma_seconds: float) -> None:
+        lab = self.lab
+        for bits in budgets:
+            start = self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), gamma_seconds)
+            self.cell("gamma relearned", bits, lambda b=bits, s=start: relearn(lab, gamma, s, b), gamma_seconds)
+            self.cell("gamma refined", bits, lambda b=bits, s=start: self.refined(gamma, s, b), gamma_seconds)
+        for bits in SEARCH_BITS:
+            self.cell("gradient search", bits, lambda b=bits: gradient_search(lab, b, SEARCH_SECONDS, sequences=8))
+            self.cell("evolutionary search", bits, lambda b=bits: evolutionary_search(lab, b, SEARCH_SECONDS))
+
+    def refined(self, scores: Scores, start: list[int], bits: float) -> list[int]:
+        lab = self.lab
+        solvable = lab.linears_only(scores)
+        found = refine(
+            lab.calibration, solvable, lab.assignment(start), lab.budget(bits), REFINE_SECONDS,
+            seed=SEED, clock=time.process_time,
+        )  # fmt: skip
+        return [found.assignment[name].num_bits for name in lab.names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("demo-out/allocation"), help="folder for the cells")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="models/ and text/")
+    parser.add_argument("--report", action="store_true", help="write the result from the cells that there are")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    chosen = settings(args.shared)
+    if not args.report:
+        for setting in chosen:
+            Bench(setting, args.work, args.shared).run()
+    write_report(args.work, [s.name for s in chosen], BITS, seed=SEED)
+
+
+if __name__ == "__main__":
+    main()
