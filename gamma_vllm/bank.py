@@ -21,7 +21,7 @@ from allocator.contract.served_bank import ServedBank, open_served_bank
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["BankMapper", "find_served_bank"]
+__all__ = ["BankMapper", "find_served_bank", "mappings"]
 
 _MANIFEST_VARIABLE = "GAMMA_MANIFEST"
 _VERIFY_VARIABLE = "GAMMA_VERIFY"
@@ -58,16 +58,17 @@ class BankMapper(WeightsMapper):
         self.served = served
 
     def __or__(self, other: WeightsMapper) -> "BankMapper":
-        return BankMapper(self.served, **_mappings(super().__or__(other)))
+        return BankMapper(self.served, **mappings(super().__or__(other)))
 
     def __ror__(self, other: WeightsMapper) -> "BankMapper":
-        return BankMapper(self.served, **_mappings(WeightsMapper.__or__(other, self)))
+        return BankMapper(self.served, **mappings(WeightsMapper.__or__(other, self)))
 
     def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return super().apply(_chosen(self.served, weights) if self.served else weights)
 
 
-def _mappings(mapper: WeightsMapper) -> dict[str, Any]:
+def mappings(mapper: WeightsMapper) -> dict[str, Any]:
+    """What a mapper maps, as the arguments that make another like it."""
     return {field.name: getattr(mapper, field.name) for field in fields(WeightsMapper)}
 
 

@@ -23,6 +23,7 @@ from gamma_vllm.bank import BankMapper, find_served_bank
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
+from gamma_vllm.rescue import Foreign, ForeignMapper, is_foreign, read_foreign
 from gamma_vllm.shards import Module
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class GammaConfig(QuantizationConfig):
         self.manifest: Manifest | None = None
         self.modules: dict[str, Module] = {}
         self.served: ServedBank | None = None
+        self.declaration: dict[str, Any] | None = None
+        self.foreign: Foreign | None = None
         self.ties_embeddings = False
         if checkpoint is not None:
             self._set(checkpoint)
@@ -80,8 +83,22 @@ class GammaConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GammaConfig":
-        """Raises ContractError on an unknown version, an unknown key, or values that are not allowed."""
+        """Raises ContractError on an unknown version, an unknown key, or values that are not allowed.
+
+        The declaration of another method is read with its tensors, in `maybe_update_config`.
+        """
+        if is_foreign(config):
+            made = cls()
+            made.declaration = config
+            return made
         return cls(CheckpointConfig.parse(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """Take over checkpoints of other methods, but only when `--quantization gamma` asks for it."""
+        return cls.NAME if user_quant == cls.NAME and hf_quant_cfg and is_foreign(hf_quant_cfg) else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
@@ -93,7 +110,10 @@ class GammaConfig(QuantizationConfig):
         if hf_config is not None:
             self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
         folder = Path(model_name)
-        if not self.modules:
+        if self.declaration is not None:
+            self.foreign = read_foreign(folder, self.declaration)
+            self._set(self.foreign.checkpoint)
+        elif not self.modules:
             self.served = find_served_bank(folder, hf_config)
             self.manifest = self.served.manifest
             self._set(CheckpointConfig.of_manifest(self.manifest))
@@ -103,8 +123,11 @@ class GammaConfig(QuantizationConfig):
             announce(self.manifest, model_name)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
-        """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights."""
+        """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights, and
+        tensors of other methods are put into our order."""
         mapper = QuantizationConfig.get_checkpoint_weight_mapper()
+        if self.foreign is not None:
+            return ForeignMapper(self.foreign) | mapper
         return mapper if self.served is None else BankMapper(self.served) | mapper
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
