@@ -1,7 +1,8 @@
 """Solving for bytes that a rank of vLLM holds after loading, instead of bytes of the checkpoint.
 
 Each pipeline stage is a program of its own: its modules, and the budget of its ranks. Modules count as if each were
-packed for itself; packing neighbours together only saves, so that the budget always holds.
+packed for itself; packing neighbours together only saves, so that the budget always holds, and what it saves is given
+to the modules in another round.
 """
 
 import math
@@ -21,6 +22,8 @@ from allocator.solving.request import SolveSettings
 __all__ = ["resident_scores", "solve_resident"]
 
 _MOST_CORRECTIONS = 8
+_UNUSED_PART = 1000
+"""What is left of a budget is not worth another search below this part of it."""
 
 
 def solve_resident(
@@ -36,18 +39,28 @@ def solve_resident(
     `settings` give pins, ceilings, floors, fusion and solver; their budget does not count. `requested` names the budget
     for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
     """
-    allowed = budget_bytes
+    allowed, best = budget_bytes, None
     for _ in range(_MOST_CORRECTIONS):
-        solution = _solve_stages(scores, settings, residency, allowed, time_limit_seconds)
+        try:
+            solution = _solve_stages(scores, settings, residency, allowed, time_limit_seconds)
+        except InfeasibleBudgetError:
+            if best is None and allowed == budget_bytes:
+                raise
+            break
         resident = max(residency.stage_bytes(solution.assignment))
-        if resident <= budget_bytes:
-            return make_manifest(scores, solution, requested, budget_bytes, resident)
-        # Experts dealt out whole can make one rank larger than its even share.
-        allowed -= resident - budget_bytes
-    raise InfeasibleBudgetError(
-        f"no assignment was found with at most {budget_bytes} bytes on every rank; experts of different widths do not "
-        "divide evenly among the ranks: serve without expert parallelism, or raise the budget"
-    )
+        if resident <= budget_bytes and (best is None or solution.objective < best[0].objective):
+            best = solution, resident
+        # Packed together, neighbours leave room; experts dealt out whole can make one rank larger than its share.
+        spare = budget_bytes - resident
+        if 0 <= spare <= budget_bytes // _UNUSED_PART or (spare < 0 and best is not None):
+            break
+        allowed += spare
+    if best is None:
+        raise InfeasibleBudgetError(
+            f"no assignment was found with at most {budget_bytes} bytes on every rank; experts of different widths do "
+            "not divide evenly among the ranks: serve without expert parallelism, or raise the budget"
+        )
+    return make_manifest(scores, best[0], requested, budget_bytes, best[1])
 
 
 def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:

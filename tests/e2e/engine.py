@@ -95,6 +95,9 @@ class Vllm:
     def parameters(self):
         return self.engine.collective_rpc(_parameters)[0]
 
+    def resident(self):
+        return self.engine.collective_rpc(_resident)
+
 
 def _zero(worker):
     for parameter in worker.model_runner.model.parameters():
@@ -109,6 +112,11 @@ def _parameters(worker):
         for name, p in named
         if "gamma_" in name or "weight_packed" in name
     }
+
+
+def _resident(worker):
+    """Bytes of all parameters of this rank, each counted once."""
+    return sum(p.numel() * p.element_size() for p in worker.model_runner.model.parameters())
 
 
 def _scores(logprobs, prompt, save):

@@ -63,7 +63,7 @@ def test_best_assignment_is_that_of_brute_force(scores, share, ranks, kernel):
         if fixed + sum(sizes[n][j] for n, j in zip(free, picks, strict=True)) <= budget:
             best = min(best, sum(free[n][j].score for n, j in zip(free, picks, strict=True)))
     manifest = solve_resident(given_scores, SolveSettings(), where, budget, "test")
-    assert manifest.proof.objective == pytest.approx(best)
+    assert manifest.proof.objective <= best + 1e-9  # packing neighbours together can leave room for more
     assert manifest.budget.kind == "resident"
     assert manifest.budget.resident_bytes == max(where.stage_bytes(manifest.modules)) <= budget
 
