@@ -26,7 +26,7 @@ def advise(
     def fits(**changes: object) -> bool:
         changed = request.model_copy(update=changes)
         try:
-            checked = check_request(changed, shape, device.capability)
+            checked = check_request(changed, shape, device.capability, device.cuda_bytes)
         except InputError:
             return False
         return ledger(shape, device, checked, probe).budget >= needed

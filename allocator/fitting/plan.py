@@ -37,7 +37,7 @@ def make_plan(
     probe = dict(probe or {})
     if not probe.keys() <= set(PROBED):
         raise InputError(f"probed lines {sorted(probe.keys() - set(PROBED))} are not known; known are {PROBED}")
-    request = check_request(request, shape, device.capability)
+    request = check_request(request, shape, device.capability, device.cuda_bytes)
     residency = residency_of(shape, request)
     sizes = weight_sizes(shape, residency, group_size, symmetric)
     total = ledger(shape, device, request, probe)

@@ -13,7 +13,11 @@ __all__ = ["KV_CACHE_DTYPES", "PlanRequest", "check_request", "default_batched_t
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
+CONTEXT_BYTES = 530 << 20
+"""Memory in use when vLLM looks at the device first, its own CUDA context: 0.51 GiB in the logs that `memory` cites."""
+
 _FP8_CAPABILITY = (8, 0)
+_DEFAULT_UTILIZATION = 0.92
 
 
 class PlanRequest(Strict):
@@ -53,12 +57,23 @@ def default_batched_tokens(cuda_bytes: int, name: str = "") -> int:
     return 2048
 
 
-def check_request(request: PlanRequest, shape: ModelShape, capability: tuple[int, int] | None) -> PlanRequest:
+def check_request(
+    request: PlanRequest, shape: ModelShape, capability: tuple[int, int] | None, cuda_bytes: int | None = None
+) -> PlanRequest:
     """`request` with the model's own context length filled in.
 
     Raises InputError for what vLLM would refuse: a context beyond the model's, heads or sizes that the ranks do
-    not divide, more stages than blocks, an fp8 KV cache on a GPU without kernels for it.
+    not divide, more stages than blocks, an fp8 KV cache on a GPU without kernels for it, a utilization above the
+    default that leaves no room for the CUDA context.
     """
+    utilization = request.gpu_memory_utilization
+    if cuda_bytes is not None and utilization > _DEFAULT_UTILIZATION:
+        possible = max(1 - CONTEXT_BYTES / cuda_bytes, 0)
+        if utilization > possible:
+            raise InputError(
+                f"--gpu-memory-utilization {utilization:g} leaves less than the {CONTEXT_BYTES >> 20} MiB that CUDA "
+                f"takes before vLLM starts; give at most {max(int(possible * 1000) / 1000, _DEFAULT_UTILIZATION):g}"
+            )
     longest = shape.max_model_len
     if request.max_model_len is None:
         if longest is None:

@@ -47,6 +47,9 @@ def test_fit_for_a_card_writes_a_checkpoint_that_its_plan_holds(tiny_model, tmp_
     words = shlex.split(printed["serve"])
     assert words[:3] == ["vllm", "serve", str(out)]
     assert words[words.index("--max-model-len") + 1] == "64"
+    assert main(["plan", str(out), "--gpu-memory", str(memory), *TRAFFIC, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["planned"] == plan.planned.model_dump()
     yaml = (out / "vllm.yaml").read_text()
     assert f'model: "{out}"\n' in yaml
     assert "max-num-seqs: 2\n" in yaml

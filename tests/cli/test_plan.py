@@ -73,6 +73,7 @@ BAD = {
     "kv dtype": (["--gpu", "h100", "--kv-cache-dtype", "int3"], "'int3' is not known; allowed are auto"),
     "fp8 on turing": (["--gpu", "t4", "--kv-cache-dtype", "fp8"], "needs compute capability 8.0"),
     "utilization": (["--gpu", "h100", "--gpu-memory-utilization", "92"], "give a number above 0 and at most 1"),
+    "no room for cuda": (["--gpu", "rtx4060", "--gpu-memory-utilization", "0.98"], "give at most 0.932"),
     "mig": (["--gpu", "h100:9g.9gb"], "no MIG profile '9g.9gb'"),
     "two devices": (["--gpu", "h100", "--gpu-memory", "8GiB"], "give one of --gpu and --gpu-memory"),
     "unknown option": (["--gpu", "h100", "--max-modl-len", "5"], "unrecognized arguments"),

@@ -115,8 +115,23 @@ def _parameters(worker):
 
 
 def _resident(worker):
-    """Bytes of all parameters of this rank, each counted once."""
-    return sum(p.numel() * p.element_size() for p in worker.model_runner.model.parameters())
+    """Bytes of all parameters of this rank, each counted once.
+
+    vLLM's CPU backend moves the 16-bit weights of linear layers into memory of oneDNN and leaves an empty
+    parameter: those are counted by the layer's sizes on this rank.
+    """
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    model = worker.model_runner.model
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    for layer in model.modules():
+        if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
+            continue
+        if not layer.weight.numel():
+            rows = getattr(layer, "output_size_per_partition", layer.output_size)
+            columns = getattr(layer, "input_size_per_partition", layer.input_size)
+            total += rows * columns * layer.weight.element_size()
+    return total
 
 
 def _scores(logprobs, prompt, save):

@@ -1,0 +1,82 @@
+"""Bytes after loading are predicted to the byte: random assignments in live workers of vLLM, one rank and two."""
+
+import json
+import os
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from allocator.contract.layout import WIDTHS  # noqa: E402
+from allocator.contract.manifest import Manifest  # noqa: E402
+from allocator.fitting import PlanRequest  # noqa: E402
+from allocator.fitting.weights import residency_of  # noqa: E402
+from allocator.inventory import read_shape  # noqa: E402
+from tests.e2e.conftest import succeeded  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+CASES = [
+    *((kind, kernel, 1, False) for kind in ("llama", "qwen3", "phi3", "qwen3_moe") for kernel in ("torch", "ark")),
+    ("qwen2", "ark", 1, False),
+    ("mixtral", "ark", 1, False),
+    ("gemma3", "torch", 1, False),
+    ("llama", "torch", 2, False),
+    ("qwen3", "ark", 2, False),
+    ("qwen3_moe", "ark", 2, False),
+    ("qwen3_moe", "torch", 2, True),
+]
+"""Kind of model (llama has a head of its own, qwen3 and gemma3 a tied one, phi3 is fused on disk, two have experts),
+kernel, ranks, and whether experts are dealt out."""
+CASES = [case for case in CASES if case[2] <= (os.cpu_count() or 1)]
+
+
+def random_choice(seed, kind):
+    """Widths, and symmetry, at random; groups of 32, so that two ranks can share every module."""
+    draw = random.Random(f"{seed} {kind}")
+
+    def choose(module):
+        if kind == "mixtral" and module.endswith("embed_tokens"):
+            return 16, 32, True  # vLLM builds it without asking the plugin
+        return draw.choice(WIDTHS), 32, draw.random() < 0.5
+
+    return choose
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, serving, run_engines):
+    """Case -> (bytes predicted for each stage, bytes counted on each rank); all engines in one process."""
+    from tests.e2e.architectures import make_model
+    from tests.e2e.make_checkpoint import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("resident")
+    jobs, predicted = [], {}
+    for number, case in enumerate(CASES):
+        kind, kernel, ranks, dealt = case
+        plain, gamma = folder / kind, folder / f"{number}"
+        if not plain.exists():
+            make_model(kind, plain)
+        make_checkpoint(plain, gamma, random_choice(number, kind))
+        shape = read_shape(json.loads((plain / "config.json").read_text()))
+        request = PlanRequest(tensor_parallel_size=ranks, expert_parallel=dealt, kernel=kernel)
+        predicted[case] = residency_of(shape, request).stage_bytes(Manifest.read(gamma / "gamma_manifest.json").modules)
+        options = {"skip_tokenizer_init": True, "dtype": "bfloat16"}
+        if ranks > 1:
+            options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+            options |= {"enable_expert_parallel": dealt}
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
+        job = {"name": str(number), "model": str(gamma), "kernel": kernel, "options": options}
+        jobs.append(job | {"environment": environment, "steps": [["resident", {}]]})
+    results = run_engines(jobs, folder)
+    counted = {case: succeeded(results[str(number)])[0] for number, case in enumerate(CASES)}
+    return lambda case: (predicted[case], counted[case])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}{'-experts' if c[3] else ''}")
+def test_bytes_of_a_rank_are_predicted_to_the_byte(measured, case):
+    (predicted,), counted = measured(case)
+    assert len(counted) == case[2]
+    assert max(counted) == predicted
+    if not case[3]:
+        assert set(counted) == {predicted}  # every rank holds the same
