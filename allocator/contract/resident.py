@@ -195,7 +195,8 @@ class Stage(Strict):
 
 
 class Residency(Strict):
-    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`)."""
+    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`); the order of
+    `fused` is that of vLLM inside a layer (q, k, v)."""
 
     kernel: Kernel
     tensor_parallel_size: int = Field(ge=1)
@@ -285,12 +286,13 @@ class Residency(Strict):
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 
-    def _layers(self, names: Iterable[str]) -> Iterable[list[str]]:
+    def _layers(self, names: Iterable[str]) -> list[list[str]]:
         layers: dict[str, list[str]] = {}
         for name in names:
             fused = self.fused.get(kind_name(name))
             layers.setdefault(name if fused is None else name.rpartition(".")[0] + "+" + fused, []).append(name)
-        return layers.values()
+        order = {kind: place for place, kind in enumerate(self.fused)}
+        return [sorted(layer, key=lambda n: order.get(kind_name(n), 0)) for layer in layers.values()]
 
     def _split(self, name: str) -> Split:
         split = self.splits.get(kind_name(name))

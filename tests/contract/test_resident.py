@@ -56,6 +56,21 @@ def test_packing_neighbours_together_never_takes_more(parts, kernel):
     assert together <= sum(where.module_bytes(name, module) for name, module in modules.items())
 
 
+def test_neighbours_are_those_in_vllm_whatever_the_order_of_the_manifest():
+    forms = {"q": (64, 4), "k": (32, 3), "v": (32, 4)}
+    modules = {
+        f"model.layers.0.self_attn.{p}": ModuleFormat(shape=(n, 128), num_bits=b, group_size=32, symmetric=True)
+        for p, (n, b) in forms.items()
+    }
+    where = Residency(
+        kernel="ark", tensor_parallel_size=1, expert_parallel=False, heads=HEADS,
+        stages=[Stage(first_block=0, last_block=0, other_bytes=0)],
+        splits={kind_name(name): "column" for name in modules}, fused={kind_name(name): "qkv" for name in modules},
+    )  # fmt: skip
+    shuffled = {name: modules[name] for name in sorted(modules)}  # k, q, v: here q and v are neighbours
+    assert where.stage_bytes(shuffled) == where.stage_bytes(modules)
+
+
 def test_key_and_value_heads_are_divided_and_then_replicated():
     shape = (8 * 64, 2048)
     assert [rank_shape(shape, "kv", Ranks(n), HEADS)[0] for n in (1, 2, 4, 8, 16, 32)] == [512, 256, 128, 64, 64, 64]
