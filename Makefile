@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-sidecar bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ bench-bank: setup ## from a new budget to a ready server: from the bank, against
 
 bench-experts: setup ## what widths of their own cost a layer of experts on CPU
 	@$(PYTHON) benchmarks/experts/bench.py
+
+bench-sidecar: setup ## the sidecar under load: cached allocations, fresh solves, overload, memory (needs wrk)
+	@$(PYTHON) benchmarks/sidecar/bench.py
 
 bench-solver: setup ## how fast the integer program is solved, at the sizes of a 32B model and of one with experts
 	@$(PYTHON) benchmarks/solver/bench.py

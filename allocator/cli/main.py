@@ -28,6 +28,7 @@ VERBS = {
     "store": "fill and list a store that the sidecar and prepare read",
     "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",
     "sidecar": "serve the allocation API and its console",
+    "remote": "ask a running sidecar: models, plans, allocations, checkpoints",
     "schema": "print the JSON Schema of a file format",
 }
 _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}

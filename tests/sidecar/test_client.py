@@ -1,0 +1,76 @@
+"""The Python client and `gamma remote`: the same schemas as the service, the same answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from allocator.contract.errors import InputError
+from allocator.contract.manifest import Manifest
+from allocator.sidecar.client import Client, ServiceError
+
+from .conftest import gamma
+from .serving import Running, running
+
+
+def test_the_client_does_what_the_api_does(sidecar: Running) -> None:
+    client = Client(sidecar.url)
+    assert client.health()
+    assert {m.name for m in client.models()} == {"tiny", "Qwen3-32B"}
+    assert any(gpu.id == "l4" for gpu in client.gpus())
+    assert client.node().state == "off"
+    plan = client.plan(model="Qwen3-32B", gpu="l4", max_model_len=4096)
+    assert plan.verdict.fits
+    allocation = client.allocate(model="tiny", average_bits=4.2)
+    assert client.allocation(allocation.id) == allocation
+    assert client.manifest(allocation.manifest_digest).tensor_bytes == allocation.tensor_bytes
+    other = client.allocate(model="tiny", average_bits=3.2, keep=False)
+    assert client.diff(other.manifest_digest, allocation.manifest_digest)["changed"]
+    assert len(client.sweep(model="tiny", points=3).points) == 3
+    job = client.wait(client.make_checkpoint(allocation.manifest_digest))
+    assert job.state == "succeeded"
+
+
+def test_the_client_says_what_is_wrong(sidecar: Running) -> None:
+    client = Client(sidecar.url)
+    with pytest.raises(InputError, match="exactly one"):
+        client.allocate(model="tiny")
+    with pytest.raises(ServiceError, match="unit 'parsec'") as caught:
+        client.allocate(model="tiny", budget="1parsec")
+    assert (caught.value.status, caught.value.param, caught.value.exit_code) == (400, "budget", 2)
+    with pytest.raises(ServiceError, match="below the smallest") as caught:
+        client.allocate(model="tiny", budget="1kB")
+    assert caught.value.exit_code == 4
+    with pytest.raises(InputError, match="no digest"):
+        client.manifest("../x")
+    with pytest.raises(InputError, match="does not answer"):
+        Client("http://127.0.0.1:9").models()
+    with pytest.raises(InputError, match="no address"):
+        Client("ftp://x")
+
+
+def test_remote_verbs_print_what_the_local_ones_compute(
+    sidecar: Running, learned: tuple[Path, Path], tmp_path: Path
+) -> None:
+    url = ["--url", sidecar.url]
+    gamma("remote", "allocate", "tiny", "--budget", "180kB", "--out", tmp_path / "remote.json", *url)
+    gamma("solve", learned[1] / "scores.json", "--budget", "180kB", "--out", tmp_path / "local.json")
+    assert (tmp_path / "remote.json").read_bytes() == (tmp_path / "local.json").read_bytes()
+    digest = Manifest.read(tmp_path / "remote.json").digest
+    made = json.loads(gamma("remote", "checkpoint", digest, "--json", *url).stdout)
+    assert made["state"] == "succeeded"
+    assert "tiny" in gamma("remote", "models", *url).stdout
+    assert "l4" in gamma("remote", "gpus", *url).stdout
+    assert "fits at" in gamma("remote", "plan", "Qwen3-32B", "--gpu", "l4", "--max-model-len", 4096, *url).stdout
+    assert "nats" in gamma("remote", "sweep", "tiny", "--points", 3, *url).stdout
+    assert "feasible are" in gamma("remote", "allocate", "tiny", "--budget", "1kB", *url, code=4).stderr
+    assert "needs --gpu" in gamma("remote", "plan", "tiny", "--max-model-len", 5, *url, code=2).stderr
+
+
+def test_a_token_comes_from_the_environment(store: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("read reader-token-0123456789\n")
+    with running(tmp_path / "log", "--store", store, "--token-file", tokens) as service:
+        assert "bearer token" in gamma("remote", "models", "--url", service.url, code=2).stderr
+        found = gamma("remote", "models", GAMMA_URL=service.url, GAMMA_TOKEN="reader-token-0123456789")
+        assert "tiny" in found.stdout
