@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from allocator import progress
@@ -54,10 +53,19 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _OnConsole(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _messages_on(console: Console) -> Iterator[None]:
     """Show what our parts log, one line a message, above the bars."""
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
+    handler = _OnConsole(console)
     logger = logging.getLogger("allocator")
     logger.addHandler(handler)
     try:

@@ -40,6 +40,7 @@ class Case:
     quantizer: str
     sequences: int
     length: int
+    widths: str = "2,3,4,5,6,8,16"
 
     @property
     def name(self) -> str:
@@ -51,7 +52,7 @@ CASES = [
     for model in ("Llama-3.1-8B", "Qwen3-32B")
     for rest in (
         ("candidates", "rtn", 4, 1024),
-        ("candidates", "gptq", 4, 1024),
+        ("candidates", "gptq", 4, 1024, "2,4,8,16"),  # each width takes the same memory, and the same time anew
         ("learning", "rtn", 4, 64),
     )
 ]
@@ -63,7 +64,7 @@ def run_piece(case: Case, model: Path, work: Path, minutes: float) -> dict[str, 
     text.write_text("".join(chr(32 + (i * i + 7 * i) % 90) for i in range(case.sequences * case.length * 2)))
     command = [
         sys.executable, "-m", "allocator.cli.main", "learn", str(model), "--out", str(work),
-        "--quantizer", case.quantizer, "--calibration", str(text),
+        "--quantizer", case.quantizer, "--widths", case.widths, "--calibration", str(text),
         "--sequences", str(case.sequences), "--sequence-length", str(case.length),
     ]  # fmt: skip
     since = time.monotonic()
@@ -120,7 +121,7 @@ def run_case(case: Case, folder: Path, minutes: float, pieces: int) -> dict[str,
         "case": case.name,
         "blocks": BLOCKS,
         "tokens": case.sequences * case.length,
-        "widths": [2, 3, 4, 5, 6, 8, 16],
+        "widths": case.widths,
         "group_size": 128,
         "peak_rss_gib": round(max(piece["peak_rss_gib"] for piece in ran), 2),
         "cpu_seconds_per_block": round(sum(piece["cpu_seconds"] for piece in ran) / BLOCKS),

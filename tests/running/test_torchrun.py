@@ -42,3 +42,16 @@ def test_two_processes_give_the_scores_of_one(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scores in ") == 1  # one of them speaks
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", "gptq"]
+    assert gamma(*command, "--out", tmp_path / "one") == 0
+    assert gamma(*command, "--out", tmp_path / "begun", die_at=50) == -9
+    done = torchrun(2, *command, "--out", tmp_path / "begun")
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "begun") == bytes_of(tmp_path / "one")
