@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from allocator.contract.documents import Document
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
-from allocator.contract.layout import WIDTHS
+from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
@@ -177,8 +177,10 @@ def learn(
             return LearnResult(reference.digest, scores, folder.scores, folder.bank, [*reused, "scores"])
 
     hidden = HiddenStates(folder.hidden, candidates.sequences, length, inventory.config["hidden_size"])
-    # Gradients take half of what states take.
-    _check_room(folder.hidden, int(hidden.boundary_bytes * (inventory.blocks + 1) * (1 + learning.draws / 2)))
+    # Of gradients, which take half of what states take, two boundaries a draw are there at a time.
+    state_bytes = hidden.boundary_bytes * (inventory.blocks + 1 + learning.draws)
+    bank_bytes = sum(module_bytes(f) for of in formats.values() for f in of)
+    _check_room(work, [folder.hidden, folder.bank], state_bytes + (0 if same_bank else bank_bytes))
     stream = BlockStream(inventory, device)
     states = folder.journal.section("states")
     if same_bank:
@@ -310,13 +312,13 @@ def _readable(kind: type[AnyDocument], path: Path) -> AnyDocument | None:
         return None
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    """Raises InputError if `folder` cannot grow to `needed` bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+def _check_room(work: Path, folders: list[Path], needed: int) -> None:
+    """Raises InputError if `folders`, on the disk of `work`, cannot grow to `needed` bytes."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    there = sum(path.stat().st_blocks * 512 for path in files)
+    free = shutil.disk_usage(work).free
     if free + there < needed:
         raise InputError(
-            f"{folder} has {free} bytes free, the hidden states of the calibration text need {needed - there} more; "
-            "use a larger disk (--work), or fewer or shorter --sequences"
+            f"{work} has {free:,} bytes free; candidates and the hidden states of the calibration text need "
+            f"{needed - there:,} more: use a larger disk, or fewer or shorter --sequences"
         )

@@ -1,48 +1,68 @@
 """Gradients of the model's own log-likelihood at the output of every block, computed one block at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
-from allocator.progress import Progress, silent
 from allocator.running import Journal, Team
 
-__all__ = ["fill_gradients"]
+__all__ = ["descend", "fill_gradients"]
 
 _HEAD_TOKENS = 512
 
 
-def fill_gradients(
+def descend(
     stream: BlockStream,
     hidden: HiddenStates,
     gradients: Sequence[HiddenStates],
     seed: int,
-    progress: Progress = silent,
     journal: Journal | None = None,
-) -> None:
-    """Fill boundary i of each of `gradients` with the gradient at the states before block i, i = 1 .. blocks.
+) -> Iterator[int]:
+    """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
-    Each of them is one draw: at every position a token y is drawn from the model's distribution, and the gradient is
-    that of the sum of -log p(y). `hidden` holds the teacher's states. Boundary 0 is not filled. Boundaries that
-    `journal` has are taken as they are.
+    Each of `gradients` is one draw: at every position a token y is drawn from the model's distribution, and the
+    gradient is that of the sum of -log p(y). `hidden` holds the teacher's states. The gradients at the output of block
+    i are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a
+    block must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has
+    are not computed again.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, 0, -1):
-        progress("gradients", 1 - index / stream.blocks)
-        step = f"gradients-{index:04d}"
-        if journal.load(step) is None:
-            if index == stream.blocks:
-                _fill_last(stream, hidden, gradients, seed, journal.team)
-            else:
-                _fill_before(stream, hidden, gradients, index, journal.team)
-            journal.team.wait()
-            if journal.team.leads:
-                for store in gradients:
-                    store.settle(index)
-            journal.save(step, True)
-    progress("gradients", 1.0)
+        _fill_boundary(stream, hidden, gradients, seed, index, journal)
+        if journal.team.leads:
+            for store in gradients:
+                store.forget(index + 1)
+        yield index - 1
+
+
+def fill_gradients(stream: BlockStream, hidden: HiddenStates, gradients: Sequence[HiddenStates], seed: int) -> None:
+    """Fill all boundaries 1 .. blocks of each of `gradients` (see `descend`)."""
+    for index in range(stream.blocks, 0, -1):
+        _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere())
+
+
+def _fill_boundary(
+    stream: BlockStream,
+    hidden: HiddenStates,
+    gradients: Sequence[HiddenStates],
+    seed: int,
+    index: int,
+    journal: Journal,
+) -> None:
+    step = f"gradients-{index:04d}"
+    if journal.load(step) is not None:
+        return
+    if index == stream.blocks:
+        _fill_last(stream, hidden, gradients, seed, journal.team)
+    else:
+        _fill_before(stream, hidden, gradients, index, journal.team)
+    journal.team.wait()
+    if journal.team.leads:
+        for store in gradients:
+            store.settle(index)
+    journal.save(step, True)
 
 
 def _fill_before(

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.experts import expert_error, is_expert, record_routes
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import BlockCandidates
 from allocator.learning.objective import errors_along
 
 __all__ = ["Batch", "measure_swaps"]
+
+_EXPERT_BATCHES = 8
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -21,18 +27,31 @@ class Batch:
     teacher: Tensor
     gradients: Tensor
 
+    @property
+    def tokens(self) -> int:
+        return self.states.shape[0] * self.states.shape[1]
+
 
 def measure_swaps(
-    stream: BlockStream, block: nn.Module, candidates: BlockCandidates, batches: Mapping[int, Callable[[], Batch]]
-) -> dict[int, dict[str, Tensor]]:
-    """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, the errors of the
-    block's output along the gradients, `[C, S * B * T]`, those of the last candidate, the source itself, being 0.
+    stream: BlockStream,
+    block: nn.Module,
+    candidates: BlockCandidates,
+    batches: Mapping[int, Callable[[], Batch]],
+    reduce: Callable[[Tensor], Found],
+) -> dict[int, dict[str, Found]]:
+    """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, what `reduce`
+    makes of the errors of the block's output along the gradients, `[C, S * B * T]`; those of the last candidate, the
+    source itself, are 0.
 
     Batches are read anew for each candidate: one candidate's weight and one batch of states are in memory at a time.
+    Experts are measured on the tokens that chose them, on a few batches at a time.
     """
-    errors: dict[int, dict[str, Tensor]] = {number: {} for number in batches}
+    found: dict[int, dict[str, Found]] = {number: {} for number in batches}
+    experts = [name for name in candidates.formats if is_expert(block, name)]
     with torch.inference_mode():
         for name, formats in candidates.formats.items():
+            if name in experts:
+                continue
             of_module: dict[int, list[Tensor]] = {number: [] for number in batches}
             for index in range(len(formats) - 1):
                 weight = candidates.weight(name, index)
@@ -40,6 +59,36 @@ def measure_swaps(
                     batch = read()
                     output = stream.run(block, batch.states, {f"{name}.weight": weight})
                     of_module[number].append(errors_along(output, batch.teacher, batch.gradients).cpu())
-            for number, of_candidates in of_module.items():
-                errors[number][name] = torch.stack([*of_candidates, torch.zeros_like(of_candidates[0])])
-    return errors
+            for number, errors in of_module.items():
+                found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
+        if experts:
+            _swap_experts(stream, block, candidates, batches, experts, reduce, found)
+    # In the order of the candidates, whichever way they were measured.
+    return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
+
+
+def _swap_experts(
+    stream: BlockStream,
+    block: nn.Module,
+    candidates: BlockCandidates,
+    batches: Mapping[int, Callable[[], Batch]],
+    experts: list[str],
+    reduce: Callable[[Tensor], Found],
+    found: dict[int, dict[str, Found]],
+) -> None:
+    """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
+    numbers = list(batches)
+    for start in range(0, len(numbers), _EXPERT_BATCHES):
+        together = {number: batches[number]() for number in numbers[start : start + _EXPERT_BATCHES]}
+        routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
+        for name in experts:
+            count = len(candidates.formats[name])
+            along = {n: torch.zeros(count, *batch.gradients.shape[:1], batch.tokens) for n, batch in together.items()}
+            for index in range(count - 1):
+                weight = candidates.weight(name, index)
+                for number, batch in together.items():
+                    tokens, errors = expert_error(block, name, weight, routes[number])
+                    gradients = batch.gradients.flatten(1, 2)[:, tokens]
+                    along[number][index][:, tokens.cpu()] = torch.einsum("kd,skd->sk", errors, gradients).cpu()
+            for number in together:
+                found[number][name] = reduce(along[number].flatten(1))

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream
 from allocator.learning.block import Batch
-from allocator.progress import Progress
-from allocator.running import Journal
 
 __all__ = ["Teacher"]
 
@@ -23,13 +20,9 @@ class Teacher:
     gradients: list[HiddenStates]
 
     @classmethod
-    def prepare(
-        cls, stream: BlockStream, hidden: HiddenStates, draws: int, seed: int, progress: Progress, journal: Journal
-    ) -> "Teacher":
-        """Compute the gradients; they are left in folders beside `hidden`, for a run that goes on."""
-        gradients = [hidden.beside(f"gradients-{draw}", torch.bfloat16) for draw in range(draws)]
-        fill_gradients(stream, hidden, gradients, seed, progress, journal)
-        return cls(hidden, gradients)
+    def over(cls, hidden: HiddenStates, draws: int) -> "Teacher":
+        """With stores for gradients in folders beside `hidden`: `blocks.gradients` fills them."""
+        return cls(hidden, [hidden.beside(f"gradients-{draw}", torch.bfloat16) for draw in range(draws)])
 
     def batch(self, stream: BlockStream, index: int, rows: Tensor) -> Batch:
         """Input, output and output gradients of block `index` for some sequences."""

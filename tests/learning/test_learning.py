@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream, calibration_from_model
+from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden import HiddenStates
 from allocator.candidates import BankReader
 from allocator.candidates.block import BlockCandidates
@@ -19,8 +20,6 @@ from allocator.learning.block import Batch
 from allocator.learning.objective import errors_along, losses_of_errors
 from allocator.learning.teacher import Teacher
 from allocator.pipeline import CandidateSettings, LearnResult, learn
-from allocator.progress import silent
-from allocator.running import Journal
 from allocator.solving.quadratic import pair_terms
 from allocator.student import Student
 
@@ -45,7 +44,8 @@ def open_block(learned: LearnResult, tiny_model: Callable[[str], Path], tmp_path
         tokens = calibration_from_model(tiny_model("llama"), 8, 32, 0).token_ids
         hidden = HiddenStates(tmp_path / "states", 8, 32, 64)
         stream.fill(hidden, tokens)
-        teacher = Teacher.prepare(stream, hidden, LEARNING.draws, 0, silent, Journal.nowhere())
+        teacher = Teacher.over(hidden, LEARNING.draws)
+        fill_gradients(stream, hidden, teacher.gradients, 0)
         block = stream.block(index)
         candidates = BlockCandidates(inventory, stream, bank, index, block)
         return stream, block, candidates, teacher.batch(stream, index, torch.arange(8))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.learning.methods.task import Task
-from allocator.learning.tables import Table
+from allocator.learning.tables import Table, with_unseen_experts
 from allocator.learning.teacher import Teacher
 
 __all__ = ["learn_fisher"]
@@ -21,11 +21,11 @@ __all__ = ["learn_fisher"]
 
 def learn_fisher(task: Task) -> Table:
     """Half the mean over tokens of the sum of (g d)^2, in nats if outputs did nothing together."""
-    teacher = task.teacher()
-    scores: dict[str, Tensor] = {}
-    for index in task.blocks("measuring"):
-        found = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
-        scores |= {task.module(index, local): values for local, values in found.items()}
+    found: dict[int, dict[str, Tensor]] = {}
+    for index, teacher in task.descend("measuring"):
+        found[index] = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
+    losses = {index: with_unseen_experts(found[index]) for index in sorted(found)}
+    scores = {task.module(index, local): values for index in losses for local, values in losses[index].items()}
     return Table(scores, "nats a token, to second order, outputs taken one by one")
 
 

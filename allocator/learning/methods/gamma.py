@@ -13,7 +13,7 @@ from torch import Tensor
 from allocator.learning.block import measure_swaps
 from allocator.learning.methods.task import Task
 from allocator.learning.objective import UNIT, correlations, losses_of_errors
-from allocator.learning.tables import Table
+from allocator.learning.tables import Table, with_unseen_experts
 from allocator.learning.teacher import Teacher
 
 __all__ = ["learn_gamma"]
@@ -24,15 +24,17 @@ MOST_CANDIDATES = 5000
 
 def learn_gamma(task: Task) -> Table:
     """Losses of single swaps in nats, and correlations of their errors."""
-    teacher = task.teacher()
     pairs = sum(len(module.candidates) for module in task.bank.bank.modules.values()) <= MOST_CANDIDATES
+    found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    for index, teacher in task.descend("measuring"):
+        measure = partial(_measure_block, task, teacher, index, pairs)
+        found[index] = task.journal.once(f"measured-{index:04d}", measure)
     scores: dict[str, Tensor] = {}
     errors: list[Tensor] = []
-    for index in task.blocks("measuring"):
-        found = task.journal.once(f"measured-{index:04d}", partial(_measure_block, task, teacher, index, pairs))
-        for local, (losses, kept) in found.items():
-            scores[task.module(index, local)] = losses
-            errors.append(kept[:-1])
+    for index in sorted(found):
+        losses = with_unseen_experts({local: losses for local, (losses, _) in found[index].items()})
+        scores |= {task.module(index, local): of_module for local, of_module in losses.items()}
+        errors += [kept[:-1] for _, kept in found[index].values()]
     return Table(scores, UNIT, correlations(torch.cat(errors)) if pairs and errors else None)
 
 
@@ -46,13 +48,11 @@ def _measure_block(task: Task, teacher: Teacher, index: int, pairs: bool) -> dic
     readers = {
         number: partial(teacher.batch, task.stream, index, rows) for number, rows in task.journal.team.share(partition)
     }
-    mine = {
-        number: {
-            local: (losses_of_errors(errors), errors[:, ::stride] if pairs else errors[:, :0])
-            for local, errors in of_batch.items()
-        }
-        for number, of_batch in measure_swaps(task.stream, block, candidates, readers).items()
-    }
+
+    def reduce(errors: Tensor) -> tuple[Tensor, Tensor]:
+        return losses_of_errors(errors), errors[:, ::stride] if pairs else errors[:, :0]
+
+    mine = measure_swaps(task.stream, block, candidates, readers, reduce)
     together = task.journal.team.gather(mine)
     shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
     found = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from allocator.blocks.gradients import descend
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import BlockCandidates
@@ -31,10 +32,18 @@ class Task:
     progress: Progress
     journal: Journal
 
-    def teacher(self) -> Teacher:
-        """States and gradients of the original model; computes the gradients."""
+    def descend(self, what: str) -> Iterator[tuple[int, Teacher]]:
+        """Numbers of all blocks from the last to the first, and the teacher with the gradients at that block's output.
+
+        They are there until the next number is asked for: what is learned of a block goes into the journal before.
+        """
         settings = self.settings
-        return Teacher.prepare(self.stream, self.hidden, settings.draws, settings.seed, self.progress, self.journal)
+        teacher = Teacher.over(self.hidden, settings.draws)
+        below = descend(self.stream, self.hidden, teacher.gradients, settings.seed, self.journal)
+        self.progress(what, 0.0)
+        for index in below:
+            yield index, teacher
+            self.progress(what, 1 - index / self.stream.blocks)
 
     def blocks(self, what: str) -> Iterator[int]:
         """Numbers of all blocks, with progress."""
