@@ -1,5 +1,6 @@
 """The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -268,6 +269,11 @@ def fit(
     from allocator.exporting import check_target
     from allocator.inventory import read_inventory
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "several processes can learn together, but one writes the checkpoint; run `gamma learn` under torchrun, "
+            "then `gamma fit` with the same --work and without it"
+        )
     inventory = read_inventory(model)
     low, high = inventory.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
     if solving.budget is not None and parse_budget(solving.budget) < low:

@@ -52,7 +52,7 @@ CASES = [
     for model in ("Llama-3.1-8B", "Qwen3-32B")
     for rest in (
         ("candidates", "rtn", 4, 1024),
-        ("candidates", "gptq", 4, 1024, "2,4,8,16"),  # each width takes the same memory, and the same time anew
+        ("candidates", "gptq", 4, 1024, "2,4,16"),  # each width takes the same memory, and the same time anew
         ("learning", "rtn", 4, 64),
     )
 ]
