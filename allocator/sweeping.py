@@ -1,22 +1,45 @@
 """What `gamma sweep` calls: budgets solved, measured if asked, and GPUs marked on the axis."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from allocator.contract.errors import InputError
+from allocator.contract.errors import InfeasibleBudgetError, InputError
+from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
+from allocator.fitting.catalogue import Device
+from allocator.fitting.document import Plan
+from allocator.fitting.model import PlannedModel
+from allocator.fitting.plan import make_plan
+from allocator.fitting.request import PlanRequest
 from allocator.measuring import KL_UNIT, MeasureSettings, measure_assignments
 from allocator.progress import Progress, silent
 from allocator.reporting.pareto import Mark, Sweep, key_of_point, key_of_uniform
-from allocator.solving.program import Program, Solver
-from allocator.solving.sweep import SweepPoint, spread_budgets, sweep, uniform_plans
+from allocator.solving.budget import average_bits_of
+from allocator.solving.program import Program, Solution, Solver
+from allocator.solving.request import SolveSettings
+from allocator.solving.resident import solve_resident
+from allocator.solving.sweep import SweepPoint, UniformPlan, spread_budgets, sweep, uniform_plans
 from allocator.solving.units import Fusion, Rules
 
-__all__ = ["SweepRequest", "run_sweep"]
+__all__ = ["HOURS_A_MONTH", "GpuSettings", "SweepRequest", "run_sweep"]
+
+HOURS_A_MONTH = 730
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """GPUs by the name that was given, the model and the traffic to plan for, and $ a GPU-hour where known."""
+
+    devices: Mapping[str, Device]
+    model: PlannedModel
+    request: PlanRequest
+    prices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """`points` budgets from `lowest` to `highest` (`2.25bits`, `5.9GiB`), and how each is solved."""
+    """`points` budgets from `lowest` to `highest` (`2.25bits`, `5.9GiB`), and how each is solved. With `gpus` the range
+    may be left out: it is then that of the GPUs."""
 
     lowest: str | None = None
     highest: str | None = None
@@ -25,6 +48,7 @@ class SweepRequest:
     fusion: Fusion = "free"
     solver: Solver = "dynamic"
     relative_gap: float = 0.0
+    gpus: GpuSettings | None = None
     measure: MeasureSettings | None = None
 
 
@@ -34,16 +58,15 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
     if request.relative_gap < 0:
         raise InputError(f"--relative-gap {request.relative_gap}: must be at least 0")
     program = Program.of(scores, request.rules, request.fusion)
-    marks: list[Mark] = []
-    points: list[SweepPoint] = []
-    if request.lowest is None or request.highest is None:
-        raise InputError("give --from and --to, for example --from 2.25bits --to 4.5bits")
-    budgets = spread_budgets(scores, request.lowest, request.highest, request.points)
-    points = sweep(program, budgets, request.solver, request.relative_gap, progress)
     uniform = uniform_plans(scores)
+    marks = [] if request.gpus is None else _marks(scores, request, request.gpus, uniform, progress)
+    budgets = _budgets(scores, request, marks)
+    points = sweep(program, budgets, request.solver, request.relative_gap, progress) if budgets else []
+    solved = [*points, *(mark.point for mark in marks if mark.point is not None)]
+    if not solved:
+        raise InfeasibleBudgetError("; ".join(f"{mark.gpu}: {mark.message}" for mark in marks))
     measured: dict[str, float] = {}
     if request.measure is not None:
-        solved = [*points, *(mark.point for mark in marks if mark.point is not None)]
         assignments = {key_of_point(point): point.solution.assignment for point in solved}
         wanted = {point.uniform.num_bits for point in solved if point.uniform is not None}
         assignments |= {key_of_uniform(plan): plan.assignment for plan in uniform if plan.num_bits in wanted}
@@ -57,3 +80,66 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
         measured=measured,
         measured_unit=f"{KL_UNIT}, on text that was not calibrated on" if measured else "",
     )
+
+
+def _budgets(scores: Scores, request: SweepRequest, marks: Sequence[Mark]) -> list[int]:
+    """The budgets of the curve: those asked for, else between the smallest and the largest assignment of a GPU."""
+    if request.lowest is not None and request.highest is not None:
+        return spread_budgets(scores, request.lowest, request.highest, request.points)
+    if request.lowest is not None or request.highest is not None or request.gpus is None:
+        raise InputError("give --from and --to, for example --from 2.25bits --to 4.5bits, or --gpus")
+    sizes = sorted({mark.point.solution.tensor_bytes for mark in marks if mark.point is not None})
+    if len(sizes) < 2:
+        return []
+    return spread_budgets(scores, str(sizes[0]), str(sizes[-1]), request.points)
+
+
+def _marks(
+    scores: Scores, request: SweepRequest, gpus: GpuSettings, uniform: Sequence[UniformPlan], progress: Progress
+) -> list[Mark]:
+    unknown = sorted(gpus.prices.keys() - gpus.devices.keys())
+    if unknown:
+        raise InputError(f"--price {unknown[0]}: no such GPU in --gpus {','.join(gpus.devices)}")
+    ranks = gpus.request.tensor_parallel_size * gpus.request.pipeline_parallel_size
+    marks = []
+    for i, (name, device) in enumerate(gpus.devices.items()):
+        progress("GPUs", i / len(gpus.devices))
+        point, budget, message = _fill(scores, request, gpus, device, uniform)
+        price = gpus.prices.get(name)
+        marks.append(Mark(name, budget, point, message, None if price is None else price * ranks * HOURS_A_MONTH))
+    progress("GPUs", 1.0)
+    return marks
+
+
+def _fill(
+    scores: Scores, request: SweepRequest, gpus: GpuSettings, device: Device, uniform: Sequence[UniformPlan]
+) -> tuple[SweepPoint | None, int, str]:
+    """What a GPU leaves for the weights of a rank, the best assignment in it, and why there is none."""
+    try:
+        plan = make_plan(gpus.model.shape, device, gpus.request, model=gpus.model.name)
+    except InputError as error:
+        return None, 0, str(error)
+    if plan.weight_budget_bytes <= 0:
+        return None, plan.weight_budget_bytes, plan.verdict.message
+    rules = request.rules
+    settings = SolveSettings(
+        pins=rules.pins, ceilings=rules.ceilings, floors=rules.floors, fusion=request.fusion, solver=request.solver
+    )
+    try:
+        manifest = solve_resident(
+            scores, settings, plan.residency, plan.weight_budget_bytes, f"plan for {plan.device.name}"
+        )
+    except InfeasibleBudgetError:
+        return None, plan.weight_budget_bytes, plan.verdict.message
+    return _point(scores, manifest, plan, uniform), plan.weight_budget_bytes, ""
+
+
+def _point(scores: Scores, manifest: Manifest, plan: Plan, uniform: Sequence[UniformPlan]) -> SweepPoint:
+    """The assignment of a manifest, and the best uniform plan whose weights fit on every rank too."""
+    assert manifest.proof is not None
+    proof = manifest.proof
+    solution = Solution(manifest.modules, proof.objective, proof.bound, proof.gap, proof.solver, manifest.tensor_bytes)
+    budget = plan.weight_budget_bytes
+    fitting = [u for u in uniform if max(plan.residency.stage_bytes(u.assignment)) <= budget]
+    best = min(fitting, key=lambda u: u.objective) if fitting else None
+    return SweepPoint(budget, solution, average_bits_of(scores, manifest.tensor_bytes), best)

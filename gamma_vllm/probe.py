@@ -25,6 +25,7 @@ def probe(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
+    arguments = {"max_num_batched_tokens": _served_tokens(arguments)} | arguments
     started = time.perf_counter()
     engine = LLM(
         model,
@@ -52,6 +53,15 @@ def probe(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "ranks": ranks,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _served_tokens(arguments: dict[str, Any]) -> int:
+    """What `vllm serve` takes for max_num_batched_tokens; engines inside a program get more by default."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    return int(EngineArgs.get_batch_defaults(ranks)[0][UsageContext.OPENAI_API_SERVER])
 
 
 def _cpu_name() -> str:

@@ -19,7 +19,7 @@ from allocator.cli.options import (
     solve_settings,
 )
 from allocator.cli.output import print_json, print_tables, show_progress
-from allocator.cli.planning import add_device, add_traffic, device_of, plan_request
+from allocator.cli.planning import add_device, add_probe, add_traffic, device_of, plan_request, probe_of
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_budget(parser, required=False, plan=True)
     add_device(parser)
     add_traffic(parser)
+    add_probe(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, help="folder for candidates and scores (default: OUT-work)")
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             model, work, args.out, solve_settings(args), candidates, learning,
             overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan,
         )  # fmt: skip
-    serve = f"vllm serve {args.out}" if plan is None else _write_serving(plan, args.out)
+    serve = f"vllm serve {args.out}" if plan is None else _write_serving(args, plan)
     if args.json:
         document = export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}}
         print_json(document | {"serve": serve})
@@ -84,19 +85,22 @@ def _plan(args: argparse.Namespace) -> "Plan | None":
         return None
     model, request = read_model(args.model, args.revision), plan_request(args)
     return make_plan(
-        model.shape, device, request, model=model.name, group_size=args.group_size, symmetric=args.symmetric
-    )
+        model.shape, device, request, model=model.name, group_size=args.group_size, symmetric=args.symmetric,
+        probe=probe_of(args, model.shape, device, request),
+    )  # fmt: skip
 
 
-def _write_serving(plan: "Plan", checkpoint: Path) -> str:
+def _write_serving(args: argparse.Namespace, plan: "Plan") -> str:
     """The plan of the finished checkpoint and `vllm.yaml` beside it; returns the command that serves it."""
     from allocator.fitting.catalogue import device_again
     from allocator.fitting.model import read_model
     from allocator.fitting.plan import make_plan
     from allocator.fitting.serving import vllm_arguments, write_vllm_config
 
+    checkpoint, device = args.out, device_again(plan.device)
     model = read_model(str(checkpoint))
-    final = make_plan(model.shape, device_again(plan.device), plan.request, model=plan.model, formats=model.formats)
+    probe = probe_of(args, model.shape, device, plan.request)
+    final = make_plan(model.shape, device, plan.request, model=plan.model, formats=model.formats, probe=probe)
     final.write(checkpoint / "plan.json")
     write_vllm_config(final, checkpoint.absolute())
     return shlex.join(vllm_arguments(final, str(checkpoint)))

@@ -23,6 +23,7 @@ VERBS = {
     "show": "show an assignment: width of every module, bytes, a heat map",
     "diff": "show what changed between two assignments of one model",
     "sweep": "solve for many budgets: what each buys, as a table and a figure",
+    "probe": "start vLLM once on this device and keep what it really used",
     "kv": "measure what an fp8 KV cache costs",
     "verify": "check that a checkpoint is what it declares",
     "store": "fill and list a store that the sidecar and prepare read",

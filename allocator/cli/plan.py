@@ -9,7 +9,7 @@ from pathlib import Path
 
 from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables
-from allocator.cli.planning import add_device, add_traffic, catalogue_of, device_of, plan_request
+from allocator.cli.planning import add_device, add_probe, add_traffic, catalogue_of, device_of, plan_request, probe_of
 from allocator.contract.layout import GROUP_SIZES
 
 EXAMPLES = """examples:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_device(parser)
     add_traffic(parser)
+    add_probe(parser)
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help="of the candidates")
     parser.add_argument("--symmetric", action="store_true", help="candidates without zero points")
     parser.add_argument(
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             print_tables(devices_table(plans))
         return
-    plan = make_plan(model.shape, device, request, model=model.name, **common)
+    probe = probe_of(args, model.shape, device, request)
+    plan = make_plan(model.shape, device, request, model=model.name, probe=probe, **common)
     if args.out is not None:
         plan.write(args.out)
     if args.json:

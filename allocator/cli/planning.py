@@ -9,8 +9,9 @@ from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.fitting import Device, Gpu, PlanRequest
+    from allocator.inventory.shape import ModelShape
 
-__all__ = ["add_device", "add_traffic", "catalogue_of", "device_of", "plan_request"]
+__all__ = ["add_device", "add_probe", "add_traffic", "catalogue_of", "device_of", "plan_request", "probe_of"]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,30 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gpu-memory", metavar="SIZE", help="memory of a card that has no name, e.g. 24GiB")
     group.add_argument("--gpu-catalogue", type=Path, metavar="FILE", help="cards of your own (`gamma schema gpus`)")
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="a record of `gamma probe`, or none (default: the record of this GPU and vLLM in the user's cache)",
+    )
+
+
+def probe_of(args: argparse.Namespace, shape: "ModelShape", device: "Device", request: "PlanRequest") -> dict[str, int]:
+    """The lines of a plan that a record of `gamma probe` replaces by what was measured."""
+    from allocator.fitting.probe import ProbeRecord, find_record, probed_lines
+
+    if args.probe == "none":
+        return {}
+    if request.max_model_len is None and shape.max_model_len is not None:
+        request = request.model_copy(update={"max_model_len": shape.max_model_len})
+    if args.probe is not None:
+        record: ProbeRecord | None = ProbeRecord.read(Path(args.probe))
+    else:
+        names = [device.name, device.product_label or device.name]
+        record = find_record(names, shape.config, request)
+    return {} if record is None else probed_lines(record, shape.config, request)
 
 
 def add_traffic(parser: argparse.ArgumentParser) -> None:

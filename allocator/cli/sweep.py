@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 from allocator.cli.options import add_figure, add_output, add_rules, rules
 from allocator.cli.output import print_csv, print_json, print_tables, show_progress
+from allocator.cli.planning import add_traffic, plan_request
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.measuring import MeasureSettings
+    from allocator.sweeping import GpuSettings
 
 EXAMPLES = """examples:
   gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 10 --figure sweep.png --figure sweep.svg
   gamma sweep work/scores.json --from 5GiB --to 8GiB --points 30 --csv > sweep.csv
+  gamma sweep work/scores.json --gpus l4,rtx4090 --model ./Qwen3-8B --max-model-len 8192 --price l4=0.71
   gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 6 --measure ./small-model --text held-out.txt"""
 
 
@@ -32,6 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="stop each search when it is proven to be this near the best, e.g. 1e-4 (default: proven best)",
     )
+    gpus = parser.add_argument_group("GPUs on the axis")
+    gpus.add_argument("--gpus", metavar="NAME,NAME", help="cards to plan for (l4,rtx4090); the curve spans them")
+    gpus.add_argument("--model", help="the scores' model, whose config.json is planned for: a folder or hub id")
+    gpus.add_argument("--gpu-catalogue", type=Path, metavar="FILE", help="cards of your own (`gamma schema gpus`)")
+    gpus.add_argument(
+        "--price",
+        type=_price,
+        action="append",
+        default=[],
+        metavar="NAME=DOLLARS",
+        help="$ a GPU-hour, e.g. l4=0.71; may be repeated; prints what the smaller GPU saves in a month of 730 hours",
+    )
+    add_traffic(parser)
     measuring = parser.add_argument_group("measured loss")
     measuring.add_argument(
         "--measure",
@@ -58,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     figures = [check_figure_path(path) for path in args.figure]
     request = SweepRequest(
         lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
-        solver=args.solver, relative_gap=args.relative_gap, measure=_measure(args),
+        solver=args.solver, relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
     )  # fmt: skip
     with show_progress() as progress:
         found = run_sweep(Scores.read(args.scores), request, progress)
@@ -70,6 +86,33 @@ def run(args: argparse.Namespace) -> None:
         print_csv(SWEEP_COLUMNS, sweep_rows(found))
     else:
         print_tables(sweep_table(found))
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, dollars = text.rpartition("=")
+    try:
+        value = float(dollars)
+    except ValueError:
+        value = -1.0
+    if not name or not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DOLLARS an hour, such as l4=0.71")
+    return name, value
+
+
+def _gpus(args: argparse.Namespace) -> "GpuSettings | None":
+    if args.gpus is None:
+        if args.price:
+            raise InputError("--price needs --gpus, whose names it prices")
+        return None
+    if args.model is None:
+        raise InputError("--gpus needs --model: its config.json says how large the KV cache is")
+    from allocator.fitting import find_gpu, load_catalogue
+    from allocator.fitting.model import read_model
+    from allocator.sweeping import GpuSettings
+
+    catalogue = load_catalogue(args.gpu_catalogue)
+    devices = {name: find_gpu(name, catalogue) for name in args.gpus.split(",") if name}
+    return GpuSettings(devices, read_model(args.model), plan_request(args), dict(args.price))
 
 
 def _measure(args: argparse.Namespace) -> "MeasureSettings | None":

