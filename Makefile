@@ -7,7 +7,7 @@ PYTHON := $(BIN)/python
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-sidecar bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B
 bench-allocation: setup ## every method of allocation on the same candidates and bytes (about an hour; goes on where it stopped)
 	@$(PYTHON) benchmarks/allocation/bench.py
 
+bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes)
+	$(PYTHON) benchmarks/serving/bench.py
+
 test: lint ## all checks and all tests
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
@@ -65,5 +68,5 @@ format: setup ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 clean: ## remove caches and what the demo left behind (.venv stays)
-	rm -rf demo-out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo-out bench-out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find allocator gamma_vllm benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ VERBS = {
     "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",
     "sidecar": "serve the allocation API and its console",
     "remote": "ask a running sidecar: models, plans, allocations, checkpoints",
+    "warmup": "compile ahead what the kernels of a checkpoint need",
     "schema": "print the JSON Schema of a file format",
 }
 _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}

@@ -11,7 +11,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache"]
+        "name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache", "digests"]
     )
 
 
@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.kv_cache import KvCacheScores
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
+    from allocator.contract.tensor_digests import TensorDigests
     from allocator.fitting import Catalogue, Plan
     from allocator.fitting.probe import ProbeRecord
 
@@ -32,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         documents: dict[str, type[Document]] = {
             "bank": Bank, "scores": Scores, "manifest": Manifest, "plan": Plan, "probe": ProbeRecord,
-            "kv_cache": KvCacheScores,
+            "kv_cache": KvCacheScores, "digests": TensorDigests,
         }  # fmt: skip
         print_json(documents[args.name].published_schema())

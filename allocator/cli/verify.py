@@ -7,20 +7,28 @@ from allocator.cli.options import add_json
 from allocator.cli.output import print_json, print_tables
 
 EXAMPLES = """examples:
-  gamma verify Qwen3-8B-gamma"""
+  gamma verify Qwen3-8B-gamma
+  gamma verify Qwen3-8B-gamma --digests"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--digests", action="store_true", help="also read every tensor and compare it with the digest of the export"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.checkpoint import check_checkpoint
+    from allocator.contract.tensor_digests import check_digests
     from allocator.reporting import manifest_tables
 
     _config, manifest = check_checkpoint(args.checkpoint)
+    compared = check_digests(args.checkpoint, manifest) if args.digests else 0
     if args.json:
-        print_json({"checkpoint": str(args.checkpoint), "manifest_digest": manifest.digest, "sound": True})
+        document = {"checkpoint": str(args.checkpoint), "manifest_digest": manifest.digest, "sound": True}
+        print_json(document | ({"tensors_compared": compared} if args.digests else {}))
     else:
-        print_tables(*manifest_tables(manifest), f"{args.checkpoint} is what it declares")
+        told = f", and its {compared} tensors are those of the export" if args.digests else ""
+        print_tables(*manifest_tables(manifest), f"{args.checkpoint} is what it declares{told}")

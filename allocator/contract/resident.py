@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Split = Literal["column", "kv", "qkv", "row", "replicated", "embedding", "head", "tied", "expert_column", "expert_row"]
-Kernel = Literal["torch", "ark", "humming"]
+Kernel = Literal["torch", "native", "ark", "humming"]
 
 VOCABULARY_PADDING = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of vLLM."""
@@ -135,7 +135,8 @@ def _kv_rows(rows: int, split: Split, ranks: Ranks, heads: Heads) -> int:
 def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kernel) -> tuple[int, ...]:
     """Bytes of each tensor that holds `rows` packed together; `module` says their storage (its shape does not count).
 
-    torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. ark has
+    torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. native keeps
+    the same, with zero points of one byte (`gamma_vllm.kernels.native.resident_bytes`). ark has
     one blob: rows padded to 24, codes, float32 scales, zero points of one byte, and 128 bytes
     (`gamma_vllm.kernels.ark.blob_bytes`). humming pads rows to 256 and columns to 128, and unpacks zero points to 4
     or 8 bits (`gamma_vllm.kernels.humming.resident_bytes`).
@@ -156,6 +157,8 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     packed, scales = rows * columns * bits // 8, 2 * rows * groups
     if module.symmetric:
         return packed, scales
+    if kernel == "native":
+        return packed, scales, rows * groups
     return packed, scales, 4 * -(-rows * zero_point_bits // 32) * groups
 
 
@@ -232,6 +235,12 @@ class Residency(Strict):
             held = -(-self.experts // self.tensor_parallel_size)
             nbytes = -(-nbytes * held // self.experts)
         return nbytes
+
+    def segments(self, modules: Mapping[str, ModuleFormat]) -> Iterable[tuple[ModuleFormat, int, int]]:
+        """What the kernels multiply with on a rank, layer by layer: storage, rows and columns; neighbours of one kind
+        are one. Raises InputError where the ranks do not divide a module."""
+        for names in self._layers(modules):
+            yield from self._segments(names, modules)
 
     def stage_bytes(self, modules: Mapping[str, ModuleFormat]) -> list[int]:
         """Bytes of a whole model on the tightest rank of each stage, fused layers packed as vLLM's plugin does."""

@@ -16,6 +16,7 @@ from allocator.contract.errors import ContractError, InputError, StoppedError
 from allocator.contract.layout import TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.safetensors_file import INDEX_NAME
+from allocator.contract.tensor_digests import DIGESTS_NAME, digest_folder
 from allocator.exporting.declaration import Declaration, check_declarable
 from allocator.exporting.plan import MAX_SHARD_BYTES, plan_checkpoint
 from allocator.inventory import Inventory
@@ -83,6 +84,7 @@ def export_checkpoint(
         if written != predicted:
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
         check_checkpoint(temporary)
+        digest_folder(temporary, manifest).write(temporary / DIGESTS_NAME)
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)

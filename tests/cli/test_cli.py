@@ -13,6 +13,7 @@ from allocator.contract.manifest import Manifest
 
 SMALL = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32"]
 VERBS = [
+    "warmup",
     "inspect",
     "learn",
     "solve",

@@ -15,6 +15,7 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME, read_folder_headers
+from allocator.contract.tensor_digests import check_digests
 from allocator.evaluation import load_dequantized
 from allocator.exporting import export_checkpoint
 from allocator.inventory import model_digest, read_inventory
@@ -62,6 +63,7 @@ def test_predicted_bytes_are_written_bytes(
     assert sum(t.nbytes for t in read_folder_headers(tmp_path / "out").values()) == f.manifest.tensor_bytes
     assert f.manifest.tensor_bytes <= f.manifest.budget.nbytes
     assert len({m.num_bits for m in f.manifest.modules.values()}) > 2
+    assert check_digests(tmp_path / "out", f.manifest) == len(read_folder_headers(tmp_path / "out"))
 
 
 def test_many_files_have_the_predicted_bytes_too(fitted: Callable[..., Fitted], tmp_path: Path) -> None:

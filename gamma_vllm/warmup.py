@@ -1,0 +1,53 @@
+"""What `gamma warmup` runs: compiles ahead for the kernel that is chosen here. Reads JSON, prints a line of JSON."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from gamma_vllm.kernels.choose import choose_kernel
+
+__all__ = ["warm_up"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def warm_up(request: dict[str, Any]) -> dict[str, Any]:
+    """`{"dtype", "segments": [{"rows", "columns", "num_bits", "group_size", "symmetric"}]}` to what was done."""
+    torch.set_default_dtype(_DTYPES[request["dtype"]])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernel, started = choose_kernel(device), time.perf_counter()
+    if kernel.name == "humming":
+        compiled = _compile_humming(request, device)
+        told = f"humming: {compiled} kernels"
+    elif kernel.name == "native":
+        from gamma_vllm.kernels.native import build
+
+        compiled, told = 1, f"native: {build()}"
+    else:
+        compiled, told = 0, f"{kernel.name}: nothing to compile"
+    seconds = round(time.perf_counter() - started, 2)
+    return {"kernel": kernel.name, "compiled": compiled, "seconds": seconds, "told": f"{told}, {seconds} s"}
+
+
+def _compile_humming(request: dict[str, Any], device: torch.device) -> int:
+    """All kernels that a product may need, at every number of tokens; humming keeps them on disk."""
+    from humming.kernel.humming import HummingKernel as Library
+
+    from gamma_vllm.kernels.humming import compute_config, layer_config
+
+    dtype = _DTYPES[request["dtype"]]
+    device = torch.device(device.type, torch.cuda.current_device())
+    for s in request["segments"]:
+        config = layer_config(
+            s["rows"], s["columns"], s["group_size"], s["num_bits"], not s["symmetric"], dtype, device
+        )
+        Library.prepare_kernels(config.to_str(), compute_config(), None, device)
+    return len(request["segments"])
+
+
+if __name__ == "__main__":
+    result = warm_up(json.load(sys.stdin))
+    print(json.dumps(result))
