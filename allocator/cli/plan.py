@@ -5,6 +5,7 @@ checkpoint it says how many tokens and sequences its KV cache holds.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from allocator.cli.options import add_json, add_model
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.fitting.model import read_model
     from allocator.fitting.plan import make_plan, plans_of_catalogue
+    from allocator.fitting.serving import vllm_arguments
     from allocator.reporting.plans import devices_table, plan_tables
 
     request, device = plan_request(args), device_of(args)
@@ -55,3 +57,5 @@ def run(args: argparse.Namespace) -> None:
         print_json(plan.payload() | {"digest": plan.digest})
     else:
         print_tables(*plan_tables(plan))
+        if model.formats is not None and plan.verdict.fits:
+            print_tables("serve it: " + shlex.join(vllm_arguments(plan, args.model)))

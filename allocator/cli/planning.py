@@ -19,7 +19,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu", metavar="NAME", help="a card (rtx4090, h100, l4, a100-40gb:3g.20gb), or auto: the one here"
     )
-    group.add_argument("--gpu-memory", metavar="SIZE", help="memory of a card that has no name, e.g. 24GiB")
+    group.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of a card without a name, as its driver has it: 24GiB"
+    )
     group.add_argument("--gpu-catalogue", type=Path, metavar="FILE", help="cards of your own (`gamma schema gpus`)")
 
 
@@ -58,6 +60,9 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enable-expert-parallel", action="store_true", help="deal whole experts out to the ranks")
     group.add_argument("--gpu-memory-utilization", metavar="PART", default="0.92", help="default 0.92, as vLLM has it")
     group.add_argument("--block-size", metavar="N", default="16")
+    group.add_argument(
+        "--kernel", choices=["humming", "ark", "torch"], default="humming", help="default humming (CUDA)"
+    )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
 
 
@@ -116,6 +121,7 @@ def plan_request(args: argparse.Namespace) -> "PlanRequest":
         "expert_parallel": args.enable_expert_parallel,
         "gpu_memory_utilization": _share("--gpu-memory-utilization", args.gpu_memory_utilization),
         "enforce_eager": args.enforce_eager,
+        "kernel": args.kernel,
     }
     try:
         return PlanRequest(**given)

@@ -186,8 +186,8 @@ def find_gpu(name: str, catalogue: Sequence[Gpu] | None = None) -> Device:
 
 
 def memory_device(total_bytes: int) -> Device:
-    """A device of which only the memory that CUDA sees is known."""
-    return Device(f"{total_bytes / 2**30:.2f} GiB", total_bytes, total_bytes, "exact")
+    """A device of which only the memory is known, as a data sheet or the driver says it: CUDA sees less."""
+    return Device(f"{total_bytes / 2**30:.2f} GiB", total_bytes, _cuda_bytes(total_bytes), "formula")
 
 
 def device_again(memory: DeviceMemory) -> Device:
@@ -209,7 +209,11 @@ def device_again(memory: DeviceMemory) -> Device:
 
 def cuda_memory(total_mib: int) -> int:
     """Bytes that CUDA sees of a card whose driver reports `total_mib`, estimated from below."""
-    return (total_mib - max(_RESERVED_MIB, total_mib // _RESERVED_PART)) * MIB
+    return _cuda_bytes(total_mib * MIB)
+
+
+def _cuda_bytes(total_bytes: int) -> int:
+    return max(total_bytes - max(_RESERVED_MIB * MIB, total_bytes // _RESERVED_PART), total_bytes // 2)
 
 
 def _whole(gpu: Gpu) -> Device:

@@ -5,8 +5,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ortools.math_opt.python import mathopt
-
 from allocator.solving.quiet import stdout_to_stderr
 from allocator.solving.relaxation import Item, Picks, total_bytes, total_gain
 
@@ -15,11 +13,8 @@ __all__ = ["SOLVERS", "Core", "Solver"]
 Solver = Literal["dynamic", "highs", "cp-sat", "scip"]
 """`dynamic` is ours, which asks HiGHS for what has too many states; the others are OR-Tools'."""
 
-SOLVERS = {
-    "highs": mathopt.SolverType.HIGHS,
-    "cp-sat": mathopt.SolverType.CP_SAT,
-    "scip": mathopt.SolverType.GSCIP,
-}
+SOLVERS = {"highs": "HIGHS", "cp-sat": "CP_SAT", "scip": "GSCIP"}
+"""Names in `mathopt.SolverType`. OR-Tools is imported when it is asked: loading it takes longer than most answers."""
 _LARGEST_GAIN = 2.0**13
 """Largest objective coefficient given to a floating-point solver, whose tolerances are absolute (1e-6)."""
 _INTEGER_RANGE = 2.0**50
@@ -51,6 +46,8 @@ class Core:
         floor = [js[0] for js in self.kept]
         if not self.open_units:
             return floor, total_gain(self.items, floor)
+        from ortools.math_opt.python import mathopt
+
         scale = self._objective_scale(solver)
         model = mathopt.Model(name="gamma")
         variables: dict[tuple[int, int], Any] = {}
@@ -70,7 +67,7 @@ class Core:
         with stdout_to_stderr():
             result = mathopt.solve(
                 model,
-                SOLVERS[solver],
+                getattr(mathopt.SolverType, SOLVERS[solver]),
                 params=_parameters(solver, seconds, tolerance * scale),
                 model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
             )
@@ -92,6 +89,8 @@ class Core:
 
 
 def _parameters(solver: str, seconds: float, tolerance: float) -> Any:
+    from ortools.math_opt.python import mathopt
+
     parameters = mathopt.SolveParameters(
         time_limit=datetime.timedelta(seconds=seconds),
         absolute_gap_tolerance=tolerance,

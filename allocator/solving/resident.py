@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from allocator.contract.errors import InfeasibleBudgetError
 from allocator.contract.layout import ModuleFormat
@@ -66,7 +67,8 @@ def solve_resident(
 def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:
     """`scores` of the modules of one stage with the bytes that they take on a rank, which are no longer those of files.
 
-    A tied embedding that two stages hold belongs to the first; the last reserves it at 16 bits.
+    A tied embedding that two stages hold belongs to the first; the last reserves it at 16 bits. Interactions reach
+    across stages and are left out when there are several.
     """
     other_bytes = residency.stages[stage].other_bytes
     modules = {}
@@ -77,7 +79,10 @@ def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:
         elif stage in held:
             shape = module.candidates[0].format.shape
             other_bytes += residency.module_bytes(name, ModuleFormat(shape=shape, num_bits=16))
-    return scores.model_copy(update={"modules": modules, "other_bytes": other_bytes})
+    update: dict[str, Any] = {"modules": modules, "other_bytes": other_bytes}
+    if len(residency.stages) > 1:
+        update["interactions"] = None
+    return scores.model_copy(update=update)
 
 
 def _resident(name: str, module: ScoredModule, residency: Residency) -> ScoredModule:

@@ -12,18 +12,17 @@ from allocator.contract.manifest import Manifest
 from allocator.fitting import Plan, PlanRequest, make_plan, memory_device
 from allocator.inventory import read_shape
 
-TRAFFIC = ["--max-model-len", "64", "--max-num-seqs", "2"]
+TRAFFIC = ["--max-model-len", "64", "--max-num-seqs", "2", "--kernel", "torch"]  # the others pad such small modules
 SMALL = ["--quantizer", "rtn", "--group-size", "32", "--sequences", "4", "--sequence-length", "32"]
-SMALL += ["--passes", "1"]
 
 
 def card_for(model, weight_bytes):
     """Memory of a card that leaves about `weight_bytes` for the weights of `model`."""
     shape = read_shape(json.loads((model / "config.json").read_text()))
-    request = PlanRequest(max_model_len=64, max_num_seqs=2)
+    request = PlanRequest(max_model_len=64, max_num_seqs=2, kernel="torch")
     plan = make_plan(shape, memory_device(8 << 30), request, group_size=32)
     overhead = plan.line("vLLM may use").nbytes - plan.weight_budget_bytes
-    return int((overhead + weight_bytes) / 0.92), plan
+    return int((overhead + weight_bytes) / 0.92) + 680 * 2**20, plan  # CUDA sees 680 MiB less of a small card
 
 
 def test_fit_for_a_card_writes_a_checkpoint_that_its_plan_holds(tiny_model, tmp_path, capsys):
