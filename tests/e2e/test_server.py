@@ -31,16 +31,21 @@ class Server(NamedTuple):
     address: str
 
 
-@contextlib.contextmanager
 def serve(checkpoint, environment, log_path, *flags):
-    """A `vllm serve` process and the address of its API."""
+    """A `vllm serve` process for a checkpoint and the address of its API."""
+    arguments = [checkpoint, "--served-model-name", "gamma", "--dtype", "float32", "--enforce-eager"]
+    return launch([*arguments, "--max-model-len", "128", "--max-num-seqs", "2", *flags], environment, log_path)
+
+
+@contextlib.contextmanager
+def launch(arguments, environment, log_path):
+    """`vllm serve` with `arguments`, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "GAMMA_KERNEL": "torch"}
-    command = [Path(sys.executable).with_name("vllm"), "serve", str(checkpoint), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", "gamma", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "128", "--max-num-seqs", "2", *flags]
+    command = [Path(sys.executable).with_name("vllm"), "serve", *map(str, arguments)]
+    command += ["--port", str(port), "--host", "127.0.0.1"]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
