@@ -28,7 +28,7 @@ from benchmarks.sidecar.scores import publish_scores  # noqa: E402
 SCRIPT = Path(__file__).with_name("post.lua")
 FRESH_CLIENTS = 8
 CACHED_CLIENTS = 16
-SECONDS = 10
+SECONDS = 8
 REPEATS = 3
 
 
