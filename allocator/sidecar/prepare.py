@@ -1,7 +1,9 @@
 """From a store and a GPU to a folder that `vllm serve` starts from: choose, solve, export, write the arguments."""
 
 import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from allocator.contract.documents import Digest, Strict, write_atomically
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.progress import Progress, silent
-from allocator.sidecar.choice import choose, find_entry
+from allocator.sidecar.choice import Choice, choose, find_entry
+from allocator.sidecar.entry import Entry
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
@@ -42,7 +45,6 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     """
     entry = find_entry(store, settings.model)
     choice = choose(settings, entry, store, progress)
-    checkpoint = out / "checkpoint"
     request = digest_json({
         "settings": settings.model_dump(mode="json"),
         "scores": entry.scores_digest,
@@ -53,6 +55,21 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     if present is not None:
         return present
     out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        present = _present(out, request, choice.manifest)  # another may have done it meanwhile
+        return present or _fill(out, request, settings, choice, entry, store, progress)
+
+
+def _fill(
+    out: Path,
+    request: str,
+    settings: PrepareSettings,
+    choice: Choice,
+    entry: Entry,
+    store: Store,
+    progress: Progress,
+) -> Prepared:
+    checkpoint = out / "checkpoint"
     (out / _RECORD).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the store may be mounted read-only; the manifest lies in `out` too
         store.add_manifest(choice.manifest)
@@ -78,6 +95,15 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     )
     write_atomically(out / _RECORD, prepared.model_dump_json(indent=1) + "\n")
     return prepared
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time fills `out`: pods may share the volume. Where files cannot be locked, nobody waits."""
+    with (out / ".lock").open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _present(out: Path, request: str, manifest: Manifest) -> Prepared | None:

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,6 +25,20 @@ REQUIREMENTS = DEPLOY / "requirements"
 
 def test_all_images_are_here():
     assert set(DOCKERFILES) == {"gamma-vllm", "gamma-vllm-cpu", "gamma-sidecar"}
+
+
+def test_versions_are_those_of_the_project():
+    """The image of vLLM is of the version that the plugin is for; chart and compose name this version's images."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (vllm,) = (r for r in map(Requirement, project["optional-dependencies"]["cuda"]) if r.name == "vllm")
+    text = DOCKERFILES["gamma-vllm"].read_text()
+    assert f"ARG VLLM_IMAGE=vllm/vllm-openai:v{str(vllm.specifier).removeprefix('==')}\n" in text
+    chart = yaml.safe_load((ROOT / "helm" / "gamma" / "Chart.yaml").read_text())
+    assert chart["appVersion"] == project["version"]
+    for path in (*DOCKERFILES.values(), *DEPLOY.glob("docker-compose*.yaml")):
+        named = set(re.findall(r"(gamma-(?:vllm|vllm-cpu|sidecar)):(\d[\w.]*)", path.read_text()))
+        assert named
+        assert {version for _, version in named} == {project["version"]}
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)

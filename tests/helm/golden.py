@@ -13,7 +13,6 @@ GOLDEN = Path(__file__).parent / "golden"
 # Two kinds of profile that every cloud names in its own way.
 _FOR_CLOUDS = {
     "store": {"url": "s3://models/gamma"},
-    "networkPolicy": {"enabled": False},
     "disruptionBudget": {"enabled": False},
     "test": {"enabled": False},
     "allocations": [

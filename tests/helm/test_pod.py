@@ -161,6 +161,18 @@ def test_native_sidecar_prepares_and_stays(helm4, values, store, tmp_path):
         assert config.parent.name == pod.spec["containers"][0]["args"][1].split("/")[-2]
 
 
+def test_pods_that_share_a_volume_prepare_it_once(helm4, values, store, tmp_path):
+    (deployment,) = by_kind(render(helm4, values), "Deployment")
+    pods = [
+        Pod(deployment["spec"]["template"], {"store": store, "model": tmp_path / "claim"}, tmp_path / str(number))
+        for number in range(3)
+    ]
+    with pods[0], pods[1], pods[2]:
+        running = [pod._begin(pod.spec["initContainers"][0]) for pod in pods]
+        assert [process.wait() for process in running] == [0, 0, 0], [pod.log("prepare") for pod in pods]
+        assert sum("already prepared" in pod.log("prepare") for pod in pods) == 2
+
+
 def test_a_budget_that_does_not_fit_is_told_in_the_log_of_prepare(helm4, values, store, tmp_path):
     changed = values | {"allocations": [values["allocations"][0] | {"budget": "1MB"}]}
     (deployment,) = by_kind(render(helm4, changed), "Deployment")

@@ -40,3 +40,28 @@ def test_images_can_be_named_by_digest(helm4):
     for item in render(helm4, EXAMPLES["cluster-virginia"], IMAGES):
         if item["kind"] == "Deployment":
             assert all(c["image"].endswith(f"@{DIGEST}") for c in item["spec"]["template"]["spec"]["containers"])
+
+
+# Pod Security Standards, level restricted: https://kubernetes.io/docs/concepts/security/pod-security-standards/
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "cpu"])
+def test_pods_are_of_the_restricted_level(helm4, name):
+    for item in render(helm4, EXAMPLES[name]):
+        if item["kind"] not in ("Deployment", "Job", "Pod"):
+            continue
+        spec = item["spec"] if item["kind"] == "Pod" else item["spec"]["template"]["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["runAsUser"] >= 10_000
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        assert spec["automountServiceAccountToken"] is False
+        for volume in spec["volumes"]:
+            assert set(volume) - {"name"} <= VOLUMES
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            context = container["securityContext"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert not [port for port in container.get("ports", []) if "hostPort" in port]

@@ -141,7 +141,6 @@ def test_a_profile_that_reads_the_device_gives_it_to_the_init_container(helm4):
         return spec["initContainers"][0]["resources"]["limits"]
 
     assert limits("any")["nvidia.com/gpu"] == 1
-    assert limits("h100-mig-3g.40gb")["nvidia.com/mig-3g.40gb"] == 1
     assert "nvidia.com/gpu" not in limits("l4")
 
 

@@ -31,7 +31,8 @@ def test_prepare_writes_a_served_folder_and_has_nothing_to_do_the_second_time(
     (out / "checkpoint" / "model.safetensors").unlink()
     assert not json.loads(gamma("prepare", *arguments).stdout)["unchanged"]
     check_checkpoint(out / "checkpoint")
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "manifest.json", "prepared.json", "vllm.yaml"]
+    visible = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    assert visible == ["checkpoint", "manifest.json", "prepared.json", "vllm.yaml"]
 
 
 def test_options_come_from_the_environment_and_flags_win(tiny_store: Path, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_a_damaged_bank_leaves_no_checkpoint(tiny_store: Path, tmp_path: Path) -
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     refused = gamma("prepare", "tiny", "--store", store, "--out", tmp_path / "out", "--budget", "3bits", code=3)
     assert "sha256" in refused.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
 
 
 def test_a_gpu_by_name_or_memory_is_planned_for(tiny_store: Path, tmp_path: Path) -> None:
