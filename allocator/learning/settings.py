@@ -15,5 +15,5 @@ class LearningSettings:
     method: str = "gamma"
     batch_tokens: int = 2048
     draws: int = 4
-    pair_samples: int = 65_536
+    pair_samples: int = 262_144
     seed: int = 0
