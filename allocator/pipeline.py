@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,6 +36,8 @@ __all__ = [
     "resolve_model",
     "solve_scores",
 ]
+
+_VERIFIED_SEQUENCES = 32
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -261,10 +263,13 @@ def fit(
     progress: Progress = silent,
     resume: "Resume" = "auto",
     plan: "Plan | None" = None,
+    verified: bool = False,
 ) -> tuple[Manifest, "ExportReport"]:
     """learn, solve and export. The budget and `out` are checked before anything is computed.
 
-    With `plan` the budget is the bytes that it leaves a rank for weights, and that of `solving` does not count.
+    With `plan` the budget is the bytes that it leaves a rank for weights, and that of `solving` does not count. With
+    `verified` the assignment is measured against the best uniform plan (see `refining.verify`), on calibration text
+    drawn anew.
     """
     from allocator.exporting import check_target
     from allocator.inventory import read_inventory
@@ -287,11 +292,40 @@ def fit(
     result = learn(model, work, candidates, learning, progress, resume)
     if plan is None:
         manifest = solve_scores(result.scores, solving)
+        if verified:
+            manifest = _verified(manifest, result, inventory, candidates, solving)
     else:
         requested = f"plan for {plan.device.name}"
         manifest = solve_resident(result.scores, solving, plan.residency, plan.weight_budget_bytes, requested)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
+
+
+def _verified(
+    manifest: Manifest,
+    learned: LearnResult,
+    inventory: "Inventory",
+    candidates: CandidateSettings,
+    solving: SolveSettings,
+) -> Manifest:
+    from allocator.blocks import BlockStream
+    from allocator.candidates import BankReader
+    from allocator.refining import verify
+    from allocator.solving.units import Rules
+    from allocator.student import Student
+
+    anew = replace(candidates, seed=candidates.seed + 1, sequences=min(candidates.sequences, _VERIFIED_SEQUENCES))
+    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
+    length = min(candidates.sequence_length, longest)
+    text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
+    student = Student(BlockStream(inventory, _device()), BankReader(learned.bank_folder), text.token_ids)
+    return verify(manifest, learned.scores, student, Rules(solving.pins, solving.ceilings, solving.floors))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_plan(plan: "Plan", inventory: "Inventory", candidates: CandidateSettings) -> None:

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_probe(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, help="folder for candidates and scores (default: OUT-work)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure the assignment and the best uniform plan of the same bytes, and export the better one "
+        "(budgets in bytes of the checkpoint)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
     add_resume(parser)
@@ -55,11 +61,13 @@ def run(args: argparse.Namespace) -> None:
     candidates, learning = candidate_settings(args), learning_settings(args)
     work = args.work or args.out.with_name(args.out.name + "-work")
     plan = _plan(args)
+    if args.verify and plan is not None:
+        raise InputError("--verify works with --budget and --average-bits: a uniform plan has no size on a rank yet")
     with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         manifest, report = fit(
             model, work, args.out, solve_settings(args), candidates, learning,
-            overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan,
+            overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan, verified=args.verify,
         )  # fmt: skip
     serve = f"vllm serve {args.out}" if plan is None else _write_serving(args, plan)
     if args.json:

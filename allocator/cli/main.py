@@ -18,6 +18,7 @@ VERBS = {
     "learn": "build the candidates of a model and learn what each width of each module costs",
     "plan": "what a GPU's memory leaves for the weights, for your traffic",
     "solve": "find the best assignment for a budget",
+    "refine": "improve an assignment for its budget by changes that are measured",
     "export": "write the checkpoint of an assignment",
     "fit": "learn, solve and export in one step",
     "show": "show an assignment: width of every module, bytes, a heat map",

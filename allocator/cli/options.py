@@ -11,18 +11,21 @@ if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
     from allocator.learning.settings import LearningSettings
     from allocator.pipeline import CandidateSettings, SolveSettings
     from allocator.solving.units import Rules
+    from allocator.student import Student
 
 __all__ = [
     "add_budget",
     "add_figure",
     "add_json",
     "add_learning",
+    "add_measuring",
     "add_model",
     "add_output",
     "add_resume",
     "add_rules",
     "candidate_settings",
     "learning_settings",
+    "measure_student",
     "rules",
     "solve_settings",
 ]
@@ -157,6 +160,40 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     )
     learning.add_argument("--draws", type=int, default=4, help="gradients a position that losses are measured with")
     learning.add_argument("--seed", type=int, default=0)
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """The model, its bank, and text to measure an assignment on."""
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--model", metavar="MODEL", help="the original: a Hugging Face folder, or a hub id")
+    group.add_argument("--bank", type=Path, metavar="DIR", help="candidates (default: the folder bank beside SCORES)")
+    group.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="text to measure on, best such that was not calibrated on; may be repeated",
+    )
+    group.add_argument("--text-sequences", type=int, default=32, help="default 32")
+    group.add_argument(
+        "--text-sequence-length", type=int, default=512, help="default 512, at most what the model allows"
+    )
+    group.add_argument("--text-seed", type=int, default=1, help="which windows of the text (default 1)")
+
+
+def measure_student(args: argparse.Namespace, scores_path: Path) -> "Student":
+    """What `add_measuring` asks for. Raises InputError if an option is missing."""
+    from allocator.pipeline import resolve_model
+    from allocator.refining import open_student
+
+    for name in ("model", "text"):
+        if not getattr(args, name):
+            raise InputError(f"--{name} is missing: measuring runs the original model and the candidates on a text")
+    _positive(args, "text_sequences", "text_sequence_length")
+    return open_student(
+        resolve_model(args.model), args.bank or scores_path.parent / "bank", args.text,
+        args.text_sequences, args.text_sequence_length, args.text_seed,
+    )  # fmt: skip
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:

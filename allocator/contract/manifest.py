@@ -8,7 +8,7 @@ from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
-__all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "average_bits"]
+__all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "Refinement", "Verification", "average_bits"]
 
 MANIFEST_NAME = "gamma_manifest.json"
 
@@ -45,6 +45,29 @@ class Proof(Strict):
     gap: float = Field(ge=0)
 
 
+class Verification(Strict):
+    """KL divergence from the original, nats a token, of the solved assignment and of the best uniform plan of its
+    bytes, on the same text; `kept` says which of the two the manifest holds."""
+
+    text_digest: Digest
+    tokens: int = Field(ge=1)
+    kl: float
+    uniform_kl: float
+    uniform_bits: int
+    kept: Literal["assignment", "uniform"]
+
+
+class Refinement(Strict):
+    """A local search on measured KL divergence, nats a token: before, after, and changes tried and kept."""
+
+    text_digest: Digest
+    tokens: int = Field(ge=1)
+    kl_before: float
+    kl: float
+    tried: int = Field(ge=0)
+    kept: int = Field(ge=0)
+
+
 class Manifest(Document):
     """`manifest.json`, and `gamma_manifest.json` inside a checkpoint."""
 
@@ -61,6 +84,8 @@ class Manifest(Document):
     module_bytes: dict[str, int]
     modules: dict[str, ModuleFormat]
     proof: Proof | None = None
+    verification: Verification | None = None
+    refinement: Refinement | None = None
 
     @model_validator(mode="after")
     def _bytes_add_up(self) -> "Manifest":

@@ -36,8 +36,8 @@ def losses_of_errors(errors: Tensor) -> Tensor:
 def correlations(errors: Tensor, parts: int = 16) -> Tensor:
     """Correlation matrix `[C, C]`, float32, of errors `[C, n]` scaled to a mean square of 1, less what chance makes.
 
-    Most pairs have no correlation worth the name, and an optimiser finds those whose estimate happens to be negative. So
-    the estimate is made in `parts` of the text, and with v the variance of their mean, r is shrunk to
+    Most pairs have no correlation worth the name, and an optimiser finds those whose estimate happens to be negative.
+    So the estimate is made in `parts` of the text, and with v the variance of their mean, r is shrunk to
     r max(0, 1 - 2 v / r^2): nothing is left of what is below 1.4 standard errors (a positive-part James-Stein rule).
     """
     total = torch.zeros(errors.shape[0], errors.shape[0])

@@ -1,6 +1,7 @@
 """After solving: assignments judged by the KL divergence that they measure, not by their scores."""
 
 from allocator.refining.search import Refined, refine
+from allocator.refining.steps import open_student, refine_manifest, verify
 from allocator.refining.uniform import uniform_assignment
 
-__all__ = ["Refined", "refine", "uniform_assignment"]
+__all__ = ["Refined", "open_student", "refine", "refine_manifest", "uniform_assignment", "verify"]

@@ -5,17 +5,18 @@ assignment is sum_i s_i + 2 sum_{i<j} q_ij over its chosen candidates. The exact
 start; from there the single change or pair of changes within the budget that gains most is taken, until none gains.
 """
 
+import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.contract.scores import Scores
+from allocator.contract.scores import Interactions, Scores
 from allocator.solving.units import Choice, Unit
 
-__all__ = ["Quadratic", "descend", "local_search", "lower_bound", "pair_terms", "quadratic_of"]
+__all__ = ["Quadratic", "descend", "interactions_among", "local_search", "lower_bound", "pair_terms", "quadratic_of"]
 
 _DISTURBED, _MOST_DISTURBANCES, _EFFORT = 4, 80, 20_000_000
 _REACH = 2
@@ -60,6 +61,23 @@ def pair_terms(scores: Scores) -> NDArray[np.float64]:
     root = np.sqrt([candidate.score for candidate in candidates])
     terms *= root[:, None] * root[None, :]
     return terms + terms.T
+
+
+def interactions_among(scores: Scores, names: Collection[str]) -> Interactions | None:
+    """The interactions of `scores` between the modules `names` alone, for scores that have only these.
+
+    The least eigenvalue stays: a part of a matrix has none below it.
+    """
+    if scores.interactions is None:
+        return None
+    inside = [i for i, (name, _) in enumerate(scores.interacting()) if name in names]
+    count = len(scores.interacting())
+    table = np.zeros((count, count), dtype="<f2")
+    table[np.triu_indices(count, 1)] = np.frombuffer(scores.interactions.content(), dtype="<f2")
+    content = table[np.ix_(inside, inside)][np.triu_indices(len(inside), 1)].tobytes()
+    return Interactions(
+        correlations=base64.b64encode(content).decode(), least_eigenvalue=scores.interactions.least_eigenvalue
+    )
 
 
 def quadratic_of(scores: Scores, units: Sequence[Unit]) -> Quadratic:

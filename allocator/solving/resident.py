@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from allocator.contract.errors import InfeasibleBudgetError
 from allocator.contract.layout import ModuleFormat
@@ -18,6 +17,7 @@ from allocator.contract.resident import Residency
 from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Solution, solve
+from allocator.solving.quadratic import interactions_among
 from allocator.solving.request import SolveSettings
 
 __all__ = ["resident_scores", "solve_resident"]
@@ -67,8 +67,8 @@ def solve_resident(
 def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:
     """`scores` of the modules of one stage with the bytes that they take on a rank, which are no longer those of files.
 
-    A tied embedding that two stages hold belongs to the first; the last reserves it at 16 bits. Interactions reach
-    across stages and are left out when there are several.
+    A tied embedding that two stages hold belongs to the first; the last reserves it at 16 bits. Of the interactions
+    those between modules of the stage stay.
     """
     other_bytes = residency.stages[stage].other_bytes
     modules = {}
@@ -79,10 +79,8 @@ def resident_scores(scores: Scores, residency: Residency, stage: int) -> Scores:
         elif stage in held:
             shape = module.candidates[0].format.shape
             other_bytes += residency.module_bytes(name, ModuleFormat(shape=shape, num_bits=16))
-    update: dict[str, Any] = {"modules": modules, "other_bytes": other_bytes}
-    if len(residency.stages) > 1:
-        update["interactions"] = None
-    return scores.model_copy(update=update)
+    together = interactions_among(scores, modules)
+    return scores.model_copy(update={"modules": modules, "other_bytes": other_bytes, "interactions": together})
 
 
 def _resident(name: str, module: ScoredModule, residency: Residency) -> ScoredModule:

@@ -17,6 +17,7 @@ VERBS = [
     "inspect",
     "learn",
     "solve",
+    "refine",
     "export",
     "fit",
     "show",

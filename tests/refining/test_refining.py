@@ -7,11 +7,14 @@ import pytest
 
 from allocator.blocks import BlockStream, calibration_from_model
 from allocator.candidates import BankReader
+from allocator.cli.main import main
+from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
+from allocator.contract.manifest import Manifest
 from allocator.inventory import read_inventory
 from allocator.learning import LearningSettings
-from allocator.pipeline import CandidateSettings, LearnResult, learn
-from allocator.refining import refine, uniform_assignment
+from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
+from allocator.refining import refine, uniform_assignment, verify
 from allocator.solving.units import Rules
 from allocator.student import Student
 
@@ -60,3 +63,53 @@ def test_the_uniform_plan(learned: LearnResult) -> None:
     assert plan is not None
     assert all(f.num_bits >= 8 for name, f in plan.items() if "down_proj" in name)
     assert all(f.num_bits <= 3 for name, f in plan.items() if "q_proj" in name)
+
+
+def measuring(model: Path, tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night, and the old man was very glad of it. " * 40)
+    return ["--model", str(model), "--text", str(text), "--text-sequences", "6", "--text-sequence-length", "32"]
+
+
+def test_solve_verifies_and_refine_improves(
+    learned: LearnResult, tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, manifest, better = str(learned.scores_path), tmp_path / "manifest.json", tmp_path / "better.json"
+    options = measuring(tiny_model("llama"), tmp_path)
+    assert main(["solve", scores, "--average-bits", "4.5", "--verify", "--out", str(manifest), *options]) == 0
+    assert "uniform" in capsys.readouterr().out
+    solved = Manifest.read(manifest)
+    found = solved.verification
+    assert found is not None
+    assert found.kept == ("uniform" if found.uniform_kl < found.kl else "assignment")
+    assert main(["refine", str(manifest), "--scores", scores, "--minutes", "0.2", "--out", str(better), *options]) == 0
+    refined = Manifest.read(better)
+    assert refined.refinement is not None
+    assert refined.refinement.kl <= refined.refinement.kl_before
+    assert refined.tensor_bytes <= refined.budget.nbytes
+
+
+def test_a_worse_assignment_gives_way_to_the_uniform_plan(
+    learned: LearnResult, tiny_model: Callable[[str], Path]
+) -> None:
+    """Scores turned upside down: what matters most gets least."""
+    scores = learned.scores
+    solved = solve_scores(scores, SolveSettings(average_bits=5.0))
+    names = [name for name, module in scores.modules.items() if len(module.candidates) > 1]
+    last = [name for name in names if "down_proj" in name or "v_proj" in name]
+    poor = {
+        name: scores.modules[name].candidates[0 if name in last else 2].format if name in names else form
+        for name, form in solved.modules.items()
+    }
+    sizes = {name: module_bytes(form) for name, form in poor.items()}
+    total = scores.other_bytes + sum(sizes.values())
+    poor_manifest = solved.model_copy(update={"modules": poor, "module_bytes": sizes, "tensor_bytes": total})
+    tokens = calibration_from_model(tiny_model("llama"), 8, 32, 1).token_ids
+    student = Student(BlockStream(read_inventory(tiny_model("llama"))), BankReader(learned.bank_folder), tokens)
+    kept = verify(poor_manifest, scores, student)
+    assert kept.verification is not None
+    assert kept.verification.kept == kept.method == "uniform"
+    assert len({kept.modules[name].num_bits for name in names}) == 1
+    assert kept.tensor_bytes <= kept.budget.nbytes
+    with pytest.raises(InputError, match="solved from scores"):
+        verify(poor_manifest.model_copy(update={"scores_digest": "sha256:" + 64 * "0"}), scores, student)

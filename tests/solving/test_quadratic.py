@@ -10,7 +10,7 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, Interactions, ScoredModule, Scores
 from allocator.solving import solve
-from allocator.solving.quadratic import pair_terms, quadratic_of
+from allocator.solving.quadratic import interactions_among, pair_terms, quadratic_of
 from allocator.solving.units import Rules, units_of
 
 WIDTHS = (2, 4, 8)
@@ -105,6 +105,19 @@ def test_without_correlation_the_answer_is_that_of_the_scores() -> None:
     solution = solve(flat, (low + high) // 2)
     assert solution.assignment == solve(scores.model_copy(update={"interactions": None}), (low + high) // 2).assignment
     assert solution.gap == pytest.approx(0, abs=1e-12)
+
+
+def test_a_part_of_the_modules_keeps_its_pairs() -> None:
+    scores = make_scores(4, 3)
+    names = ["m01", "m03"]
+    part = scores.model_copy(
+        update={
+            "modules": {name: scores.modules[name] for name in names},
+            "interactions": interactions_among(scores, names),
+        }
+    )
+    at = [i for i, (name, _) in enumerate(scores.interacting()) if name in names]
+    np.testing.assert_allclose(pair_terms(part), pair_terms(scores)[np.ix_(at, at)])
 
 
 def test_a_file_with_too_few_numbers_is_refused(tmp_path) -> None:

@@ -1,0 +1,106 @@
+"""Measured steps on manifests: verified against the best uniform plan, refined by local search."""
+
+from collections import Counter
+from pathlib import Path
+
+from allocator.contract.digest import digest_bytes
+from allocator.contract.errors import InputError
+from allocator.contract.layout import ModuleFormat, module_bytes
+from allocator.contract.manifest import Manifest, Refinement, Verification
+from allocator.contract.scores import Scores
+from allocator.progress import Progress, silent
+from allocator.refining.search import refine
+from allocator.refining.uniform import uniform_assignment
+from allocator.solving.units import Rules
+from allocator.student import Student
+
+__all__ = ["open_student", "refine_manifest", "verify"]
+
+
+def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, length: int, seed: int) -> Student:
+    """The model and its candidates on windows of `texts`. Raises InputError, ContractError."""
+    import torch
+
+    from allocator.blocks import BlockStream, calibration_from_text
+    from allocator.candidates import BankReader
+    from allocator.inventory import read_inventory
+
+    inventory = read_inventory(model)
+    longest = inventory.config.get("max_position_embeddings") or length
+    tokens = calibration_from_text(model, texts, sequences, min(length, longest), seed).token_ids
+    return Student(BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu"), BankReader(bank), tokens)
+
+
+def verify(manifest: Manifest, scores: Scores, student: Student, rules: Rules | None = None) -> Manifest:
+    """Measure `manifest` and the best uniform plan of its budget, and keep the better one; both figures are recorded.
+
+    Never worse than uniform on the text of `student`. Where no uniform plan fits, the manifest is returned as it is.
+    Raises InputError for a bank or scores of another model, and for a budget in resident bytes.
+    """
+    _check(manifest, scores, student)
+    rules = rules or Rules({}, {}, {})
+    plan = uniform_assignment(scores, manifest.budget.nbytes, rules.pins, rules.ceilings, rules.floors)
+    if plan is None:
+        return manifest
+    ours = float(student.losses(manifest.modules).kl.mean())
+    theirs = float(student.losses(plan).kl.mean())
+    free = [plan[name].num_bits for name, module in scores.modules.items() if len(module.candidates) > 1]
+    found = Verification(
+        text_digest=_text_digest(student),
+        tokens=student.token_ids.numel(),
+        kl=ours,
+        uniform_kl=theirs,
+        uniform_bits=Counter(free).most_common(1)[0][0],
+        kept="uniform" if theirs < ours else "assignment",
+    )
+    if theirs < ours:
+        return _with_modules(manifest, plan, method="uniform", verification=found)
+    return manifest.model_copy(update={"verification": found})
+
+
+def refine_manifest(
+    manifest: Manifest, scores: Scores, student: Student, minutes: float, rules: Rules, progress: Progress = silent
+) -> Manifest:
+    """`manifest` improved for up to `minutes` by changes that measure better on the text of `student`."""
+    _check(manifest, scores, student)
+    found = refine(
+        student, scores, manifest.modules, manifest.budget.nbytes, 60 * minutes, rules, progress=progress
+    )  # fmt: skip
+    refinement = Refinement(
+        text_digest=_text_digest(student),
+        tokens=student.token_ids.numel(),
+        kl_before=found.kl_before,
+        kl=found.kl,
+        tried=found.tried,
+        kept=found.kept,
+    )
+    if not found.kept:
+        return manifest.model_copy(update={"refinement": refinement})
+    return _with_modules(manifest, found.assignment, method=f"{scores.method} refined", refinement=refinement)
+
+
+def _with_modules(manifest: Manifest, assignment: dict[str, ModuleFormat], **changes: object) -> Manifest:
+    sizes = {name: module_bytes(assignment[name]) for name in manifest.modules}
+    update = {
+        "modules": {name: assignment[name] for name in manifest.modules},
+        "module_bytes": sizes,
+        "tensor_bytes": manifest.other_bytes + sum(sizes.values()),
+        "proof": None,  # it was of another assignment
+    }
+    changed = manifest.model_copy(update=update | changes)
+    return Manifest.parse(changed.payload() | {"digest": changed.digest}, "manifest")
+
+
+def _check(manifest: Manifest, scores: Scores, student: Student) -> None:
+    if manifest.budget.kind is not None:
+        raise InputError(
+            "the budget is in bytes after loading; only budgets in bytes of the checkpoint can be measured"
+        )
+    if scores.digest != manifest.scores_digest:
+        raise InputError(f"the manifest was solved from scores {manifest.scores_digest}, given are {scores.digest}")
+    if student.bank.bank.digest != manifest.bank_digest:
+        raise InputError(f"the manifest is of bank {manifest.bank_digest}, given is {student.bank.bank.digest}")
+
+
+def _text_digest(student: Student) -> str:
+    return digest_bytes(student.token_ids.contiguous().cpu().numpy().tobytes())
