@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from allocator.contract.errors import InputError
-from allocator.fitting.catalogue import Device
+from allocator.fitting.catalogue import Device, find_gpu, load_catalogue
 from allocator.fitting.document import Advice
 from allocator.fitting.lines import ledger
 from allocator.fitting.request import PlanRequest, check_request
@@ -44,7 +44,22 @@ def advise(
         advice.append(_advice("--kv-cache-dtype", "fp8", "keys and values in 8 bits"))
     if request.gpu_memory_utilization < 0.95 and fits(gpu_memory_utilization=0.95):
         advice.append(_advice("--gpu-memory-utilization", "0.95", "less left free for others on the device"))
-    return advice
+    return advice or _larger_card(shape, device, request, needed)
+
+
+def _larger_card(shape: ModelShape, device: Device, request: PlanRequest, needed: int) -> list[Advice]:
+    """The card of least memory above `device` that does, where no option alone is enough."""
+    cards = [gpu for gpu in load_catalogue() if gpu.why_not is None and gpu.memory_bytes > device.total_bytes]
+    for gpu in sorted(cards, key=lambda g: g.memory_bytes):
+        larger = find_gpu(gpu.name)
+        try:
+            check_request(request, shape, larger.capability, larger.cuda_bytes)
+        except InputError:
+            continue
+        if ledger(shape, larger, request, {}).budget >= needed:
+            name = (gpu.aliases or [gpu.name])[0]
+            return [_advice("--gpu", name, f"{gpu.name} has {gpu.memory_bytes / 2**30:.0f} GiB")]
+    return []
 
 
 def _advice(option: str, value: object, message: str) -> Advice:

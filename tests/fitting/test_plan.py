@@ -50,6 +50,14 @@ def test_what_is_needed_and_advised_is_exactly_enough():
     assert not plan_of(kv_cache_dtype="auto", max_num_seqs=sequences + 1).verdict.fits
 
 
+def test_where_no_option_is_enough_the_smallest_card_that_does_is_named():
+    plan = plan_of(gpu="rtx4060")
+    (advice,) = plan.advice
+    assert advice.option == "--gpu"
+    assert plan_of(gpu=advice.value).verdict.fits
+    assert plan.verdict.message.endswith(f"GiB more: --gpu {advice.value} fits")
+
+
 def test_checkpoint_that_fills_the_budget_leaves_the_cache_that_was_planned():
     shape = shape_of("qwen3-8b")
     formats = {}
