@@ -222,7 +222,7 @@ def run(name: str, folder: Path, quantizer: str, text: Path | None, work: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one case, e.g. demo-gptq; its rows are kept for the call that has all")
-    parser.add_argument("--folder", type=Path, default=ROOT / "channel-blocks-out")
+    parser.add_argument("--folder", type=Path, default=ROOT / "bench-out" / "channel-blocks")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     models: dict[str, tuple[Path, Path | None]] = {"demo": (ROOT / "benchmarks" / "demo" / "model", None)}

@@ -73,7 +73,7 @@ def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one model; its rows are kept for the call that has all")
-    parser.add_argument("--folder", type=Path, default=ROOT / "quantizers-out")
+    parser.add_argument("--folder", type=Path, default=ROOT / "bench-out" / "quantizers")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     models: dict[str, tuple[Path, Path | None]] = {"demo": (ROOT / "benchmarks" / "demo" / "model", None)}

@@ -132,7 +132,8 @@ def run_case(case: Case, folder: Path, minutes: float, pieces: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "scale-out", help="models and work folders (10 GB)")
+    folder = ROOT / "bench-out" / "scale"
+    parser.add_argument("--folder", type=Path, default=folder, help="models and work folders (10 GB)")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--pieces", type=int, default=1000)
     parser.add_argument("--only", help="one case, e.g. 'Qwen3-32B, candidates, gptq'")
