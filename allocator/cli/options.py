@@ -153,10 +153,17 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     learning = parser.add_argument_group("learning")
     learning.add_argument(
         "--method",
-        choices=["gamma", "measured", "fisher", "deltaloss", "uniform"],
+        choices=["gamma", "relaxed", "measured", "fisher", "deltaloss", "uniform"],
         default="gamma",
-        help="where the scores come from: gamma (default); or, to compare with: measured (KL divergence of each swap), "
-        "fisher (ModelOpt's score), deltaloss (AutoRound's), uniform (all weights alike)",
+        help="where the scores come from: gamma (default); or, to compare with: relaxed (Gumbel samples at a training "
+        "budget, as the method was published), measured (KL divergence of each swap), fisher (ModelOpt's score), "
+        "deltaloss (AutoRound's), uniform (all weights alike)",
+    )
+    learning.add_argument(
+        "--train-average-bits",
+        type=float,
+        default=3.0,
+        help="budget that `relaxed` learns at (default 3.0); its scores serve every other budget too",
     )
     learning.add_argument("--draws", type=int, default=4, help="gradients a position that losses are measured with")
     learning.add_argument("--seed", type=int, default=0)
@@ -225,8 +232,8 @@ def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
 def learning_settings(args: argparse.Namespace) -> "LearningSettings":
     from allocator.learning.settings import LearningSettings
 
-    _positive(args, "draws")
-    return LearningSettings(method=args.method, draws=args.draws, seed=args.seed)
+    _positive(args, "draws", "train_average_bits")
+    return LearningSettings(method=args.method, draws=args.draws, average_bits=args.train_average_bits, seed=args.seed)
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -14,7 +14,7 @@ do to the KL together: pairs of modules anywhere in the model are had from the m
 import torch
 from torch import Tensor
 
-__all__ = ["UNIT", "correlations", "errors_along", "losses_of_errors"]
+__all__ = ["UNIT", "correlations", "errors_along", "gram_matrix", "losses_of_errors", "reconstruction_loss"]
 
 _DOUBT = 2.0
 UNIT = "nats of KL divergence a token, to second order, of each block's error on the original model's input"
@@ -53,3 +53,15 @@ def correlations(errors: Tensor, parts: int = 16) -> Tensor:
     variance = (squares / len(pieces) - mean.square()).clamp_min(0) / (len(pieces) - 1)
     shrunk = mean * (1 - _DOUBT * variance / mean.square().clamp_min(1e-30)).clamp(0, 1)
     return shrunk.fill_diagonal_(1.0)
+
+
+def gram_matrix(errors: Tensor) -> Tensor:
+    """Gram matrix `[C, C]`, float64, of errors `[C, n]` in the metric of the loss: its diagonal holds the losses."""
+    projected = errors.double()
+    gram: Tensor = projected @ projected.T / (2 * projected.shape[1])
+    return gram
+
+
+def reconstruction_loss(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
+    """Loss of an output, with a gradient of its own; shapes as in `errors_along`."""
+    return (gradients * (output - teacher)).sum(-1).square().mean() / 2

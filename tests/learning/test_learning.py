@@ -154,7 +154,7 @@ def test_every_method_ranks_widths(method: str, learned: LearnResult, tiny_model
 
 
 def test_an_unknown_method_is_named(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="choose from gamma, measured, fisher, deltaloss, uniform"):
+    with pytest.raises(InputError, match="choose from gamma, relaxed, measured, fisher, deltaloss, uniform"):
         learn(tiny_model("llama"), tmp_path, CANDIDATES, LearningSettings(method="guess"))
 
 
