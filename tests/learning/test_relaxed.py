@@ -55,11 +55,11 @@ def test_marginal_losses_match_measured_ones(
     hidden = HiddenStates(tmp_path / "states", 8, 32, 64)
     stream.fill(hidden, tokens)
     task = Task(inventory, stream, bank, tokens, hidden, LEARNING, silent, Journal.nowhere())
-    batch = task.teacher().batch(stream, 0, torch.arange(8))
+    _, teacher = next((index, teacher) for index, teacher in task.descend("learning") if index == 0)
+    batch = teacher.batch(stream, 0, torch.arange(8))
     block = stream.block(0)
     candidates = task.candidates(0, block)
-    errors = measure_swaps(stream, block, candidates, {0: lambda: batch})[0]
-    grams = {name: gram_matrix(e) for name, e in errors.items()}
+    grams = measure_swaps(stream, block, candidates, {0: lambda: batch}, gram_matrix)[0]
     widths = [f.num_bits for f in candidates.formats["mlp.up_proj"]]
     drawn = {name: widths.index(4) for name in candidates.formats}
     _, found = interactions(task, block, candidates, drawn, grams, batch)
@@ -112,3 +112,27 @@ def test_the_augmented_lagrangian_reaches_its_constraint() -> None:
     for _ in range(200):
         lagrangian.update(100.0 / (1 + lagrangian.multiplier))
     assert 100.0 / (1 + lagrangian.multiplier) == pytest.approx(50.0, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_scores(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, saved, stop_at = Journal.save, 0, 0
+
+    def save(journal: Journal, step: str, state: object) -> None:
+        nonlocal saved
+        original(journal, step, state)
+        saved += 1
+        if saved == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "save", save)
+    whole = learn(tiny_model("llama"), tmp_path / "whole", CANDIDATES, LEARNING).scores_path.read_bytes()
+    steps = saved
+    for share in (0.3, 0.8):
+        stop_at, saved = int(share * steps), 0
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny_model("llama"), tmp_path / f"{share}", CANDIDATES, LEARNING)
+        again = learn(tiny_model("llama"), tmp_path / f"{share}", CANDIDATES, LEARNING)
+        assert again.scores_path.read_bytes() == whole

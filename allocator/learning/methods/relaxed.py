@@ -9,8 +9,8 @@ inner product with the errors of the other modules, which that gradient gives. T
 are losses, carry no trace of the training budget, and serve the others.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.candidates.block import BlockCandidates
+from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
 from allocator.learning.block import Batch, measure_swaps
 from allocator.learning.lagrangian import AugmentedLagrangian
@@ -55,40 +56,44 @@ class Choice:
 
 
 def learn_relaxed(task: Task) -> Table:
-    """Scores in nats, learned at `settings.average_bits`."""
-    teacher = task.teacher()
-    partition = teacher.partition(task.settings.batch_tokens)
-    choices = _measure(task, teacher, partition)
-    outcome = _sample(task, teacher, partition, choices)
+    """Scores in nats, learned at `settings.average_bits`. Raises InputError for a model with experts."""
+    if any(".experts." in name for name in task.bank.bank.modules):
+        raise InputError("the method relaxed does not know experts; use --method gamma")
+    choices = _measure(task)
+    outcome = _sample(task, choices)
     return Table({name: c.scores for name, c in choices.items()}, UNIT, outcome=outcome)
 
 
-def _measure(task: Task, teacher: Teacher, partition: Sequence[Tensor]) -> dict[str, Choice]:
-    shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
+def _measure(task: Task) -> dict[str, Choice]:
+    found = {index: task.journal.load(f"grams-{index:04d}") for index in range(task.stream.blocks)}
+    if None in found.values():  # else gradients of a later pass may lie there
+        for index, teacher in task.descend("measuring"):
+            found[index] = task.journal.once(f"grams-{index:04d}", partial(_measure_block, task, teacher, index))
     choices: dict[str, Choice] = {}
-    for index in task.blocks("measuring"):
-        found = task.journal.once(f"grams-{index:04d}", partial(_measure_block, task, teacher, partition, index))
-        for local, grams in found.items():
+    for index, of_block in found.items():
+        for local, (shares, grams) in (of_block or {}).items():
             name = task.module(index, local)
             nbytes = torch.tensor([module_bytes(f) for f in task.bank.formats(name)], dtype=torch.float64)
-            losses = shares @ torch.diagonal(grams, dim1=1, dim2=2) / shares.sum()
+            losses = shares @ torch.diagonal(grams, dim1=1, dim2=2)
             choices[name] = Choice(nbytes, grams, losses, losses.clone())
     return choices
 
 
-def _measure_block(task: Task, teacher: Teacher, partition: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+def _measure_block(task: Task, teacher: Teacher, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """By module the share of each batch in all sequences `[batches]`, and its Gram matrices `[batches, C, C]`."""
     block = task.stream.block(index)
     candidates = task.candidates(index, block)
+    partition = teacher.partition(task.settings.batch_tokens)
     readers = {
         number: partial(teacher.batch, task.stream, index, rows) for number, rows in task.journal.team.share(partition)
     }
-    errors = measure_swaps(task.stream, block, candidates, readers)
-    mine = {n: {local: gram_matrix(e) for local, e in of_batch.items()} for n, of_batch in errors.items()}
-    together = task.journal.team.gather(mine)
-    return {local: torch.stack([of_batch[local] for of_batch in together]) for local in candidates.formats}
+    together = task.journal.team.gather(measure_swaps(task.stream, block, candidates, readers, gram_matrix))
+    shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
+    shares /= shares.sum()
+    return {local: (shares, torch.stack([of_batch[local] for of_batch in together])) for local in candidates.formats}
 
 
-def _sample(task: Task, teacher: Teacher, partition: Sequence[Tensor], choices: dict[str, Choice]) -> dict[str, Any]:
+def _sample(task: Task, choices: dict[str, Choice]) -> dict[str, Any]:
     """Learn the interactions; every process of a team draws the same samples."""
     scores, nbytes = [c.scores for c in choices.values()], [c.nbytes for c in choices.values()]
     budget = _training_budget(task, nbytes)
@@ -96,48 +101,37 @@ def _sample(task: Task, teacher: Teacher, partition: Sequence[Tensor], choices: 
     lagrangian = AugmentedLagrangian(multiplier, _PENALTY * multiplier / budget, budget)
     generator = torch.Generator().manual_seed(task.settings.seed)
     losses: list[float] = []
-    visits = _PASSES * task.stream.blocks
+    visits = 0
     kept = task.journal.load("sampling")
     if kept is not None:
         for name, c in choices.items():
             c.scores.copy_(kept["scores"][name])
             c.samples = kept["samples"][name]
-        lagrangian.multiplier, losses = kept["multiplier"], kept["losses"]
+        visits, lagrangian.multiplier, losses = kept["visits"], kept["multiplier"], kept["losses"]
         generator.set_state(kept["generator"])
-    for visit in range(0 if kept is None else kept["visits"], visits):
-        task.progress("learning", visit / visits)
-        index = visit % task.stream.blocks
-        if index == 0:
-            losses.append(0.0)
-        block = task.stream.block(index)
-        candidates = task.candidates(index, block)
-        here = {local: choices[task.module(index, local)] for local in candidates.formats}
-        for _ in range(_STEPS):
-            price = lagrangian.effective(expected_bytes(scores, nbytes, lagrangian.multiplier, temperature))
-            drawn = {
-                local: sample(probabilities(c.scores, c.nbytes, price, temperature), generator)
-                for local, c in here.items()
-            }
-            number = int(torch.randint(len(partition), (1,), generator=generator))
-            batch = teacher.batch(task.stream, index, partition[number])
-            grams = {local: c.grams[number] for local, c in here.items()}
-            loss, found = interactions(task, block, candidates, drawn, grams, batch)
-            losses[-1] += loss / _STEPS
-            for local, interaction in found.items():
-                here[local].learn(interaction)
-        lagrangian.update(expected_bytes(scores, nbytes, lagrangian.multiplier, temperature))
-        task.journal.save(
-            "sampling",
-            {
-                "visits": visit + 1,
+    for number in range(visits // task.stream.blocks, _PASSES):
+        # Gradients are computed anew in each pass: they are on the disk for one block at a time.
+        of_pass = replace(task, journal=task.journal.section(f"pass-{number}"))
+        done = visits - number * task.stream.blocks
+        for position, (index, teacher) in enumerate(of_pass.descend(f"learning, pass {number + 1} of {_PASSES}")):
+            if position < done:
+                continue
+            if position == 0:
+                losses.append(0.0)
+            here = {local: choices[task.module(index, local)] for local in _locals(task, choices, index)}
+            price = partial(_price, lagrangian, scores, nbytes, temperature)
+            losses[-1] += _visit(task, teacher, index, here, price, temperature, generator)
+            lagrangian.update(expected_bytes(scores, nbytes, lagrangian.multiplier, temperature))
+            visits += 1
+            state = {
+                "visits": visits,
                 "scores": {name: c.scores for name, c in choices.items()},
                 "samples": {name: c.samples for name, c in choices.items()},
                 "multiplier": lagrangian.multiplier,
                 "losses": losses,
                 "generator": generator.get_state(),
-            },
-        )
-    task.progress("learning", 1.0)
+            }
+            task.journal.save("sampling", state)
     return {
         "budget_bytes": round(budget),
         "expected_bytes": expected_bytes(scores, nbytes, lagrangian.multiplier, temperature),
@@ -145,6 +139,46 @@ def _sample(task: Task, teacher: Teacher, partition: Sequence[Tensor], choices: 
         "temperature": temperature,
         "loss_by_pass": losses,
     }
+
+
+def _locals(task: Task, choices: dict[str, Choice], index: int) -> list[str]:
+    prefix = task.inventory.block_prefix(index)
+    return [name.removeprefix(prefix) for name in choices if name.startswith(prefix)]
+
+
+def _price(
+    lagrangian: AugmentedLagrangian, scores: Sequence[Tensor], nbytes: Sequence[Tensor], temperature: float
+) -> float:
+    return lagrangian.effective(expected_bytes(scores, nbytes, lagrangian.multiplier, temperature))
+
+
+def _visit(
+    task: Task,
+    teacher: Teacher,
+    index: int,
+    here: dict[str, Choice],
+    price: Callable[[], float],
+    temperature: float,
+    generator: torch.Generator,
+) -> float:
+    """Draw assignments of one block and learn from each; returns their mean loss."""
+    block = task.stream.block(index)
+    candidates = task.candidates(index, block)
+    partition = teacher.partition(task.settings.batch_tokens)
+    total = 0.0
+    for _ in range(_STEPS):
+        now = price()
+        drawn = {
+            local: sample(probabilities(c.scores, c.nbytes, now, temperature), generator) for local, c in here.items()
+        }
+        number = int(torch.randint(len(partition), (1,), generator=generator))
+        batch = teacher.batch(task.stream, index, partition[number])
+        grams = {local: c.grams[number] for local, c in here.items()}
+        loss, found = interactions(task, block, candidates, drawn, grams, batch)
+        total += loss / _STEPS
+        for local, interaction in found.items():
+            here[local].learn(interaction)
+    return total
 
 
 def _training_budget(task: Task, nbytes: Sequence[Tensor]) -> float:
