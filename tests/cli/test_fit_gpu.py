@@ -46,6 +46,12 @@ def test_fit_for_a_card_writes_a_checkpoint_that_its_plan_holds(tiny_model, tmp_
     words = shlex.split(printed["serve"])
     assert words[:3] == ["vllm", "serve", str(out)]
     assert words[words.index("--max-model-len") + 1] == "64"
+    saved = ["--out", str(tmp_path / "plan.json"), "--json"]
+    assert main(["plan", str(model), "--gpu-memory", str(memory), *TRAFFIC, "--group-size", "32", *saved]) == 0
+    scores, parts = str(tmp_path / "out-work" / "scores.json"), ["--plan", str(tmp_path / "plan.json")]
+    assert main(["solve", scores, *parts, "--out", str(tmp_path / "manifest.json"), "--json"]) == 0
+    capsys.readouterr()
+    assert Manifest.read(tmp_path / "manifest.json").modules == manifest.modules
     assert main(["plan", str(out), "--gpu-memory", str(memory), *TRAFFIC, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["planned"] == plan.planned.model_dump()
