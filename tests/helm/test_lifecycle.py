@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from tests.helm.charts import CHART, EXAMPLES, Helm, allocation, by_kind
-from tests.helm.golden import CASES
 from tests.helm.kubernetes_api import KubernetesApi
 
 
@@ -74,16 +73,9 @@ def test_install_upgrade_rollback_test_uninstall(cluster, api, tmp_path):
     assert [item["kind"] for item in api.objects.values() if item["kind"] != "Namespace"] == []
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_example_installs(cluster, api, tmp_path, name):
-    options = []
-    for number, values in enumerate(CASES[name]):
-        path = values
-        if isinstance(values, dict):
-            path = tmp_path / f"{number}.yaml"
-            path.write_text(yaml.safe_dump(values))
-        options += ["-f", path]
-    cluster.run("install", "demo", CHART, *options)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_installs(helm4, api, tmp_path, name):
+    cluster_of(helm4, api, tmp_path).run("install", "demo", CHART, "-f", EXAMPLES[name])
     assert api.objects
 
 
