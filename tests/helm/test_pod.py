@@ -40,7 +40,7 @@ def values():
     example["extraVolumes"] = [{"name": "models", "hostPath": {"path": str(DEMO)}}]
     example["extraVolumeMounts"] = [{"name": "models", "mountPath": "/models"}]
     example["modelVolume"] = {"type": "existing", "existingClaim": "models"}
-    quick = ["--quantizer=rtn", "--group-size=64", "--sequences=4", "--sequence-length=64", "--passes=1", "--steps=2"]
+    quick = ["--quantizer=rtn", "--group-size=64", "--sequences=4", "--sequence-length=64"]
     return (
         example
         | ENABLED

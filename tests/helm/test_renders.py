@@ -1,6 +1,8 @@
 """What the examples become: the same under helm 3 and 4 and every Kubernetes version, valid, and as written down."""
 
+import argparse
 import shutil
+from importlib import import_module
 
 import jsonschema
 import pytest
@@ -190,3 +192,21 @@ def test_extras(helm4):
     chart_made = [spec["initContainers"][1], *spec["containers"][:2]]
     assert all("/models" in [m["mountPath"] for m in c["volumeMounts"]] for c in chart_made)
     assert spec["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]["gamma/allocation"] == "one"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_arguments_are_those_of_the_programs(helm4, name):
+    """Every `gamma` command line of the pods is one that the program takes."""
+    seen = 0
+    for item in render(helm4, EXAMPLES[name]):
+        spec = item["spec"].get("template", {}).get("spec") if item["kind"] in ("Deployment", "Job") else None
+        for container in [*spec.get("initContainers", []), *spec["containers"]] if spec else []:
+            words = [*container["command"], *container["args"]]
+            if "gamma" not in words:
+                continue
+            _, verb, *arguments = words[words.index("gamma") :]
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            import_module(f"allocator.cli.{verb}").add_arguments(parser)
+            parser.parse_args(arguments)
+            seen += 1
+    assert seen or name == "shared-checkpoints"
