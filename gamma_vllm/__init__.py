@@ -18,6 +18,8 @@ def register() -> None:
     """Make `quant_method: gamma` known to vLLM. May be called any number of times."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from gamma_vllm.compatibility import check_version
     from gamma_vllm.config import GammaConfig
 
+    check_version()
     register_quantization_config(GammaConfig.NAME)(GammaConfig)

@@ -20,6 +20,7 @@ from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.announce import announce
 from gamma_vllm.bank import BankMapper, find_served_bank
+from gamma_vllm.compatibility import require_weight_mapper
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
@@ -111,9 +112,11 @@ class GammaConfig(QuantizationConfig):
             self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
         folder = Path(model_name)
         if self.declaration is not None:
+            require_weight_mapper("serving a checkpoint of another format")
             self.foreign = read_foreign(folder, self.declaration)
             self._set(self.foreign.checkpoint)
         elif not self.modules:
+            require_weight_mapper("serving from a bank")
             self.served = find_served_bank(folder, hf_config)
             self.manifest = self.served.manifest
             self._set(CheckpointConfig.of_manifest(self.manifest))

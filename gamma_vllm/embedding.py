@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from allocator.contract.packing import unpack_codes
+from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.kernels.library import define
 from gamma_vllm.linear import GammaLinearMethod, parameter_name, register_held
 from gamma_vllm.shards import Module, Segment, plan_vocabulary
@@ -54,7 +55,7 @@ class GammaVocabularyMethod(GammaLinearMethod):
         self.params_dtype = params_dtype
         start = layer.shard_indices.padded_org_vocab_start_index
         shard = plan_vocabulary(module, layer.org_vocab_size, input_size, start, sum(output_partition_sizes))
-        self._register(layer, [shard], layer.prefix or module.name, params_dtype)
+        self._register(layer, [shard], layer_prefix(layer) or module.name, params_dtype)
 
     def _keep(self, layer: nn.Module, number: int, segment: Segment, tensors: dict[str, Tensor]) -> None:
         kept: dict[int, nn.Parameter] = {}

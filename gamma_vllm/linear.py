@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
+from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.kernels.choose import Kernel, choose_kernel
 from gamma_vllm.parameters import FlatParameter, join_zero_points
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
@@ -177,11 +178,11 @@ def layer_geometry(
         copies = [1, replicas, replicas]
     elif replicas != 1:
         raise ContractError(
-            f"layer {layer.prefix}: {replicas} copies of KV heads in a layer of {len(copies)} shards, "
+            f"layer {layer_prefix(layer)}: {replicas} copies of KV heads in a layer of {len(copies)} shards, "
             "which this release cannot place; use a smaller tensor_parallel_size"
         )
     return LayerGeometry(
-        prefix=getattr(layer, "prefix", ""),
+        prefix=layer_prefix(layer),
         input_size=input_size,
         output_size=output_size,
         input_size_per_partition=input_size_per_partition,

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import json
 import os
 import statistics
 import sys
@@ -32,7 +33,7 @@ from allocator.contract.manifest import Manifest, average_bits  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from allocator.inventory import read_inventory  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
-from benchmarks.serving.checkpoints import assign, uniform, write_checkpoint, write_model  # noqa: E402
+from benchmarks.serving.checkpoints import TOKENIZER, assign, uniform, write_checkpoint, write_model  # noqa: E402
 from benchmarks.serving.servers import Server, start  # noqa: E402
 
 OUT = Path("bench-out/serving")
@@ -183,7 +184,7 @@ def measure(model: str, rounds: int, few: bool, seconds: float) -> list[dict[str
                     before = server.cpu_seconds()
                     result = generator.run(server, every[0].folder, load, seed=done)
                     spent = server.cpu_seconds() - before
-                    samples.setdefault((variant.name, load.name), []).append((result[load.metric], spent))
+                    samples.setdefault((variant.name, load.name), []).append((_milliseconds(result, load), spent))
             done += 1
             print(f"{model}: round {done} done after {time.monotonic() - begun:.0f} s", flush=True)
         for (variant_name, load_name), values in samples.items():
@@ -197,9 +198,52 @@ def measure(model: str, rounds: int, few: bool, seconds: float) -> list[dict[str
     return list(rows.values())
 
 
-def _longest(folder: Path) -> int:
-    import json
+def _milliseconds(result: dict[str, Any], load: Load) -> float:
+    """The metric of a load; a tiny model may send all tokens at once, then the whole time counts for each of them."""
+    return float(result[load.metric]) or 1000 * result["duration"] / load.tokens
 
+
+def bank_rows() -> list[dict[str, Any]]:
+    """The demo model from its bank with a manifest, and from a checkpoint that has to be exported first."""
+    from allocator.contract.manifest import MANIFEST_NAME
+    from allocator.learning import LearningSettings
+    from allocator.pipeline import CandidateSettings, export, learn
+    from allocator.solving import SolveSettings, solve_scores
+
+    candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
+    learned = learn(TOKENIZER, OUT / "demo-work", candidates, LearningSettings(passes=0))
+    manifest = solve_scores(learned.scores, SolveSettings(average_bits=3.5))
+    manifest.write(OUT / "demo-manifest.json")
+    begun = time.monotonic()
+    export(manifest, TOKENIZER, learned.bank_folder, OUT / "demo-checkpoint", overwrite=True)
+    exported = time.monotonic() - begun
+    rows = []
+    for name, folder, flags, variables, before in (
+        ("exported checkpoint", OUT / "demo-checkpoint", (), {}, exported),
+        (
+            "from the bank",
+            learned.bank_folder,
+            ("--quantization", "gamma"),
+            {"GAMMA_MANIFEST": str((OUT / "demo-manifest.json").resolve())},
+            0.0,
+        ),
+    ):
+        server = start(folder, OUT / f"demo-{name}.log".replace(" ", "-"), 256, variables, *flags)
+        server.stop()
+        rows.append(
+            {
+                "model": "demo",
+                "variant": name,
+                "export_seconds": round(before, 2),
+                "load_seconds": server.load_seconds,
+                "ready_seconds": round(server.ready_seconds, 2),
+            }
+        )
+    assert (OUT / "demo-checkpoint" / MANIFEST_NAME).exists()
+    return rows
+
+
+def _longest(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
 
 
@@ -208,6 +252,8 @@ def claims_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     claims = []
     for model in dict.fromkeys(row["model"] for row in rows):
         by_name = {row["variant"]: row for row in rows if row["model"] == model}
+        if BF16 not in by_name:
+            continue
         bf16, stock = by_name[BF16], by_name[STOCK]
 
         def ms(row: dict[str, Any], load: str) -> float:
@@ -256,16 +302,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["ref-7m", "Qwen3-0.6B", "Qwen3-1.7B"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=420, help="for each model: no further round begins after this")
+    parser.add_argument("--prepare", action="store_true", help="only write the checkpoints, and measure nothing")
     parser.add_argument("--no-result", action="store_true", help="print, and leave benchmarks/results alone")
     args = parser.parse_args()
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in args.models:
+        if args.prepare:
+            print(*(variant.name for variant in variants(model, few=model != "Qwen3-0.6B")), sep="\n", flush=True)
+            continue
         if model == "ref-7m" and not (TRAINED / model).is_dir():
             print(f"{model} is not at hand and is left out")
             continue
         rows += measure(model, args.rounds, few=model != "Qwen3-0.6B", seconds=args.seconds)
+    if args.prepare:
+        return
+    rows += bank_rows()
     claims = claims_of(rows)
     for row in rows:
         figures = ", ".join(f"{k}: {v['milliseconds']} ms" for k, v in row.items() if isinstance(v, dict))

@@ -24,7 +24,7 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.inventory import Inventory, read_inventory
 from allocator.solving import SolveSettings, solve_scores
 
-__all__ = ["SHAPES", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
+__all__ = ["SHAPES", "TOKENIZER", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "model"
 

@@ -84,7 +84,8 @@ def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str]
         "--port", str(port), *flags,
     ]  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | (variables or {})
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= variables or {}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     started = time.monotonic()
     with log.open("w") as output:
