@@ -6,7 +6,7 @@ The work folder keeps candidates and scores, so that the same command with anoth
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from allocator.cli.options import (
     add_budget,
@@ -24,10 +24,13 @@ from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.fitting import Plan
+    from allocator.progress import Progress
+    from allocator.solving.joint import KvOption
 
 EXAMPLES = """examples:
   gamma fit ./Qwen3-8B --gpu rtx4080 --max-model-len 8192 --kv-cache-dtype fp8 --out Qwen3-8B-gamma
   vllm serve --config Qwen3-8B-gamma/vllm.yaml
+  gamma fit ./Qwen3-8B --gpu rtx4080 --max-model-len 8192 --kv-cache-dtype auto-choose --out Qwen3-8B-gamma
   gamma fit ./Qwen3-8B --budget 5.2GiB --calibration text.jsonl --out Qwen3-8B-gamma
   gamma fit ./Qwen3-8B --average-bits 3.5 --calibration text.jsonl --out Qwen3-8B-3.5bit
   vllm serve Qwen3-8B-gamma"""
@@ -60,11 +63,17 @@ def run(args: argparse.Namespace) -> None:
 
     candidates, learning = candidate_settings(args), learning_settings(args)
     work = args.work or args.out.with_name(args.out.name + "-work")
-    plan = _plan(args)
+    joint = args.kv_cache_dtype == "auto-choose"
+    if joint:
+        args.kv_cache_dtype = "auto"
+    plan, options = _plan(args), []
     if args.verify and plan is not None:
         raise InputError("--verify works with --budget and --average-bits: a uniform plan has no size on a rank yet")
     with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
+        if joint:
+            options = _choose_kv_cache(args, model, work, progress)
+            plan = _plan(args)
         manifest, report = fit(
             model, work, args.out, solve_settings(args), candidates, learning,
             overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan, verified=args.verify,
@@ -72,9 +81,48 @@ def run(args: argparse.Namespace) -> None:
     serve = f"vllm serve {args.out}" if plan is None else _write_serving(args, plan)
     if args.json:
         document = export_document(report) | {"manifest": manifest.payload() | {"digest": manifest.digest}}
+        document |= {"kv_cache": [_kv_entry(option) for option in options]} if options else {}
         print_json(document | {"serve": serve})
     else:
-        print_tables(*manifest_tables(manifest), export_table(report), f"serve it: {serve}")
+        print_tables(*manifest_tables(manifest), export_table(report))
+        print_tables(*(_kv_line(option, args.kv_cache_dtype) for option in options), f"serve it: {serve}")
+
+
+def _choose_kv_cache(args: argparse.Namespace, model: Path, work: Path, progress: "Progress") -> "list[KvOption]":
+    """Learn, measure what the KV cache costs, and set --kv-cache-dtype to that of the least total loss."""
+    from allocator.choosing import choose_kv_dtype, kv_scores_of
+    from allocator.pipeline import learn
+
+    candidates = candidate_settings(args)
+
+    def plan_for(dtype: str) -> "Plan":
+        plan = _plan(argparse.Namespace(**{**vars(args), "kv_cache_dtype": dtype}))
+        if plan is None or args.plan is not None:
+            raise InputError("--kv-cache-dtype auto-choose needs --gpu or --gpu-memory, whose memory is shared out")
+        return plan
+
+    plan_for("auto")
+    scores = learn(model, work, candidates, learning_settings(args), progress, args.resume).scores
+    measured = kv_scores_of(model, work, scores, candidates, progress)
+    chosen, options = choose_kv_dtype(scores, measured, solve_settings(args), plan_for)
+    args.kv_cache_dtype = chosen.dtype
+    return options
+
+
+def _kv_entry(option: "KvOption") -> "dict[str, Any]":
+    return {
+        "dtype": option.dtype, "kv_loss": option.kv_loss, "total_loss": option.total_loss, "message": option.message
+    }  # fmt: skip
+
+
+def _kv_line(option: "KvOption", chosen: str) -> str:
+    what = f"KV cache {option.dtype}: "
+    if option.total_loss is None:
+        return what + option.message
+    weights = option.total_loss - option.kv_loss
+    mark = ", chosen" if option.dtype == chosen else ""
+    parts = f"{option.kv_loss:.3g} of the KV cache and {weights:.5g} of the weights"
+    return f"{what}predicted loss {option.total_loss:.5g}, {parts}{mark}"
 
 
 def _plan(args: argparse.Namespace) -> "Plan | None":

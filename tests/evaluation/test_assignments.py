@@ -26,7 +26,7 @@ def fitted(tiny_model, tmp_path_factory):
     """A work folder, its model, and a checkpoint."""
     folder = tmp_path_factory.mktemp("fitted")
     options = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32"]
-    options += ["--passes", "1", "--average-bits", "4", "--work", folder / "work", "--out", folder / "checkpoint"]
+    options += ["--average-bits", "4", "--work", folder / "work", "--out", folder / "checkpoint"]
     gamma("fit", tiny_model("llama"), *options)
     return folder, tiny_model("llama")
 
