@@ -88,11 +88,13 @@ class Pod:
             assert process.returncode == 0, self.log(container["name"])
 
     def wait(self, container: Object, kind: str) -> None:
-        """Ask a probe as often as it says; fails when the container ends or the probe gives up."""
+        """Ask a probe for as long as it says (readiness: ten minutes); fails when it gives up or the container ends."""
         probe = container.get(kind)
         if probe is None:
             return
-        for _ in range(max(probe.get("failureThreshold", 3), 20)):
+        allowed_seconds = probe["periodSeconds"] * probe["failureThreshold"] if kind == "startupProbe" else 600
+        end = time.monotonic() + allowed_seconds
+        while time.monotonic() < end:
             if self.probe(container, kind):
                 return
             process = self.running[container["name"]]

@@ -19,7 +19,7 @@ from tests.helm.pod import ROOT, Pod, fetch
 from tests.helm.test_lifecycle import cluster_of
 from tests.helm.test_monitoring import ENABLED, metrics_in, queries
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 DEMO = ROOT / "benchmarks" / "demo"
 
 
