@@ -151,10 +151,12 @@ def _run_teacher(work: _Work, index: int, names: list[str]) -> _BlockStatistics:
     def accumulate(sharing: list[str], x: Tensor) -> None:
         begin(tuple(prefix + name for name in sharing)).add(x)
 
-    if recorded or work.states.load(state_step(index + 1)) is None:
+    # Read once, before the processes meet: later, one might already see what another has written.
+    missing = work.states.load(state_step(index + 1)) is None
+    if recorded or missing:
         local = [name.removeprefix(prefix) for name in recorded]
         work.stream.fill_block(work.hidden, index, local, accumulate, team)
-        if work.states.load(state_step(index + 1)) is None:
+        if missing:
             work.states.save(state_step(index + 1), True)
     # A module that saw no token, in this process or in any, has sums of zero: an expert that was never chosen.
     seen = {sharing for of_one in team.gather({team.rank: list(sums)}) for sharing in of_one}
