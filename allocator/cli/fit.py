@@ -136,10 +136,12 @@ def _plan(args: argparse.Namespace) -> "Plan | None":
         raise InputError("give exactly one of --gpu, --gpu-memory, --plan, --budget and --average-bits")
     if args.plan is not None:
         return Plan.read(args.plan)
-    device = device_of(args)
-    if device is None:
+    if args.gpu is None and args.gpu_memory is None:
         return None
-    model, request = read_model(args.model, args.revision), plan_request(args)
+    request = plan_request(args)
+    device = device_of(args, request.tensor_parallel_size)
+    assert device is not None
+    model = read_model(args.model, args.revision)
     return make_plan(
         model.shape, device, request, model=model.name, group_size=args.group_size, symmetric=args.symmetric,
         probe=probe_of(args, model.shape, device, request),

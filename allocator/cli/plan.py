@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from allocator.fitting.serving import vllm_arguments
     from allocator.reporting.plans import devices_table, plan_tables
 
-    request, device = plan_request(args), device_of(args)
+    request = plan_request(args)
+    device = device_of(args, request.tensor_parallel_size)
     model = read_model(args.model, args.revision)
     common = {"group_size": args.group_size, "symmetric": args.symmetric, "formats": model.formats}
     if device is None:

@@ -35,18 +35,12 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def probe_of(args: argparse.Namespace, shape: "ModelShape", device: "Device", request: "PlanRequest") -> dict[str, int]:
     """The lines of a plan that a record of `gamma probe` replaces by what was measured."""
-    from allocator.fitting.probe import ProbeRecord, find_record, probed_lines
+    from allocator.fitting.probe import ProbeRecord, lines_of_record
 
     if args.probe == "none":
         return {}
-    if request.max_model_len is None and shape.max_model_len is not None:
-        request = request.model_copy(update={"max_model_len": shape.max_model_len})
-    if args.probe is not None:
-        record: ProbeRecord | None = ProbeRecord.read(Path(args.probe))
-    else:
-        names = [device.name, device.product_label or device.name]
-        record = find_record(names, shape.config, request)
-    return {} if record is None else probed_lines(record, shape.config, request)
+    record = None if args.probe is None else ProbeRecord.read(Path(args.probe))
+    return lines_of_record(shape, device, request, record)
 
 
 def add_traffic(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +68,8 @@ def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
     return load_catalogue(args.gpu_catalogue)
 
 
-def device_of(args: argparse.Namespace) -> "Device | None":
-    """The device that the options name, None if they name none. Raises InputError."""
+def device_of(args: argparse.Namespace, ranks: int) -> "Device | None":
+    """The device of each of `ranks` that the options name, None if they name none. Raises InputError."""
     from allocator.fitting import find_gpu, memory_device
     from allocator.solving.budget import parse_budget
 
@@ -87,15 +81,14 @@ def device_of(args: argparse.Namespace) -> "Device | None":
         except InputError as error:
             raise InputError(f"--gpu-memory: {error}".replace("budget ", "", 1)) from None
     if args.gpu == "auto":
-        from allocator.sidecar.device import read_devices
-        from allocator.sidecar.planning import visible_device
+        from allocator.fitting.visible import device_of_visible, read_devices
 
         visible = read_devices()
         if not visible:
             raise InputError(
                 "--gpu auto: no NVIDIA GPU is visible here; name one (--gpu rtx4090) or give --gpu-memory 24GiB"
             )
-        return visible_device(visible, 1)
+        return device_of_visible(visible, ranks)
     return None if args.gpu is None else find_gpu(args.gpu, catalogue_of(args))
 
 

@@ -16,12 +16,15 @@ from pydantic import Field
 from allocator.contract.digest import digest_json
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.errors import ContractError
+from allocator.fitting.catalogue import Device
 from allocator.fitting.request import PlanRequest
+from allocator.inventory.shape import ModelShape
 
 __all__ = [
     "ProbeRecord",
     "RankUse",
     "find_record",
+    "lines_of_record",
     "model_config_digest",
     "probe_folder",
     "probed_lines",
@@ -128,6 +131,17 @@ def find_record(
             found.append(record)
     same = [record for record in found if _tells_all(record, config, request)]
     return next(iter(same or found), None)
+
+
+def lines_of_record(
+    shape: ModelShape, device: Device, request: PlanRequest, record: ProbeRecord | None = None
+) -> dict[str, int]:
+    """The lines of a plan of `shape` that `record` replaces, or else the best record of `device` that is kept."""
+    if request.max_model_len is None and shape.max_model_len is not None:
+        request = request.model_copy(update={"max_model_len": shape.max_model_len})
+    if record is None:
+        record = find_record([device.name, device.product_label or device.name], shape.config, request)
+    return {} if record is None else probed_lines(record, shape.config, request)
 
 
 def probed_lines(record: ProbeRecord, config: Mapping[str, Any], request: PlanRequest) -> dict[str, int]:

@@ -9,10 +9,10 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.fitting import Device, Plan, PlanRequest
 from allocator.fitting.serving import serving_options
+from allocator.fitting.visible import device_of_visible, read_devices
 from allocator.progress import Progress
-from allocator.sidecar.device import read_devices
 from allocator.sidecar.entry import Entry
-from allocator.sidecar.planning import device_of, plan_entry, visible_device
+from allocator.sidecar.planning import device_of, plan_entry
 from allocator.sidecar.resident import solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
@@ -81,7 +81,7 @@ def _device(settings: PrepareSettings) -> Device | None:
     if settings.gpu_memory_bytes is not None or settings.gpu != "auto":
         return device_of(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
     visible = read_devices()
-    return visible_device(visible, settings.tensor_parallel_size) if visible else None
+    return device_of_visible(visible, settings.tensor_parallel_size) if visible else None
 
 
 def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Scores) -> tuple[Manifest, Plan]:

@@ -1,23 +1,27 @@
 """The GPU that this process can see, read in a short-lived process so that no driver is ever loaded into ours.
 
-`python -m allocator.sidecar.device` is that process: NVML if nvidia-ml-py is installed, else nvidia-smi.
+`python -m allocator.fitting.visible` is that process: NVML if nvidia-ml-py is installed, else nvidia-smi.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from pydantic import Field, ValidationError
 
 from allocator.contract.documents import Strict
+from allocator.contract.errors import InputError
+from allocator.fitting.catalogue import Device, cuda_memory, find_gpu
 
-__all__ = ["Device", "read_devices"]
+__all__ = ["VisibleGpu", "device_of_visible", "read_devices"]
 
 _SECONDS = 20.0
+_SAME_MEMORY = 0.02
 
 
-class Device(Strict):
+class VisibleGpu(Strict):
     """One visible GPU. `memory_bytes` is what the driver reports as total (of the MIG slice, if it is one)."""
 
     name: str
@@ -25,16 +29,44 @@ class Device(Strict):
     compute_capability: str | None = None
 
 
-def read_devices(timeout_seconds: float = _SECONDS) -> list[Device]:
+def read_devices(timeout_seconds: float = _SECONDS) -> list[VisibleGpu]:
     """The visible GPUs in the order of their index, empty when there is none or reading fails. Never raises."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "allocator.sidecar.device"],
+            [sys.executable, "-m", "allocator.fitting.visible"],
             capture_output=True, text=True, timeout=timeout_seconds, check=False,
         )  # fmt: skip
-        return [Device.model_validate(item) for item in json.loads(done.stdout)]
+        return [VisibleGpu.model_validate(item) for item in json.loads(done.stdout)]
     except (OSError, subprocess.SubprocessError, ValueError, ValidationError):
         return []
+
+
+def device_of_visible(devices: Sequence[VisibleGpu], ranks: int) -> Device:
+    """The smallest of the visible GPUs as the planner wants it. Raises InputError when there are too few.
+
+    A card of the catalogue is taken from there, with the memory that CUDA is known to see; another one, and a part of a
+    card, is taken by its memory.
+    """
+    if len(devices) < ranks:
+        raise InputError(f"{len(devices)} GPUs are visible, --tensor-parallel-size is {ranks}")
+    smallest = min(devices[:ranks] if ranks > 1 else devices[:1], key=lambda d: d.memory_bytes)
+    try:
+        known = find_gpu(smallest.name)
+    except InputError:
+        known = None
+    if known is not None and abs(known.total_bytes - smallest.memory_bytes) <= _SAME_MEMORY * known.total_bytes:
+        return known
+    capability = None
+    if smallest.compute_capability:
+        major, _, minor = smallest.compute_capability.partition(".")
+        capability = int(major), int(minor or 0)
+    return Device(
+        name=smallest.name,
+        total_bytes=smallest.memory_bytes,
+        cuda_bytes=cuda_memory(smallest.memory_bytes >> 20),
+        basis="formula",
+        capability=capability,
+    )
 
 
 def _by_nvml() -> list[dict[str, object]]:
