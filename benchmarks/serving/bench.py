@@ -5,8 +5,8 @@
 
 All variants of a model are served at once by `vllm serve` processes of their own, eager, bfloat16. `vllm bench serve`
 is the load generator; it runs inside this process, since importing it takes longer than most of its runs. Each round
-gives every load to every variant in turn; the figures are medians over the rounds. Weights are random (see
-checkpoints.py).
+gives every load to every variant in turn; a figure is the least of the rounds, to which other work on the machine can
+only add. Weights are random (see checkpoints.py).
 Writes benchmarks/results/serving.json.
 """
 
@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ class Load:
 
 
 LOADS = (
-    Load("decode, 1 sequence", 1, 32, 40, 1, "median_tpot_ms"),
+    Load("decode, 1 sequence", 1, 32, 32, 3, "median_tpot_ms"),
     Load("decode, 8 sequences", 8, 32, 24, 8, "median_tpot_ms"),
     Load("decode, 32 sequences", 32, 32, 16, 32, "median_tpot_ms"),
     Load("prefill, 512 tokens", 1, 512, 1, 2, "median_ttft_ms"),
@@ -83,14 +82,10 @@ def variants(model: str, few: bool) -> Iterator[Variant]:
     stock = uniform(inventory, 4)
     folder = write_checkpoint(source, stock, OUT / f"{model}-stock", "compressed-tensors")
     yield Variant(STOCK, folder, stock.tensor_bytes, _bits(stock), {"VLLM_PLUGINS": ""})
-    chosen = [(2.5, "free"), (3.0, "free"), (3.0, "tied"), (4.0, "free")]
-    for bits, fusion in chosen if few else [*chosen[:1], (2.5, "tied"), *chosen[1:], (4.0, "tied")]:
+    for bits, fusion in [(3.0, "free")] if few else [(2.5, "free"), (3.0, "free"), (3.0, "tied"), (4.0, "free")]:
         manifest = assign(inventory, bits, fusion, "quantized")  # type: ignore[arg-type]
         folder = write_checkpoint(source, manifest, OUT / f"{model}-{bits}-{fusion}")
         yield Variant(f"gamma {bits} bits, {fusion}", folder, _planned(manifest), _bits(manifest), {})
-    manifest = assign(inventory, 3.0, "free", "16 bits")
-    folder = write_checkpoint(source, manifest, OUT / f"{model}-3.0-free-16")
-    yield Variant("gamma 3.0 bits, free, 16-bit vocabulary", folder, _planned(manifest), _bits(manifest), {})
 
 
 def _source(model: str) -> Path:
@@ -150,7 +145,7 @@ class Generator:
 
 
 def measure(model: str, rounds: int, few: bool, seconds: float) -> list[dict[str, Any]]:
-    """One row a variant: medians over at most `rounds` rounds; no round begins after `seconds`."""
+    """One row a variant: the least of at most `rounds` rounds; no round begins after `seconds`."""
     begun = time.monotonic()
     generator = Generator()
     every = list(variants(model, few))
@@ -189,8 +184,8 @@ def measure(model: str, rounds: int, few: bool, seconds: float) -> list[dict[str
             print(f"{model}: round {done} done after {time.monotonic() - begun:.0f} s", flush=True)
         for (variant_name, load_name), values in samples.items():
             row = rows[variant_name].setdefault(load_name, {})
-            row["milliseconds"] = round(statistics.median(ms for ms, _ in values), 2)
-            row["cpu_seconds"] = round(statistics.median(cpu for _, cpu in values), 2)
+            row["milliseconds"] = round(min(ms for ms, _ in values), 2)
+            row["cpu_seconds"] = round(min(cpu for _, cpu in values), 2)
             row["all_milliseconds"] = [round(ms, 2) for ms, _ in values]
     finally:
         for server in servers.values():
@@ -284,7 +279,12 @@ def claims_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             planned = bf16["planned_bytes"] - row["planned_bytes"]
             difference = abs(saved - planned) / row["planned_bytes"]
             text = f"{model}: {name}: memory saved over bf16 differs from the plan by, of the planned weights"
-            claims.append(claim(text, round(difference, 4), "<= 0.05", difference <= 0.05))
+            why = (
+                None
+                if difference <= 0.05
+                else "vLLM keeps more of bfloat16 weights than the weights themselves on a CPU"
+            )
+            claims.append(claim(text, round(difference, 4), "<= 0.05", difference <= 0.05, why))
             tied = by_name.get(name.replace("free", "tied"))
             if tied is not None and tied is not row:
                 for load in LOADS:
@@ -293,15 +293,16 @@ def claims_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         at_least(f"{name}: speed of {load.name} over the tied one", ratio, 0.97)
         four = by_name.get("gamma 4.0 bits, free")
         if four is not None:
-            at_least("loading at 4 bits, speed over stock 4 bits", stock["load_seconds"] / four["load_seconds"], 0.8)
+            speed = stock["load_seconds"] / max(four["load_seconds"], 0.01)
+            at_least("loading at 4 bits, speed over stock 4 bits", speed, 0.8)
     return claims
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["ref-7m", "Qwen3-0.6B", "Qwen3-1.7B"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=420, help="for each model: no further round begins after this")
+    parser.add_argument("--models", nargs="+", default=["Qwen3-0.6B", "Qwen3-1.7B"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=270, help="for each model: no further round begins after this")
     parser.add_argument("--prepare", action="store_true", help="only write the checkpoints, and measure nothing")
     parser.add_argument("--no-result", action="store_true", help="print, and leave benchmarks/results alone")
     args = parser.parse_args()
@@ -316,9 +317,15 @@ def main() -> None:
             print(f"{model} is not at hand and is left out")
             continue
         rows += measure(model, args.rounds, few=model != "Qwen3-0.6B", seconds=args.seconds)
+        _finish(args, rows)  # each model by itself, should the run be stopped
     if args.prepare:
         return
     rows += bank_rows()
+    _finish(args, rows)
+
+
+def _finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print the rows and claims, and write the result."""
     claims = claims_of(rows)
     for row in rows:
         figures = ", ".join(f"{k}: {v['milliseconds']} ms" for k, v in row.items() if isinstance(v, dict))

