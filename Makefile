@@ -4,6 +4,8 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
+# Threads that spin while they wait slow a busy machine down several times.
+export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
