@@ -59,8 +59,12 @@ def _run(arguments: list[str], die_at: int | None, stop_at: int | None, log: Pat
         return renamed
 
     os.replace, os.rename = counted(os.replace), counted(os.rename)
+    import torch
+
     from allocator.cli.main import main
 
+    # What torchrun gives each of its processes; the server has what was set when it started.
+    torch.set_num_threads(1)
     code = main(arguments)
     print("renames:", count, flush=True)
     sys.exit(code)

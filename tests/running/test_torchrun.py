@@ -33,9 +33,8 @@ def bytes_of(work: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
 def test_two_processes_give_the_scores_of_one(
-    quantizer: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantizer: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", quantizer]
     assert gamma(*command, "--out", tmp_path / "one") == 0
     done = torchrun(2, *command, "--out", tmp_path / "two")
@@ -45,10 +44,7 @@ def test_two_processes_give_the_scores_of_one(
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_what_one_began(
-    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_processes_go_on_with_what_one_began(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", "gptq"]
     assert gamma(*command, "--out", tmp_path / "one") == 0
     assert gamma(*command, "--out", tmp_path / "begun", die_at=50) == -9
