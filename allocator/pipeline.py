@@ -292,11 +292,11 @@ def fit(
     result = learn(model, work, candidates, learning, progress, resume)
     if plan is None:
         manifest = solve_scores(result.scores, solving)
-        if verified:
-            manifest = _verified(manifest, result, inventory, candidates, solving)
     else:
         requested = f"plan for {plan.device.name}"
         manifest = solve_resident(result.scores, solving, plan.residency, plan.weight_budget_bytes, requested)
+    if verified:
+        manifest = _verified(manifest, result, inventory, candidates, solving, plan)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
 
@@ -307,6 +307,7 @@ def _verified(
     inventory: "Inventory",
     candidates: CandidateSettings,
     solving: SolveSettings,
+    plan: "Plan | None",
 ) -> Manifest:
     from allocator.blocks import BlockStream
     from allocator.candidates import BankReader
@@ -319,7 +320,8 @@ def _verified(
     length = min(candidates.sequence_length, longest)
     text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
     student = Student(BlockStream(inventory, _device()), BankReader(learned.bank_folder), text.token_ids)
-    return verify(manifest, learned.scores, student, Rules(solving.pins, solving.ceilings, solving.floors))
+    rules = Rules(solving.pins, solving.ceilings, solving.floors)
+    return verify(manifest, learned.scores, student, rules, None if plan is None else plan.residency)
 
 
 def _device() -> str:

@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="measure the assignment and the best uniform plan of the same bytes, and export the better one "
-        "(budgets in bytes of the checkpoint)",
+        help="measure the assignment and the best uniform plan of the same bytes, and export the better one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
@@ -67,8 +66,6 @@ def run(args: argparse.Namespace) -> None:
     if joint:
         args.kv_cache_dtype = "auto"
     plan, options = _plan(args), []
-    if args.verify and plan is not None:
-        raise InputError("--verify works with --budget and --average-bits: a uniform plan has no size on a rank yet")
     with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)
         if joint:

@@ -39,16 +39,17 @@ def run(args: argparse.Namespace) -> None:
     from allocator.solving import solve_resident, solve_scores
 
     scores, settings = Scores.read(args.scores), solve_settings(args)
-    if args.plan is None:
+    plan = None if args.plan is None else Plan.read(args.plan)
+    if plan is None:
         manifest = solve_scores(scores, settings)
     else:
-        plan = Plan.read(args.plan)
         requested = f"plan for {plan.device.name}"
         manifest = solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested)
     if args.verify:
         from allocator.refining import verify
 
-        manifest = verify(manifest, scores, measure_student(args, args.scores), rules(args))
+        residency = None if plan is None else plan.residency
+        manifest = verify(manifest, scores, measure_student(args, args.scores), rules(args), residency)
     if args.out is not None:
         manifest.write(args.out)
     if args.json:

@@ -7,6 +7,7 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
+from allocator.contract.resident import Residency
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.refining.search import refine
@@ -31,15 +32,27 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     return Student(BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu"), BankReader(bank), tokens)
 
 
-def verify(manifest: Manifest, scores: Scores, student: Student, rules: Rules | None = None) -> Manifest:
+def verify(
+    manifest: Manifest,
+    scores: Scores,
+    student: Student,
+    rules: Rules | None = None,
+    residency: Residency | None = None,
+) -> Manifest:
     """Measure `manifest` and the best uniform plan of its budget, and keep the better one; both figures are recorded.
 
     Never worse than uniform on the text of `student`. Where no uniform plan fits, the manifest is returned as it is.
-    Raises InputError for a bank or scores of another model, and for a budget in resident bytes.
+    `residency` is that of the plan which gave a budget in bytes after loading: then the uniform plan is one that fits
+    every rank. Raises InputError for a bank or scores of another model, and for such a budget without `residency`.
     """
     _check(manifest, scores, student)
+    if (manifest.budget.kind == "resident") != (residency is not None):
+        raise InputError("a budget in bytes after loading is verified with the plan that gave it, others without one")
     rules = rules or Rules({}, {}, {})
-    plan = uniform_assignment(scores, manifest.budget.nbytes, rules.pins, rules.ceilings, rules.floors)
+    plan = uniform_assignment(
+        scores, manifest.budget.nbytes, rules.pins, rules.ceilings, rules.floors,
+        used_bytes=None if residency is None else lambda assignment: max(residency.stage_bytes(assignment)),
+    )  # fmt: skip
     if plan is None:
         return manifest
     ours = float(student.losses(manifest.modules).kl.mean())
@@ -54,15 +67,22 @@ def verify(manifest: Manifest, scores: Scores, student: Student, rules: Rules | 
         kept="uniform" if theirs < ours else "assignment",
     )
     if theirs < ours:
-        return _with_modules(manifest, plan, method="uniform", verification=found)
+        resident = None if residency is None else max(residency.stage_bytes(plan))
+        budget = manifest.budget.model_copy(update={"resident_bytes": resident})
+        return _with_modules(manifest, plan, method="uniform", budget=budget, verification=found)
     return manifest.model_copy(update={"verification": found})
 
 
 def refine_manifest(
     manifest: Manifest, scores: Scores, student: Student, minutes: float, rules: Rules, progress: Progress = silent
 ) -> Manifest:
-    """`manifest` improved for up to `minutes` by changes that measure better on the text of `student`."""
+    """`manifest` improved for up to `minutes` by changes that measure better on the text of `student`.
+
+    Raises InputError for a bank or scores of another model, and for a budget in bytes after loading.
+    """
     _check(manifest, scores, student)
+    if manifest.budget.kind is not None:
+        raise InputError("the budget is in bytes after loading; only one in bytes of the checkpoint can be refined")
     found = refine(
         student, scores, manifest.modules, manifest.budget.nbytes, 60 * minutes, rules, progress=progress
     )  # fmt: skip
@@ -92,10 +112,6 @@ def _with_modules(manifest: Manifest, assignment: dict[str, ModuleFormat], **cha
 
 
 def _check(manifest: Manifest, scores: Scores, student: Student) -> None:
-    if manifest.budget.kind is not None:
-        raise InputError(
-            "the budget is in bytes after loading; only budgets in bytes of the checkpoint can be measured"
-        )
     if scores.digest != manifest.scores_digest:
         raise InputError(f"the manifest was solved from scores {manifest.scores_digest}, given are {scores.digest}")
     if student.bank.bank.digest != manifest.bank_digest:

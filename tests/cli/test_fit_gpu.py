@@ -52,6 +52,10 @@ def test_fit_for_a_card_writes_a_checkpoint_that_its_plan_holds(tiny_model, tmp_
     assert main(["solve", scores, *parts, "--out", str(tmp_path / "manifest.json"), "--json"]) == 0
     capsys.readouterr()
     assert Manifest.read(tmp_path / "manifest.json").modules == manifest.modules
+    verified = ["--verify", "--model", str(model), "--text", str(text), "--text-sequences", "4"]
+    verified += ["--text-sequence-length", "32", "--out", str(tmp_path / "verified.json")]
+    assert main(["solve", scores, *parts, *verified]) == 0
+    assert "uniform 3 bits" in capsys.readouterr().out  # what fits after loading, as the plan's table has it
     assert main(["plan", str(out), "--gpu-memory", str(memory), *TRAFFIC, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["planned"] == plan.planned.model_dump()

@@ -1,5 +1,6 @@
 """Refining keeps the budget and never ends worse than it began; the uniform plan is the widest that fits."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from allocator.candidates import BankReader
 from allocator.cli.main import main
 from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
-from allocator.contract.manifest import Manifest
-from allocator.inventory import read_inventory
+from allocator.contract.manifest import Budget, Manifest
+from allocator.fitting import PlanRequest, make_plan, memory_device
+from allocator.inventory import read_inventory, read_shape
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
 from allocator.refining import refine, uniform_assignment, verify
@@ -111,5 +113,19 @@ def test_a_worse_assignment_gives_way_to_the_uniform_plan(
     assert kept.verification.kept == kept.method == "uniform"
     assert len({kept.modules[name].num_bits for name in names}) == 1
     assert kept.tensor_bytes <= kept.budget.nbytes
+
+    # The same for a budget in bytes after loading: the uniform plan is the widest that a rank holds.
+    shape = read_shape(json.loads((tiny_model("llama") / "config.json").read_text()))
+    request = PlanRequest(max_model_len=64, max_num_seqs=2, kernel="torch")
+    where = make_plan(shape, memory_device(8 << 30), request, group_size=32).residency
+    nbytes = max(where.stage_bytes(poor))
+    budget = Budget(requested="plan for a card", nbytes=nbytes + 100, kind="resident", resident_bytes=nbytes)
+    poor_on_rank = poor_manifest.model_copy(update={"budget": budget})
+    kept = verify(poor_on_rank, scores, student, residency=where)
+    assert kept.verification is not None
+    assert kept.verification.kept == "uniform"
+    assert kept.budget.resident_bytes == max(where.stage_bytes(kept.modules)) <= nbytes + 100
+    with pytest.raises(InputError, match="the plan that gave it"):
+        verify(poor_on_rank, scores, student)
     with pytest.raises(InputError, match="solved from scores"):
         verify(poor_manifest.model_copy(update={"scores_digest": "sha256:" + 64 * "0"}), scores, student)
