@@ -14,6 +14,7 @@ from allocator.fitting.request import PlanRequest
 from allocator.measuring import KL_UNIT, MeasureSettings, measure_assignments
 from allocator.progress import Progress, silent
 from allocator.reporting.pareto import Mark, Sweep, key_of_point, key_of_uniform
+from allocator.reporting.recorded import Recorded, recorded_loss
 from allocator.solving.budget import average_bits_of
 from allocator.solving.program import Program, Solution, Solver
 from allocator.solving.request import SolveSettings
@@ -39,7 +40,7 @@ class GpuSettings:
 @dataclass(frozen=True)
 class SweepRequest:
     """`points` budgets from `lowest` to `highest` (`2.25bits`, `5.9GiB`), and how each is solved. With `gpus` the range
-    may be left out: it is then that of the GPUs."""
+    may be left out: it is then that of the GPUs. `manifests` of the same scores tell what was measured before."""
 
     lowest: str | None = None
     highest: str | None = None
@@ -50,6 +51,7 @@ class SweepRequest:
     relative_gap: float = 0.0
     gpus: GpuSettings | None = None
     measure: MeasureSettings | None = None
+    manifests: Sequence[Manifest] = ()
 
 
 def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent) -> Sweep:
@@ -57,6 +59,7 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
     that no assignment fits."""
     if request.relative_gap < 0:
         raise InputError(f"--relative-gap {request.relative_gap}: must be at least 0")
+    recorded = [_recorded(manifest, scores) for manifest in request.manifests]
     program = Program.of(scores, request.rules, request.fusion)
     uniform = uniform_plans(scores)
     marks = [] if request.gpus is None else _marks(scores, request, request.gpus, uniform, progress)
@@ -79,7 +82,15 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
         marks=marks,
         measured=measured,
         measured_unit=f"{KL_UNIT}, on text that was not calibrated on" if measured else "",
+        recorded=recorded,
     )
+
+
+def _recorded(manifest: Manifest, scores: Scores) -> Recorded:
+    found = recorded_loss(manifest, scores)
+    if found is None:
+        raise InputError(f"manifest {manifest.digest} has no measured loss; `gamma solve --verify` records one")
+    return found
 
 
 def _budgets(scores: Scores, request: SweepRequest, marks: Sequence[Mark]) -> list[int]:

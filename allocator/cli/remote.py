@@ -125,6 +125,10 @@ def _sweep(args: argparse.Namespace, client: "Client") -> None:
         return print_json(result.model_dump(mode="json", exclude_none=True))
     rows = (f"{p.tensor_bytes:>16,} {p.average_bits:>8.3f} {p.predicted_loss:>12.5g}" for p in result.points)
     print_tables(f"{'bytes':>16} {'bits':>8} {'loss':>12}  in {result.unit}", *rows)
+    if result.measured:
+        from allocator.reporting.recorded import Recorded, recorded_table
+
+        print_tables(*recorded_table([Recorded(**point.model_dump()) for point in result.measured]))
 
 
 def _checkpoint(args: argparse.Namespace, client: "Client") -> None:

@@ -2,18 +2,24 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allocator.cli.options import add_json
 from allocator.cli.output import print_json, print_tables, show_progress
 
+if TYPE_CHECKING:
+    from allocator.contract.manifest import Manifest
+    from allocator.sidecar.store import Store
+
 EXAMPLES = """examples:
   gamma store add work --model ./Qwen3-8B --store /store
   gamma store add work --model Qwen/Qwen3-8B --store s3://models/gamma --copy-model
+  gamma store add-manifest tested.json --store /store
   gamma store list --store /store"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="action", metavar="add|list", required=True)
+    verbs = parser.add_subparsers(dest="action", metavar="add|add-manifest|list", required=True)
     add = verbs.add_parser("add", help="publish the bank and scores of a work folder")
     add.add_argument("work", type=Path, metavar="WORK", help="folder that `gamma learn` wrote")
     add.add_argument("--model", required=True, help="the model folder or hub id that it was learned from")
@@ -24,8 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put the 16-bit model into the store too, so that nothing else is needed to make checkpoints",
     )
+    add.add_argument(
+        "--manifest",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="manifest of these scores, to be served by its digest; what it says was measured (`gamma solve --verify`, "
+        "`gamma refine`) is drawn beside the curve; may be repeated",
+    )
+    more = verbs.add_parser("add-manifest", help="add manifests of scores that the store has, as add --manifest does")
+    more.add_argument("manifest", type=Path, nargs="+", metavar="MANIFEST", help="manifest, or folder of a checkpoint")
     listing = verbs.add_parser("list", help="what a store offers")
-    for verb in (add, listing):
+    for verb in (add, more, listing):
         verb.add_argument("--store", required=True, metavar="DIR_OR_URL")
         add_json(verb)
 
@@ -33,20 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.sidecar.store import Store
 
-    store = Store(args.store)
-    if args.action == "add":
-        _add(args, store)
-    else:
-        _list(args, store)
+    {"add": _add, "add-manifest": _add_manifests, "list": _list}[args.action](args, Store(args.store))
 
 
-def _add(args: argparse.Namespace, store: object) -> None:
+def _add(args: argparse.Namespace, store: "Store") -> None:
     from allocator.pipeline import resolve_model
+    from allocator.reporting import read_manifest
     from allocator.sidecar.entry import Source
-    from allocator.sidecar.publish import publish
-    from allocator.sidecar.store import Store
+    from allocator.sidecar.publish import publish, publish_manifest
 
-    assert isinstance(store, Store)
+    manifests = [read_manifest(path) for path in args.manifest]
     with show_progress() as progress:
         folder = resolve_model(args.model, args.revision)
         if args.copy_model:
@@ -56,30 +69,53 @@ def _add(args: argparse.Namespace, store: object) -> None:
         else:
             source = Source(kind="hub", location=args.model, revision=args.revision)
         published = publish(args.work, folder, store, source, args.name, progress)
+    for manifest in manifests:
+        publish_manifest(manifest, store)
     if args.json:
-        print_json({"entry": published.entry.payload(), "written_bytes": published.written_bytes})
+        digests = [manifest.digest for manifest in manifests]
+        print_json({
+            "entry": published.entry.payload(), "written_bytes": published.written_bytes, "manifests": digests,
+        })  # fmt: skip
     else:
         entry = published.entry
         print_tables(
             f"{store.url} offers {entry.name}: scores {entry.scores_digest}, bank {entry.bank_digest}, "
-            f"{published.written_bytes:,} bytes written"
+            f"{published.written_bytes:,} bytes written",
+            *map(_line, manifests),
         )
 
 
-def _list(args: argparse.Namespace, store: object) -> None:
-    from allocator.reporting.tables import new_table
-    from allocator.sidecar.store import Store
+def _add_manifests(args: argparse.Namespace, store: "Store") -> None:
+    from allocator.reporting import read_manifest
+    from allocator.sidecar.publish import publish_manifest
 
-    assert isinstance(store, Store)
+    manifests = [read_manifest(path) for path in args.manifest]
+    new = [publish_manifest(manifest, store) for manifest in manifests]
+    if args.json:
+        print_json([{"manifest": m.digest, "new": added} for m, added in zip(manifests, new, strict=True)])
+    else:
+        print_tables(*map(_line, manifests))
+
+
+def _line(manifest: "Manifest") -> str:
+    measured = "measured" if manifest.verification or manifest.refinement else "nothing measured"
+    return f"manifest {manifest.digest}: {manifest.budget.requested}, {manifest.tensor_bytes:,} bytes, {measured}"
+
+
+def _list(args: argparse.Namespace, store: "Store") -> None:
+    from allocator.reporting.tables import new_table
+
     entries = store.entries()
     if args.json:
         print_json([entry.payload() for entry in entries])
         return
     table = new_table(store.url)
-    for column in ("model", "scores", "method", "widths", "feasible GiB", "added"):
+    for column in ("model", "scores", "method", "widths", "feasible GiB", "measured", "added"):
         table.add_column(column, no_wrap=True)
     for e in entries:
         low, high = (size / 2**30 for size in e.feasible_bytes)
         widths = ",".join(map(str, e.widths))
-        table.add_row(e.name, e.scores_digest[7:19], e.method, widths, f"{low:.2f}-{high:.2f}", e.added[:10])
+        measured = str(len(store.measured(e.scores_digest)))
+        size = f"{low:.2f}-{high:.2f}"
+        table.add_row(e.name, e.scores_digest[7:19], e.method, widths, size, measured, e.added[:10])
     print_tables(table)

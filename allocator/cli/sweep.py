@@ -58,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measuring.add_argument("--bank", type=Path, help="bank of the scores (default: `bank` beside SCORES)")
     measuring.add_argument("--text", type=Path, action="append", metavar="FILE", help="text, not that of --calibration")
+    measuring.add_argument(
+        "--manifest",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="manifest of the same scores whose loss was measured (`gamma solve --verify`, `gamma refine`), to show "
+        "beside the curve; may be repeated",
+    )
     measuring.add_argument("--sequences", type=int, default=32)
     measuring.add_argument("--sequence-length", type=int, default=512)
     add_rules(parser)
@@ -67,7 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.reporting import check_figure_path, draw_sweep, save_figure, sweep_document, sweep_rows, sweep_table
+    from allocator.reporting import (
+        check_figure_path,
+        draw_sweep,
+        read_manifest,
+        save_figure,
+        sweep_document,
+        sweep_rows,
+        sweep_table,
+    )  # fmt: skip
     from allocator.reporting.pareto import SWEEP_COLUMNS
     from allocator.sweeping import SweepRequest, run_sweep
 
@@ -75,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     request = SweepRequest(
         lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
         solver=args.solver, relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
+        manifests=[read_manifest(path) for path in args.manifest],
     )  # fmt: skip
     with show_progress() as progress:
         found = run_sweep(Scores.read(args.scores), request, progress)

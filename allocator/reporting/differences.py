@@ -1,7 +1,5 @@
 """What changed between two manifests of one model: module by module, in bytes, and in predicted loss."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from allocator.contract.scores import Scores
 from allocator.reporting.grid import grid_of, short_kind
 from allocator.reporting.summaries import block_bits
 from allocator.reporting.tables import joined_rows, new_table
+from allocator.solving.predicted import predicted_loss, single_losses
 
 __all__ = [
     "COLUMNS",
@@ -76,9 +75,9 @@ def read_manifest(path: Path) -> Manifest:
 def compare(before: Manifest, after: Manifest, scores: Scores | None = None) -> Comparison:
     """What `after` has otherwise than `before`.
 
-    With `scores` every loss is looked up in them; without, the totals are those that the manifests record, and are
-    compared only if both were solved from the same scores. Raises ContractError when the manifests, or the scores, are
-    not of one model.
+    With `scores` every loss is looked up in them, the totals with what modules do together; without, the totals are
+    those that the manifests record, and are compared only if both were solved from the same scores. Raises
+    ContractError when the manifests, or the scores, are not of one model.
     """
     _same_model(before, after)
     _same_modules(before, after)
@@ -87,8 +86,7 @@ def compare(before: Manifest, after: Manifest, scores: Scores | None = None) -> 
             f"the scores are of model {scores.model.name} ({scores.model.digest}), "
             f"the manifests of {before.model.name} ({before.model.digest}); give the scores of that model"
         )
-    table = None if scores is None else _losses(scores)
-    losses = [None if table is None else _looked_up(table, m) for m in (before, after)]
+    losses = [None if scores is None else single_losses(scores, m.modules) for m in (before, after)]
     changes = []
     for name, old in before.modules.items():
         new = after.modules[name]
@@ -98,8 +96,10 @@ def compare(before: Manifest, after: Manifest, scores: Scores | None = None) -> 
             changes.append(Change(name, old, new, *sizes, *costs))
     known = before.scores_digest is not None and before.scores_digest == after.scores_digest
     totals = [
-        math.fsum(of.values()) if of is not None else m.proof.objective if known and m.proof is not None else None
-        for of, m in zip(losses, (before, after), strict=True)
+        predicted_loss(scores, m.modules)
+        if scores is not None
+        else (m.proof.objective if known and m.proof is not None else None)
+        for m in (before, after)
     ]
     return Comparison(before, after, changes, totals[0], totals[1], None if scores is None else scores.unit)
 
@@ -223,22 +223,6 @@ def _same_modules(before: Manifest, after: Manifest) -> None:
             f"{odd[0]}: is a module of only one of the manifests ({before.digest}, {after.digest}), "
             "which were made by different releases; solve both again"
         )
-
-
-def _losses(scores: Scores) -> dict[tuple[str, ModuleFormat], float]:
-    return {(name, c.format): c.score for name, m in scores.modules.items() for c in m.candidates}
-
-
-def _looked_up(losses: Mapping[tuple[str, ModuleFormat], float], manifest: Manifest) -> dict[str, float]:
-    found = {}
-    for name, form in manifest.modules.items():
-        if (name, form) not in losses:
-            raise ContractError(
-                f"{name}: the scores have no candidate of {form.num_bits} bits and group size {form.group_size}, "
-                f"as manifest {manifest.digest} has; give the scores that it was solved from ({manifest.scores_digest})"
-            )
-        found[name] = losses[name, form]
-    return found
 
 
 def _difference(before: float | None, after: float | None) -> float | None:

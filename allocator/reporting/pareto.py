@@ -1,7 +1,7 @@
 """A sweep as a table, as rows, and as a figure: gibibytes against loss, uniform plans and GPUs beside the curve."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from allocator.reporting.figures import new_figure
+from allocator.reporting.recorded import Recorded, recorded_row, recorded_table
 from allocator.reporting.tables import new_table
 from allocator.solving.sweep import SweepPoint, UniformPlan
 
@@ -48,7 +49,7 @@ class Mark:
 @dataclass(frozen=True)
 class Sweep:
     """What `gamma sweep` found. `measured` are losses by `key_of_point` and `key_of_uniform`, empty when none was
-    asked for."""
+    asked for; `recorded` are those of manifests that were given."""
 
     model: str
     unit: str
@@ -57,6 +58,7 @@ class Sweep:
     marks: list[Mark]
     measured: dict[str, float]
     measured_unit: str = ""
+    recorded: list[Recorded] = field(default_factory=list)
 
 
 def key_of_point(point: SweepPoint) -> str:
@@ -103,6 +105,7 @@ def sweep_document(sweep: Sweep) -> dict[str, Any]:
             }
             for mark in sweep.marks
         ],
+        "recorded": [recorded_row(found) for found in sweep.recorded],
     }
 
 
@@ -129,7 +132,7 @@ def sweep_table(sweep: Sweep) -> RenderableType:
         lines.append(Text(f"measured: {sweep.measured_unit}"))
     lines += [Text(f"{mark.gpu}: {mark.message}") for mark in sweep.marks if mark.message]
     lines += [Text(line) for line in _savings(sweep.marks)]
-    return Group(table, *lines)
+    return Group(table, *lines, *recorded_table(sweep.recorded))
 
 
 def draw_sweep(sweep: Sweep) -> Any:
@@ -154,6 +157,8 @@ def draw_sweep(sweep: Sweep) -> Any:
     if sweep.measured:
         shown = [(s, sweep.measured.get(key_of_point(p))) for s, p in zip(sizes, solved, strict=True)]
         _draw_known(axes, shown, color="black", marker="s", linestyle=":", fillstyle="none", label="solved, measured")
+    known = [(r.tensor_bytes / divisor, r.measured_loss) for r in sweep.recorded if low <= r.tensor_bytes <= high]
+    _draw_known(axes, known, color="black", marker="D", linestyle="none", label="measured, as recorded")
     uniform = [plan for plan in sweep.uniform if low - margin <= plan.tensor_bytes <= high + margin]
     _draw_uniform(axes, sweep, uniform, divisor)
     if all(loss > 0 for loss in losses):

@@ -5,7 +5,8 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from allocator import __version__
 from allocator.contract.digest import digest_bytes, digest_json
@@ -19,6 +20,8 @@ from allocator.sidecar.schemas import Allocation, AllocationRequest, PlanHardwar
 from allocator.sidecar.store import Store, hex_of
 
 __all__ = ["Allocations", "Catalogue", "Memory"]
+
+Listed = TypeVar("Listed")
 
 _LIST_SECONDS = 1.0
 _PARAMS = {
@@ -51,31 +54,55 @@ class Memory:
             self._used -= len(dropped)
 
 
+class _Listing(Generic[Listed]):
+    """Something read from the store anew at most once a second, in a thread."""
+
+    def __init__(self, read: Callable[[], Listed]) -> None:
+        self._read = read
+        self._found: Listed | None = None
+        self._read_at = 0.0
+        self._lock = asyncio.Lock()
+
+    async def __call__(self) -> Listed:
+        found = self._recent()
+        if found is None:
+            async with self._lock:
+                found = self._recent()
+                if found is None:
+                    found = self._found = await asyncio.to_thread(self._read)
+                    self._read_at = time.monotonic()
+        return found
+
+    def _recent(self) -> Listed | None:
+        return self._found if time.monotonic() - self._read_at < _LIST_SECONDS else None
+
+
 class Catalogue:
-    """The entries of the store, listed anew at most once a second, in a thread."""
+    """The entries of the store, and what was measured with their scores."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._entries: list[Entry] = []
-        self._by_key: dict[str, Entry] = {}
-        self._listed = -_LIST_SECONDS
-        self._lock = asyncio.Lock()
+        self._listed = _Listing(self._list)
+        self._measured: dict[str, _Listing[list[str]]] = {}
 
     async def entries(self) -> list[Entry]:
         """All entries, the newest last."""
-        if time.monotonic() - self._listed >= _LIST_SECONDS:
-            async with self._lock:
-                if time.monotonic() - self._listed >= _LIST_SECONDS:
-                    self._entries = await asyncio.to_thread(self._store.entries)
-                    self._by_key = {key: e for e in self._entries for key in (e.name, e.model.digest)}
-                    self._by_key |= {e.scores_digest: e for e in self._entries}
-                    self._listed = time.monotonic()
-        return self._entries
+        return (await self._listed())[0]
+
+    async def measured(self, entry: Entry) -> list[str]:
+        """Digests of the stored manifests of the entry's scores that say what was measured."""
+        read = partial(self._store.measured, entry.scores_digest)
+        return await self._measured.setdefault(entry.scores_digest, _Listing(read))()
+
+    def _list(self) -> tuple[list[Entry], dict[str, Entry]]:
+        entries = self._store.entries()
+        by_key = {key: e for e in entries for key in (e.name, e.model.digest)}
+        return entries, by_key | {e.scores_digest: e for e in entries}
 
     async def find(self, model: str) -> Entry:
         """The newest entry of a name or digest. Raises ApiError 404."""
-        await self.entries()
-        entry = self._by_key.get(model)
+        _entries, by_key = await self._listed()
+        entry = by_key.get(model)
         if entry is None:
             raise ApiError(404, f"the store has no scores of {model!r}; GET /v1/models lists what there is", "model")
         return entry
@@ -163,16 +190,17 @@ class Allocations:
         return text
 
     async def sweep(self, request: SweepRequest) -> bytes:
-        """The JSON of the Pareto curve."""
+        """The JSON of the Pareto curve. Its id counts what was measured: a new manifest makes another answer."""
         entry = await self._catalogue.find(request.model)
-        identity = _identity("sweep", request.model_dump(mode="json"), entry)
+        measured = await self._catalogue.measured(entry)
+        identity = _identity("sweep", request.model_dump(mode="json") | {"measured": measured}, entry)
         known = self._memory.get(identity)
         if known is not None:
             return known
 
         async def solve() -> bytes:
             content: bytes = await self._solve(
-                "sweep", identity, request.model_dump_json(), entry.scores_digest, entry.name
+                "sweep", identity, request.model_dump_json(), entry.scores_digest, entry.name, measured
             )
             self._memory.put(identity, content)
             return content

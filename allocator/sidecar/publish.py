@@ -1,4 +1,4 @@
-"""Brings a work folder of `gamma learn` into a store: scores, bank, and where the model lies."""
+"""Brings a work folder of `gamma learn` into a store: scores, bank, and where the model lies; and manifests."""
 
 import re
 from dataclasses import dataclass
@@ -8,13 +8,15 @@ from pathlib import Path
 from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import ContractError, InputError
+from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.inventory import model_digest, read_inventory
 from allocator.progress import Progress, silent
 from allocator.sidecar.entry import Entry, Source
 from allocator.sidecar.store import Store, hex_of
+from allocator.solving.predicted import single_losses
 
-__all__ = ["Published", "publish"]
+__all__ = ["Published", "publish", "publish_manifest"]
 
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -83,6 +85,26 @@ def publish(
     )
     store.add_entry(entry)
     return Published(entry, written)
+
+
+def publish_manifest(manifest: Manifest, store: Store) -> bool:
+    """Add a manifest to the store that has its scores: to be served by digest, and for the loss that it records.
+
+    False if it was there already. Raises InputError when the store has no such scores, ContractError when scores and
+    manifest do not belong together.
+    """
+    scores = None if manifest.scores_digest is None else store.scores(manifest.scores_digest)
+    if scores is None:
+        offers = ", ".join(sorted({e.name for e in store.entries()})) or "nothing"
+        raise InputError(
+            f"manifest {manifest.digest} was solved from scores {manifest.scores_digest or '(not recorded)'}, which "
+            f"{store.url} does not have (it offers {offers}); add the work folder that they are from first"
+        )
+    of_scores = scores.model.digest, scores.bank_digest, scores.other_bytes, set(scores.modules)
+    if of_scores != (manifest.model.digest, manifest.bank_digest, manifest.other_bytes, set(manifest.modules)):
+        raise ContractError(f"manifest {manifest.digest} is not of the model and bank of its scores; solve it again")
+    single_losses(scores, manifest.modules)
+    return store.add_manifest(manifest)
 
 
 def _add_bank(store: Store, folder: Path, bank: Bank, progress: Progress) -> int:

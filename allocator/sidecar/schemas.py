@@ -9,8 +9,8 @@ from allocator.contract.manifest import Proof
 
 __all__ = [
     "Allocation", "AllocationRequest", "CheckpointRequest", "DiffRequest", "ErrorBody", "ErrorResponse", "GpuInfo",
-    "Health", "Job", "JobState", "ModelInfo", "NodeStatus", "PlanHardware", "PlanRequestBody", "SweepPoint",
-    "SweepRequest", "SweepResult", "Version", "page_of",
+    "Health", "Job", "JobState", "MeasuredPoint", "ModelInfo", "NodeStatus", "PlanHardware", "PlanRequestBody",
+    "SweepPoint", "SweepRequest", "SweepResult", "Version", "page_of",
 ]  # fmt: skip
 
 ModelId = Annotated[
@@ -127,11 +127,29 @@ class SweepPoint(Answer):
     average_bits: float
     predicted_loss: float
     bound: float
-    measured_loss: float | None = None
+
+
+class MeasuredPoint(Answer):
+    """A stored manifest of the same scores whose loss was measured: KL divergence from the original, nats a token.
+
+    It was measured on `tokens` tokens of the text `text_digest`; a "refinement" also chose the assignment on that text.
+    `uniform_loss` is what one width for all modules within the same bytes measured there.
+    """
+
+    manifest_digest: Digest
+    tensor_bytes: int
+    average_bits: float
+    predicted_loss: float
+    measured_loss: float
+    record: Literal["verification", "refinement"]
+    tokens: int
+    text_digest: Digest
+    uniform_loss: float | None = None
+    uniform_bits: int | None = None
 
 
 class SweepResult(Answer):
-    """The Pareto curve, with one width for all modules beside it for comparison."""
+    """The Pareto curve, with one width for all modules beside it, and what was measured of stored manifests."""
 
     object: Literal["sweep"] = "sweep"
     id: Digest
@@ -140,6 +158,7 @@ class SweepResult(Answer):
     unit: str
     points: list[SweepPoint]
     uniform: dict[str, SweepPoint]
+    measured: list[MeasuredPoint] = Field(description="of manifests that `gamma store add-manifest` brought")
 
 
 class DiffRequest(Body):

@@ -5,6 +5,7 @@
     banks/<hex>/...                a bank folder, `bank.json` written last
     sources/<model hex>/...        the 16-bit model, if it was published too
     manifests/<hex>.json           `Manifest`, as `gamma solve --out` writes it
+    measured/<scores hex>/<hex>    empty: this manifest of these scores says what was measured
     allocations/<hex>.json         request digest -> manifest digest
     jobs/<hex>/...                 see `jobs.py`
 
@@ -73,8 +74,17 @@ class Store:
     def add_scores(self, scores: Scores) -> None:
         self.backend.create(f"scores/{hex_of(scores.digest)}.json", document_text(scores).encode())
 
-    def add_manifest(self, manifest: Manifest) -> None:
-        self.backend.create(f"manifests/{hex_of(manifest.digest)}.json", document_text(manifest).encode())
+    def add_manifest(self, manifest: Manifest) -> bool:
+        """False if it was there already."""
+        new = self.backend.create(f"manifests/{hex_of(manifest.digest)}.json", document_text(manifest).encode())
+        if manifest.scores_digest is not None and (manifest.verification or manifest.refinement):
+            self.backend.create(f"measured/{hex_of(manifest.scores_digest)}/{hex_of(manifest.digest)}", b"")
+        return new
+
+    def measured(self, scores_digest: str) -> list[str]:
+        """Digests of the manifests of some scores that say what was measured, sorted."""
+        names = self.backend.names(f"measured/{hex_of(scores_digest)}")
+        return [digest for name in names if _DIGEST.fullmatch(digest := f"sha256:{name}")]
 
     def _document(self, kind: type[AnyDocument], folder: str, digest: str) -> AnyDocument | None:
         path = f"{folder}/{hex_of(digest)}.json"

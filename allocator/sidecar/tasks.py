@@ -15,11 +15,20 @@ from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
 from allocator.fitting import Plan, PlanRequest
 from allocator.reporting.differences import compare, comparison_document
+from allocator.reporting.recorded import recorded_loss, recorded_row
 from allocator.sidecar.dispatch import Solved
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.planning import device_of, plan_entry
 from allocator.sidecar.resident import solve_for_plan
-from allocator.sidecar.schemas import Allocation, AllocationRequest, PlanHardware, SweepPoint, SweepRequest, SweepResult
+from allocator.sidecar.schemas import (
+    Allocation,
+    AllocationRequest,
+    MeasuredPoint,
+    PlanHardware,
+    SweepPoint,
+    SweepRequest,
+    SweepResult,
+)
 from allocator.sidecar.store import Store, document_text
 from allocator.solving import SolveSettings, parse_budget, solve_scores
 from allocator.solving.program import Program
@@ -114,8 +123,8 @@ def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> di
     return made.payload() | {"digest": made.digest}
 
 
-def sweep(identity: str, request_json: str, scores_digest: str, name: str) -> bytes:
-    """The Pareto curve as the answer of the API."""
+def sweep(identity: str, request_json: str, scores_digest: str, name: str, measured: list[str]) -> bytes:
+    """The Pareto curve as the answer of the API. `measured`: digests of stored manifests that say what was measured."""
     request = SweepRequest.model_validate_json(request_json)
     scores = _scores_of(scores_digest)
     low, high = scores.feasible_bytes()
@@ -138,7 +147,13 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str) -> by
     ]  # fmt: skip
     uniform = {str(plan.num_bits): _uniform(plan) for plan in uniform_plans(scores)}
     result = SweepResult(
-        id=identity, model=name, scores_digest=scores_digest, unit=scores.unit, points=points, uniform=uniform
+        id=identity,
+        model=name,
+        scores_digest=scores_digest,
+        unit=scores.unit,
+        points=points,
+        uniform=uniform,
+        measured=_measured(scores, measured),
     )
     return result.model_dump_json(exclude_none=True).encode()
 
@@ -176,6 +191,12 @@ def _allocation(
         proof=manifest.proof,
         weight_budget_bytes=None if plan is None else plan.weight_budget_bytes,
     )
+
+
+def _measured(scores: Scores, digests: list[str]) -> list[MeasuredPoint]:
+    manifests = filter(None, map(_opened().manifest, digests))
+    found = sorted(filter(None, (recorded_loss(m, scores) for m in manifests)), key=lambda r: r.tensor_bytes)
+    return [MeasuredPoint.model_validate(recorded_row(one)) for one in found]
 
 
 def _uniform(plan: UniformPlan) -> SweepPoint:

@@ -8,6 +8,7 @@ from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Candidate, Scores
 from allocator.progress import Progress, silent
 from allocator.solving.budget import average_bits_of, parse_amount
+from allocator.solving.predicted import predicted_loss
 from allocator.solving.program import Program, Solution, Solver
 
 __all__ = ["MOST_POINTS", "SweepPoint", "UniformPlan", "best_uniform", "spread_budgets", "sweep", "uniform_plans"]
@@ -82,12 +83,13 @@ def best_uniform(plans: Sequence[UniformPlan], budget_bytes: int) -> UniformPlan
 
 def _uniform(scores: Scores, bits: int) -> UniformPlan:
     chosen = {name: _at_least(module.candidates, bits) for name, module in scores.modules.items()}
+    assignment = {name: c.format for name, c in chosen.items()}
     total = scores.other_bytes + sum(c.nbytes for c in chosen.values())
     return UniformPlan(
         num_bits=bits,
-        assignment={name: c.format for name, c in chosen.items()},
+        assignment=assignment,
         tensor_bytes=total,
-        objective=sum(c.score for c in chosen.values()),
+        objective=predicted_loss(scores, assignment),
         average_bits=average_bits_of(scores, total),
     )
 

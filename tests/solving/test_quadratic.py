@@ -10,7 +10,9 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, Interactions, ScoredModule, Scores
 from allocator.solving import solve
+from allocator.solving.predicted import predicted_loss
 from allocator.solving.quadratic import interactions_among, pair_terms, quadratic_of
+from allocator.solving.sweep import uniform_plans
 from allocator.solving.units import Rules, units_of
 
 WIDTHS = (2, 4, 8)
@@ -132,3 +134,16 @@ def test_a_file_with_too_few_numbers_is_refused(tmp_path) -> None:
     scores.model_copy(update={"interactions": broken}).write(path)
     with pytest.raises(ContractError, match="not base64"):
         Scores.read(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_predicted_loss_of_an_assignment_is_what_the_solver_minimises(seed: int) -> None:
+    scores = make_scores(6, seed)
+    low, high = scores.feasible_bytes()
+    for share in (0.1, 0.5, 1.0):
+        solution = solve(scores, int(low + share * (high - low)))
+        assert predicted_loss(scores, solution.assignment) == pytest.approx(solution.objective, rel=1e-9, abs=1e-15)
+    for plan in uniform_plans(scores):
+        assert solve(scores, plan.tensor_bytes).objective <= plan.objective + 1e-12
+    with pytest.raises(ContractError, match=r"m00: the scores .* have no candidate of 5 bits"):
+        predicted_loss(scores, {"m00": ModuleFormat(shape=(64, 32), num_bits=5, group_size=32, symmetric=False)})

@@ -34,9 +34,9 @@ export function memoryBar(parts, total) {
   return svg;
 }
 
-// The Pareto curve. `points`: [{budget_bytes, predicted_loss, measured_loss?}], `uniform`: {width: point},
-// `gpus`: [{name, bytes}], `chosen`: {bytes, loss}. Calls onPick(bytes) for a click.
-export function curve(holder, { points, uniform, gpus, chosen, onPick }) {
+// The Pareto curve. `points`: [{budget_bytes, predicted_loss}], `uniform`: {width: point},
+// `measured`: [{bytes, loss, text}], `gpus`: [{name, bytes}], `chosen`: {bytes, loss}. Calls onPick(bytes) for a click.
+export function curve(holder, { points, uniform, measured, gpus, chosen, onPick }) {
   const width = Math.max(holder.clientWidth, 280), height = width < 520 ? 260 : 320;
   const left = 54, right = 14, top = 30, bottom = 34;
   const positive = points.filter((p) => p.predicted_loss > 0);
@@ -44,24 +44,27 @@ export function curve(holder, { points, uniform, gpus, chosen, onPick }) {
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
   holder.replaceChildren(svg);
   // The last points are so close to lossless that they would stretch the scale: four decades are shown.
-  const all = (logarithmic ? positive : points).map((p) => p.predicted_loss), most = Math.max(...all);
-  const least = logarithmic ? Math.max(Math.min(...all), most * 1e-4) : Math.min(...all);
+  const all = (logarithmic ? positive : points).map((p) => p.predicted_loss), highest = Math.max(...all);
+  const least = logarithmic ? Math.max(Math.min(...all), highest * 1e-4) : Math.min(...all);
   const shown = points.filter((p) => p.predicted_loss >= least);
   const minX = points[0].budget_bytes, maxX = Math.max(shown[shown.length - 1].budget_bytes, minX + 1);
+  const inside = measured.filter((p) => p.loss >= least && p.bytes >= minX && p.bytes <= maxX);
+  const most = Math.max(highest, ...inside.map((p) => p.loss));
   const x = (bytes) => left + ((bytes - minX) / (maxX - minX)) * (width - left - right);
   const scale = logarithmic ? (value) => Math.log10(Math.max(value, least)) : (value) => Math.max(value, least);
   const a = scale(least), b = scale(most);
   const y = (value) => top + ((b - scale(value)) / (b - a || 1)) * (height - top - bottom);
-  svg.setAttribute("aria-label", `predicted loss falls from ${loss(most)} at ${gib(minX)} to ${loss(least)} at ${gib(maxX)}; chosen ${gib(chosen.bytes)}, ${loss(chosen.loss)}`);
+  svg.setAttribute("aria-label", `predicted loss falls from ${loss(highest)} at ${gib(minX)} to ${loss(least)} at ${gib(maxX)}; chosen ${gib(chosen.bytes)}, ${loss(chosen.loss)}${inside.map((p) => `; ${p.text}`).join("")}`);
 
   for (const value of logarithmic ? powers(a, b) : rounds(least, most)) {
     const at = y(value);
     svg.append(draw("line", { x1: left, x2: width - right, y1: at, y2: at, class: "axis" }), draw("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, short(value)));
   }
   const step = niceStep((maxX - minX) / 2 ** 30 / (width < 520 ? 4 : 8));
+  const decimals = Math.max(0, Math.ceil(-Math.log10(1024 * step)));
   for (let g = Math.ceil(minX / 2 ** 30 / step) * step; g * 2 ** 30 <= maxX; g += step) {
     const at = x(g * 2 ** 30);
-    svg.append(draw("text", { x: at, y: height - 12, "text-anchor": "middle" }, step >= 0.1 ? `${Number(g.toFixed(1))} GiB` : `${(1024 * g).toFixed(1)} MiB`));
+    svg.append(draw("text", { x: at, y: height - 12, "text-anchor": "middle" }, step >= 0.1 ? `${Number(g.toFixed(1))} GiB` : `${(1024 * g).toFixed(decimals)} MiB`));
   }
 
   let lastEnd = -1;
@@ -75,6 +78,7 @@ export function curve(holder, { points, uniform, gpus, chosen, onPick }) {
       lastEnd = at + half;
     }
   }
+  svg.append(draw("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom, fill: "transparent", class: "hit" }));
   svg.append(draw("path", { d: shown.map((p, i) => `${i ? "L" : "M"}${x(p.budget_bytes).toFixed(1)} ${y(p.predicted_loss).toFixed(1)}`).join(""), class: "curve" }));
   for (const [bits, point] of Object.entries(uniform)) {
     if (point.predicted_loss < least || point.predicted_loss > most * 1.5 || point.tensor_bytes > maxX) continue;
@@ -82,20 +86,19 @@ export function curve(holder, { points, uniform, gpus, chosen, onPick }) {
     svg.append(draw("circle", { cx, cy, r: 4, class: "uniform" }, draw("title", {}, `all modules at ${bits} bits: ${gib(point.tensor_bytes)}, ${loss(point.predicted_loss)}`)));
     svg.append(draw("text", { x: cx + 8, y: cy < top + 12 ? cy + 15 : cy - 6 }, `all ${bits}`));
   }
-  for (const point of shown.filter((p) => p.measured_loss > 0)) {
-    svg.append(draw("circle", { cx: x(point.budget_bytes), cy: y(point.measured_loss), r: 3, class: "measured" }, draw("title", {}, `measured ${loss(point.measured_loss)}`)));
-  }
   if (chosen.loss !== null && chosen.bytes <= maxX) {
     const at = x(chosen.bytes);
     svg.append(draw("line", { x1: at, x2: at, y1: y(chosen.loss), y2: height - bottom, class: "chosen" }), draw("circle", { cx: at, cy: y(chosen.loss), r: 7, class: "dot" }));
   }
-  const hit = draw("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom, fill: "transparent", class: "hit" });
-  hit.addEventListener("click", (event) => {
+  for (const point of inside) {
+    const cx = x(point.bytes), cy = y(point.loss), r = 6;
+    svg.append(draw("path", { d: `M${cx} ${cy - r}L${cx + r} ${cy}L${cx} ${cy + r}L${cx - r} ${cy}Z`, class: "measured" }, draw("title", {}, point.text)));
+  }
+  svg.addEventListener("click", (event) => {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * width;
-    onPick(minX + ((at - left) / (width - left - right)) * (maxX - minX));
+    if (at >= left && at <= width - right) onPick(minX + ((at - left) / (width - left - right)) * (maxX - minX));
   });
-  svg.append(hit);
 }
 
 function powers(a, b) {

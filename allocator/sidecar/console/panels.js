@@ -94,15 +94,49 @@ export function memory(plan) {
   $("memory-title").textContent = `Memory of one GPU: ${plan.device.name}, ${gib(total, 1)}`;
 }
 
+const MEASURED = "KL divergence from the original in nats a token, on the text named";
+
 export function pareto(sweep, gpus, allocation, onPick) {
   $("curve-unit").textContent = sweep.unit.length > 60 ? sweep.unit.split(",")[0] : sweep.unit;
   curve($("curve"), {
     points: sweep.points,
     uniform: sweep.uniform,
+    // Scores in another unit do not share an axis with what is measured.
+    measured: sweep.unit.startsWith("nats") ? sweep.measured.map((m) => ({ bytes: m.tensor_bytes, loss: m.measured_loss, text: measuredText(m) })) : [],
     gpus,
     chosen: allocation ? { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss } : { bytes: Infinity, loss: null },
     onPick,
   });
+  measuredTable(sweep.measured);
+}
+
+const textOf = (m) => `${count(m.tokens)} tokens of ${m.text_digest.slice(7, 15)}${m.record === "refinement" ? ", chosen on it" : ""}`;
+const measuredText = (m) => `measured ${loss(m.measured_loss)} at ${gib(m.tensor_bytes)} on ${textOf(m)}; predicted ${loss(m.predicted_loss)}`;
+
+// What stored manifests say was measured, the smallest first.
+function measuredTable(found) {
+  $("measured-part").hidden = found.length === 0;
+  $("measured-note").replaceChildren(element("span", "◆", "down"), ` Measured: ${MEASURED}. Predicted: in the unit of the curve.`);
+  const rows = found.map((m) => {
+    const uniform = m.uniform_loss === undefined ? "–" : `${loss(m.uniform_loss)} at ${m.uniform_bits} bits`;
+    return [gib(m.tensor_bytes), m.average_bits.toFixed(2), loss(m.predicted_loss), loss(m.measured_loss), uniform, textOf(m)];
+  });
+  $("measured").replaceChildren(table(["size", "bits", "predicted", "measured", "one width", "text"], rows.map((cells) => cells.map((cell) => [cell]))));
+}
+
+// heads: texts; rows: [[text, class?], ...], the first cell being the row's own head.
+function table(heads, rows) {
+  const made = element("table"), top = element("tr"), thead = element("thead"), body = element("tbody");
+  const head = (text, scope) => Object.assign(element("th", text), { scope });
+  top.append(...heads.map((text) => head(text, "col")));
+  for (const [[name], ...cells] of rows) {
+    const line = element("tr");
+    line.append(head(name, "row"), ...cells.map(([text, kind]) => element("td", text, kind)));
+    body.append(line);
+  }
+  thead.append(top);
+  made.append(thead, body);
+  return made;
 }
 
 let map = null;
@@ -173,21 +207,8 @@ export function difference(document_) {
   const head = element("p", `${document_.changed.length} of ${document_.modules} modules differ, ${signed(document_.tensor_bytes_change)}${losses}.`);
   holder.replaceChildren(head);
   if (!kinds.size) return;
-  const table = element("table"), top = element("tr"), body = element("tbody"), thead = element("thead");
-  for (const name of ["module", "wider", "narrower", "size"]) {
-    const cell = element("th", name);
-    cell.scope = "col";
-    top.append(cell);
-  }
-  for (const [kind, row] of kinds) {
-    const line = element("tr"), name = element("th", kind);
-    name.scope = "row";
-    line.append(name, element("td", row.more || "–", row.more ? "up" : ""), element("td", row.less || "–", row.less ? "down" : ""), element("td", signed(row.bytes)));
-    body.append(line);
-  }
-  thead.append(top);
-  table.append(thead, body);
-  holder.append(table);
+  const rows = [...kinds].map(([kind, row]) => [[kind], [row.more || "–", row.more ? "up" : ""], [row.less || "–", row.less ? "down" : ""], [signed(row.bytes)]]);
+  holder.append(table(["module", "wider", "narrower", "size"], rows));
 }
 
 export function gpuOptions(gpus, chosen) {
