@@ -1,4 +1,4 @@
-"""Gradients of the model's own log-likelihood at the output of every block, computed one block at a time."""
+"""Gradients of the model's log-probabilities at the output of every block, computed one block at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,11 +22,13 @@ def descend(
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
-    Each of `gradients` is one draw: at every position a token y is drawn from the model's distribution, and the
-    gradient is that of the sum of -log p(y). `hidden` holds the teacher's states. The gradients at the output of block
-    i are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a
-    block must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has
-    are not computed again.
+    Each of `gradients` is one draw: at every position each token y of the vocabulary gets a random sign x_y, and the
+    gradient is that of the sum of x_y sqrt(p_y) log p_y, with sqrt(p_y) held fixed. Signs are independent, so its
+    products have the mean that those of the gradients of log p_y have, y drawn from the model: the Fisher matrix; with
+    less noise (Hutchinson 1990). `hidden` holds the teacher's states. The gradients at the output of block i
+    are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
+    must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has are not
+    computed again.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, 0, -1):
@@ -84,15 +86,15 @@ def _fill_last(
 ) -> None:
     head = stream.head()
     for sequence, row in team.share(range(hidden.shape[0])):
-        # Drawn on the CPU and by sequence, so that every device and every number of processes sees the same tokens.
+        # Drawn on the CPU and by sequence, so that every device and every number of processes sees the same signs.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + sequence)
         for start in range(0, hidden.shape[1], _HEAD_TOKENS):
             part = slice(start, start + _HEAD_TOKENS)
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
             logprobs = head(states).log_softmax(-1)
-            probabilities = logprobs.detach().exp().cpu()
+            root = (logprobs.detach() / 2).exp()
             for store in gradients:
-                drawn = torch.multinomial(probabilities, 1, generator=generator).to(stream.device)
-                loss = -logprobs.gather(-1, drawn).sum()
-                (gradient,) = torch.autograd.grad(loss, states, retain_graph=store is not gradients[-1])
+                drawn = torch.randint(0, 2, logprobs.shape, generator=generator, dtype=torch.int8)
+                weights = (2 * drawn - 1).to(stream.device) * root
+                (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
                 store.boundary(stream.blocks)[row, part] = gradient.to(store.dtype).cpu()

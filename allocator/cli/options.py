@@ -165,7 +165,7 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         default=3.0,
         help="budget that `relaxed` learns at (default 3.0); its scores serve every other budget too",
     )
-    learning.add_argument("--draws", type=int, default=4, help="gradients a position that losses are measured with")
+    learning.add_argument("--draws", type=int, default=8, help="gradients a position that losses are measured with")
     learning.add_argument("--seed", type=int, default=0)
 
 

@@ -40,7 +40,7 @@ def measure_swaps(
     reduce: Callable[[Tensor], Found],
 ) -> dict[int, dict[str, Found]]:
     """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, what `reduce`
-    makes of the errors of the block's output along the gradients, `[C, S * B * T]`; those of the last candidate, the
+    makes of the errors of the block's output along the gradients, `[C, B * S * T]`; those of the last candidate, the
     source itself, are 0.
 
     Batches are read anew for each candidate: one candidate's weight and one batch of states are in memory at a time.
@@ -90,5 +90,6 @@ def _swap_experts(
                     tokens, errors = expert_error(block, name, weight, routes[number])
                     gradients = batch.gradients.flatten(1, 2)[:, tokens]
                     along[number][index][:, tokens.cpu()] = torch.einsum("kd,skd->sk", errors, gradients).cpu()
-            for number in together:
-                found[number][name] = reduce(along[number].flatten(1))
+            for number, batch in together.items():
+                by_sequence = along[number].reshape(*along[number].shape[:2], *batch.states.shape[:2]).transpose(1, 2)
+                found[number][name] = reduce(by_sequence.flatten(1))

@@ -2,8 +2,8 @@
 
 A block is given the teacher's hidden state and must give the teacher's output (teacher forcing). How much an error e
 of its output matters depends on its size and on its direction. To second order the KL divergence of the final
-distribution is e^T F e / 2, F being the Fisher matrix of the output, which is the mean of g g^T over gradients g of
--log p(y) with y drawn from the model itself. A few such draws measure the error in nats; positions are taken as
+distribution is e^T F e / 2, F being the Fisher matrix of the output, which is the mean of g g^T over random gradients g
+of the log-probabilities (see `blocks.gradients`). A few such draws measure the error in nats; positions are taken as
 independent. On single swaps this tracks the measured KL of the whole model far closer than the error's size does.
 
 The gradients at all blocks' outputs are those of one and the same draw. So g . e is, for an error in any block, the
@@ -11,21 +11,40 @@ change of one and the same quantity, and the mean of (g . e) (g' . e') over draw
 do to the KL together: pairs of modules anywhere in the model are had from the measurements of single ones.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["UNIT", "correlations", "errors_along", "gram_matrix", "losses_of_errors", "reconstruction_loss"]
+__all__ = ["UNIT", "Kinds", "correlations", "errors_along", "gram_matrix", "losses_of_errors", "reconstruction_loss"]
 
-_DOUBT = 2.0
 UNIT = "nats of KL divergence a token, to second order, of each block's error on the original model's input"
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """What tells the classes of pairs of candidates apart: numbers of module, block and width of each, int64 `[C]`."""
+
+    modules: Tensor
+    blocks: Tensor
+    widths: Tensor
+
+    def of_pairs(self) -> Tensor:
+        """The class of each pair, int64 `[C, C]`, symmetric."""
+        one_module, one_block = (of[:, None] == of[None, :] for of in (self.modules, self.blocks))
+        narrow = torch.minimum(self.widths[:, None], self.widths[None, :])
+        wide = torch.maximum(self.widths[:, None], self.widths[None, :])
+        together = one_module.long() + (one_module | one_block)
+        return (narrow * (int(self.widths.max()) + 1) + wide) * 3 + together
+
+
 def errors_along(output: Tensor, teacher: Tensor, gradients: Tensor) -> Tensor:
-    """The error of an output along each gradient, g . (output - teacher): `[S * B * T]`.
+    """The error of an output along each gradient, g . (output - teacher): `[B * S * T]`, so that a part of the numbers
+    is a part of the text.
 
     output, teacher: `[B, T, D]`; gradients: `[S, B, T, D]`, of S draws (see `blocks.gradients`).
     """
-    return torch.einsum("btd,sbtd->sbt", output - teacher, gradients).flatten()
+    return torch.einsum("btd,sbtd->bst", output - teacher, gradients).flatten()
 
 
 def losses_of_errors(errors: Tensor) -> Tensor:
@@ -33,26 +52,28 @@ def losses_of_errors(errors: Tensor) -> Tensor:
     return errors.double().square().mean(1) / 2
 
 
-def correlations(errors: Tensor, parts: int = 16) -> Tensor:
+def correlations(errors: Tensor, kinds: Kinds, parts: int = 16) -> Tensor:
     """Correlation matrix `[C, C]`, float32, of errors `[C, n]` scaled to a mean square of 1, less what chance makes.
 
-    Most pairs have no correlation worth the name, and an optimiser finds those whose estimate happens to be negative.
-    So the estimate is made in `parts` of the text, and with v the variance of their mean, r is shrunk to
-    r max(0, 1 - 2 v / r^2): nothing is left of what is below 1.4 standard errors (a positive-part James-Stein rule).
+    Errors of most modules are independent, so an optimiser would look for those pairs whose estimate happens to be
+    negative. How much of the estimates is chance is known of many pairs together, not of one: pairs of a class (the
+    two widths; in one module, in one block, in two) are shrunk by the share of their mean square that is not noise.
+    The noise is the variance of the mean over `parts` of the text (parametric empirical Bayes, Efron and Morris 1973).
     """
+    pieces = torch.tensor_split(errors, parts, 1)
     total = torch.zeros(errors.shape[0], errors.shape[0])
     squares = torch.zeros_like(total)
-    pieces = torch.chunk(errors, parts, 1)
     for piece in pieces:
-        products = piece.float() @ piece.float().T / piece.shape[1]
+        products = piece.float() @ piece.float().T / max(1, piece.shape[1])
         total += products
         squares += products.square()
-    mean = total / len(pieces)
-    if len(pieces) < 2:
-        return mean
-    variance = (squares / len(pieces) - mean.square()).clamp_min(0) / (len(pieces) - 1)
-    shrunk = mean * (1 - _DOUBT * variance / mean.square().clamp_min(1e-30)).clamp(0, 1)
-    return shrunk.fill_diagonal_(1.0)
+    mean = total / parts
+    noise = (squares / parts - mean.square()).clamp_min(0) / (parts - 1)
+    label = kinds.of_pairs().flatten()
+    size = int(label.max()) + 1
+    signal, chance = (torch.bincount(label, values.double().flatten(), size) for values in (mean.square(), noise))
+    share = (1 - chance / signal.clamp_min(1e-300)).clamp(0, 1).float()
+    return (mean * share[label].view_as(mean)).fill_diagonal_(1.0)
 
 
 def gram_matrix(errors: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class LearningSettings:
 
     method: str = "gamma"
     batch_tokens: int = 2048
-    draws: int = 4
+    draws: int = 8
     pair_samples: int = 262_144
     average_bits: float = 3.0
     seed: int = 0

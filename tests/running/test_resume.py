@@ -93,7 +93,7 @@ def test_resume_says_which_setting_differs(learned: Learned, tmp_path: Path) -> 
     other = [*learned.command[:-1], "rtn", "--draws", "2", "--out", work]
     assert gamma(*other, "--resume", "must", log=log) == 2
     assert "candidates.quantizer was gptq, is rtn" in log.read_text()
-    assert "learning.draws was 4, is 2" in log.read_text()
+    assert "learning.draws was 8, is 2" in log.read_text()
     assert bytes_of(work) == learned.left
     assert gamma(*other, "--json", log=log) == ENDED
     assert "candidates.quantizer was gptq, is rtn" in log.read_text()

@@ -5,6 +5,7 @@ Each block gets the teacher's states (teacher forcing); each candidate is swappe
 correlation of any two candidates of the model: what their errors add to or take from each other.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from allocator.learning.block import measure_swaps
 from allocator.learning.methods.task import Task
-from allocator.learning.objective import UNIT, correlations, losses_of_errors
+from allocator.learning.objective import UNIT, Kinds, correlations, losses_of_errors
 from allocator.learning.tables import Table, with_unseen_experts
 from allocator.learning.teacher import Teacher
 
@@ -35,7 +36,18 @@ def learn_gamma(task: Task) -> Table:
         losses = with_unseen_experts({local: losses for local, (losses, _) in found[index].items()})
         scores |= {task.module(index, local): of_module for local, of_module in losses.items()}
         errors += [kept[:-1] for _, kept in found[index].values()]
-    return Table(scores, UNIT, correlations(torch.cat(errors)) if pairs and errors else None)
+    return Table(scores, UNIT, correlations(torch.cat(errors), _kinds(task, found)) if pairs and errors else None)
+
+
+def _kinds(task: Task, found: Mapping[int, Mapping[str, object]]) -> Kinds:
+    """Of the candidates of the modules in `found`, in its order of blocks."""
+    modules = [(index, task.module(index, local)) for index in sorted(found) for local in found[index]]
+    rows = [
+        (number, index, form.num_bits)
+        for number, (index, name) in enumerate(modules)
+        for form in task.bank.formats(name)[:-1]
+    ]
+    return Kinds(*torch.tensor(rows).T)
 
 
 def _measure_block(task: Task, teacher: Teacher, index: int, pairs: bool) -> dict[str, tuple[Tensor, Tensor]]:
