@@ -11,6 +11,7 @@ proposal: the next module would have to take its inputs in that order.
 
 import argparse
 import json
+import lzma
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -171,12 +172,10 @@ def run(name: str, folder: Path, quantizer: str, text: Path | None, work: Path) 
     """The rows of one model and quantizer."""
     inventory = read_inventory(folder)
     if text is not None:
-        content = text.read_text()
-        halves = [work / "calibration.txt", work / "held-out.txt"]
-        for path, part in zip(halves, (content[: len(content) // 2], content[len(content) // 2 :]), strict=True):
-            path.write_text(part)
-        calibration = calibration_from_text(folder, [halves[0]], SEQUENCES, LENGTH, SEED)
-        held_out = calibration_from_text(folder, [halves[1]], 48, LENGTH, SEED).token_ids
+        calibrated = work / "calibration.txt"
+        calibrated.write_text(lzma.decompress((text / "books.train.txt.xz").read_bytes()).decode()[:2_000_000])
+        calibration = calibration_from_text(folder, [calibrated], SEQUENCES, LENGTH, SEED)
+        held_out = calibration_from_text(folder, [text / "books.valid.txt"], 48, LENGTH, SEED).token_ids
     else:
         calibration = calibration_from_model(folder, SEQUENCES, LENGTH, SEED)
         held_out = calibration_from_model(folder, 48, LENGTH, SEED + 1).token_ids
@@ -228,7 +227,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     models: dict[str, tuple[Path, Path | None]] = {"demo": (ROOT / "benchmarks" / "demo" / "model", None)}
     if (DATA / "models" / "ref-7m").is_dir():
-        models["ref-7m"] = (DATA / "models" / "ref-7m", DATA / "text" / "books.valid.txt")
+        models["ref-7m"] = (DATA / "models" / "ref-7m", DATA / "text")
     rows, missing = [], []
     for name, (folder, text) in models.items():
         for quantizer in ("gptq", "rtn"):
