@@ -5,8 +5,10 @@ module's output, taken along the gradients of the model's own log-likelihood the
 order inside the block). Scores of all granularities come from the same pass over the same candidates, and the exact
 program gives each the same bytes; the KL divergence from the original is then measured on held-out text.
 
-"sorted" cuts a module after its output channels were put in the order of their loss at 3 bits. That is a bound and no
-proposal: the next module would have to take its inputs in that order.
+"sorted" cuts a module after its output channels were put in the order of their loss at 3 bits. For all modules that is
+a bound and no proposal: the next module would have to take its inputs in that order. Inside an MLP it is exact and free:
+gate_proj and up_proj in one common order, down_proj's columns in the same ("MLP ... sorted": gate and up are cut, all
+other modules are whole; down_proj's candidates are left as they are).
 """
 
 import argparse
@@ -56,8 +58,15 @@ class Piece:
     columns: slice | None = None
 
 
+def _is_gated(name: str) -> bool:
+    return name.endswith(("gate_proj", "up_proj"))
+
+
 class Pieces:
-    """The granularities: name -> function from (module, losses of its rows at 3 bits `[N]`, K) to its pieces."""
+    """The granularities: name -> function from (module, losses of its rows at 3 bits `[N]`, K) to its pieces.
+
+    The losses of gate_proj and up_proj that `mlp_*` are given are the sum of both, so that both have one order.
+    """
 
     @staticmethod
     def whole(name: str, order: Tensor, _columns: int) -> Iterator[Piece]:
@@ -76,6 +85,14 @@ class Pieces:
         yield from (Piece(name, rows) for rows in order.argsort(descending=True).split(32))
 
     @staticmethod
+    def mlp_128(name: str, order: Tensor, columns: int) -> Iterator[Piece]:
+        yield from (Pieces.sorted_128 if _is_gated(name) else Pieces.whole)(name, order, columns)
+
+    @staticmethod
+    def mlp_32(name: str, order: Tensor, columns: int) -> Iterator[Piece]:
+        yield from (Pieces.sorted_32 if _is_gated(name) else Pieces.whole)(name, order, columns)
+
+    @staticmethod
     def columns_64(name: str, order: Tensor, columns: int) -> Iterator[Piece]:
         for start in range(0, columns, 64):
             yield Piece(name, torch.arange(len(order)), slice(start, start + 64))
@@ -86,6 +103,8 @@ GRANULARITIES = {
     "blocks of 128 rows": Pieces.natural_128,
     "blocks of 128 rows, sorted": Pieces.sorted_128,
     "blocks of 32 rows, sorted": Pieces.sorted_32,
+    "MLP blocks of 128 rows, sorted": Pieces.mlp_128,
+    "MLP blocks of 32 rows, sorted": Pieces.mlp_32,
     "blocks of 64 columns": Pieces.columns_64,
 }
 
@@ -118,16 +137,24 @@ def measure(stream: BlockStream, bank: BankReader, hidden: HiddenStates, gradien
                 names, torch.autograd.grad(output, outputs, upstream, retain_graph=True), strict=True
             ):
                 slopes[name].append(slope.flatten(0, 1))
+        errors_of: dict[str, list[Tensor]] = {}
+        order_of: dict[str, Tensor] = {}
         for name in names:
-            inputs = kept[name][0].flatten(0, 1)
+            weight = block.get_parameter(f"{name}.weight").data
+            forms = bank.formats(prefix + name)[:-1]
+            errors_of[name] = [bank.dequantized(prefix + name, f) - weight for f in forms]
+            of_rows = kept[name][0].flatten(0, 1) @ errors_of[name][WIDTHS.index(3)].T
+            order_of[name] = (torch.stack(slopes[name]) * of_rows).square().sum((0, 1))
+        together = sum(order_of[name] for name in names if _is_gated(name))
+        for name in names:
+            inputs, errors = kept[name][0].flatten(0, 1), errors_of[name]
             slope = torch.stack(slopes[name])  # [draws, tokens, N]
             weight = block.get_parameter(f"{name}.weight").data
-            errors = [bank.dequantized(prefix + name, f) - weight for f in bank.formats(prefix + name)[:-1]]
             # [tokens, N]: the error of each output channel.
             of_rows = [inputs @ error.T for error in errors]
-            order = (slope * of_rows[WIDTHS.index(3)]).square().sum((0, 1))
             for granularity, cut in GRANULARITIES.items():
-                for piece in cut(prefix + name, order, weight.shape[1]):
+                joint = granularity.startswith("MLP") and _is_gated(name)
+                for piece in cut(prefix + name, together if joint else order_of[name], weight.shape[1]):
                     losses = []
                     for error, by_row in zip(errors, of_rows, strict=True):
                         if piece.columns is None:
