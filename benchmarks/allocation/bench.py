@@ -12,7 +12,7 @@ import lzma
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from allocator.contract.scores import Scores  # noqa: E402
 from allocator.learning import LearningSettings  # noqa: E402
 from allocator.pipeline import CandidateSettings, learn  # noqa: E402
 from allocator.refining import refine  # noqa: E402
+from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402
 from benchmarks.allocation.laboratory import Laboratory  # noqa: E402
 from benchmarks.allocation.relearn import relearn  # noqa: E402
 from benchmarks.allocation.report import write_report  # noqa: E402
@@ -123,7 +124,7 @@ class Bench:
 
     def cell(self, method: str, bits: float, plan: Callable[[], list[int]], learning_seconds: float = 0.0) -> list[int]:
         """The plan of one cell, from WORK or made and measured now."""
-        path = self.work / f"{method}-{bits}.json".replace(" ", "_")
+        path = self.path(method, bits)
         if path.exists():
             return [int(b) for b in json.loads(path.read_text())["plan"]]
         start = time.process_time()
@@ -159,7 +160,22 @@ class Bench:
             for bits in budgets:
                 self.cell(method, bits, lambda bits=bits, s=scores: lab.solve_scores(s, bits), seconds)
         if self.setting.searches:
+            self.run_block_errors(budgets)
             self.run_searches(budgets, gamma, gamma_seconds)
+
+    def run_block_errors(self, budgets: list[float]) -> None:
+        start = time.process_time()
+        tables = block_error_tables(self.lab) if self.missing(WEIGHTINGS, budgets) else {}
+        each = (time.process_time() - start) / len(WEIGHTINGS)
+        for method in WEIGHTINGS:
+            for bits in budgets:
+                self.cell(method, bits, lambda m=method, b=bits: self.lab.solve(tables[m], b), each)
+
+    def missing(self, methods: Sequence[str], budgets: list[float]) -> bool:
+        return any(not self.path(method, bits).exists() for method in methods for bits in budgets)
+
+    def path(self, method: str, bits: float) -> Path:
+        return self.work / f"{method}-{bits}.json".replace(" ", "_")
 
     def run_searches(self, budgets: list[float], gamma: Scores, gamma_seconds: float) -> None:
         lab = self.lab

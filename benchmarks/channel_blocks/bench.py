@@ -6,9 +6,9 @@ order inside the block). Scores of all granularities come from the same pass ove
 program gives each the same bytes; the KL divergence from the original is then measured on held-out text.
 
 "sorted" cuts a module after its output channels were put in the order of their loss at 3 bits. For all modules that is
-a bound and no proposal: the next module would have to take its inputs in that order. Inside an MLP it is exact and free:
-gate_proj and up_proj in one common order, down_proj's columns in the same ("MLP ... sorted": gate and up are cut, all
-other modules are whole; down_proj's candidates are left as they are).
+a bound and no proposal: the next module would have to take its inputs in that order. Inside an MLP it is exact and
+free: gate_proj and up_proj in one common order, down_proj's columns in the same ("MLP ... sorted": gate and up are
+cut, all other modules are whole; down_proj's candidates are left as they are).
 """
 
 import argparse
