@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--job-queue", type=int, default=8, help="checkpoints waiting or being made (default 8)")
     limits.add_argument("--body-bytes", type=int, default=1 << 20, help="largest request body (default 1048576)")
     limits.add_argument("--body-seconds", type=float, default=10.0, help="time for a request body (default 10)")
+    limits.add_argument("--header-seconds", type=float, default=10.0, help="time for its headers (default 10)")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     parser.add_argument(
         "--node", nargs="?", const=True, metavar="MODEL", help="prepare this pod's folder (--out), then be ready"
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
             job_queue=args.job_queue,
             body_bytes=args.body_bytes,
             body_seconds=args.body_seconds,
+            header_seconds=args.header_seconds,
             log_level=args.log_level,
             allowed_hosts=("localhost", "127.0.0.1", "::1", *args.allowed_host),
             node=prepare_settings(args) if args.node else None,

@@ -7,6 +7,7 @@ import uvicorn
 
 from allocator.contract.errors import InputError
 from allocator.sidecar.app import create_app
+from allocator.sidecar.connections import limited_protocol
 from allocator.sidecar.logs import Log
 from allocator.sidecar.settings import ServiceSettings
 
@@ -34,6 +35,7 @@ def serve(settings: ServiceSettings) -> None:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, access_log=False, log_level="warning", server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, lifespan="on", proxy_headers=False, ws="none",
+        http=limited_protocol(settings.header_seconds, settings.body_bytes),
     )  # fmt: skip
     server = _Server(config, app.state.service.log)
     with contextlib.suppress(SystemExit):  # uvicorn's, after it logged why

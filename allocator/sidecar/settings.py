@@ -48,6 +48,7 @@ class ServiceSettings:
     job_queue: int = 8
     body_bytes: int = 1 << 20
     body_seconds: float = 10.0
+    header_seconds: float = 10.0
     memory_bytes: int = 32 << 20
     log_level: str = "info"
     node: PrepareSettings | None = None
@@ -57,7 +58,16 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise InputError(f"--port {self.port}: allowed are 0 to 65535")
-        for name in ("solvers", "solver_queue", "job_queue", "body_bytes", "solver_seconds", "body_seconds"):
+        limits = (
+            "solvers",
+            "solver_queue",
+            "job_queue",
+            "body_bytes",
+            "solver_seconds",
+            "body_seconds",
+            "header_seconds",
+        )
+        for name in limits:
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name.replace('_', '-')} must be greater than 0, given {getattr(self, name)}")
 

@@ -120,6 +120,46 @@ def test_a_slow_body_is_given_up(store: Path, tmp_path: Path) -> None:
         assert service.get("/healthz")["status"] == "ok"
 
 
+@pytest.mark.parametrize("http", ["auto", "h11"])
+def test_slow_headers_are_given_up(store: Path, tmp_path: Path, http: str) -> None:
+    """Also on a connection that had a request, and on one that says nothing; a byte now and then does not help."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['httptools'] = None\n" if http == "h11" else "")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), os.getcwd()])
+    flags = ["--store", store, "--header-seconds", 0.7]
+    with running(tmp_path / "log", *flags, PYTHONPATH=path) as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        whole = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        with (
+            socket.create_connection((host, int(port)), timeout=30) as fresh,
+            socket.create_connection((host, int(port)), timeout=30) as used,
+            socket.create_connection((host, int(port)), timeout=30) as silent,
+            socket.create_connection((host, int(port)), timeout=30) as partial,
+        ):
+            partial.sendall(whole[:20])
+            used.sendall(whole)
+            assert b" 200 " in used.recv(4096)
+            with contextlib.suppress(ConnectionError):
+                for byte in whole[:-2]:  # never the last line
+                    fresh.sendall(bytes([byte]))
+                    used.sendall(bytes([byte]))
+                    time.sleep(0.05)
+            for connection in (fresh, used):
+                answer = b""
+                with contextlib.suppress(ConnectionError):
+                    answer = connection.recv(4096)
+                assert answer == b"" or b" 408 " in answer
+            assert silent.recv(1) == b""
+            assert partial.recv(4096).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection((host, int(port)), timeout=30) as large:
+            with contextlib.suppress(ConnectionError):
+                large.sendall(b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: %s\r\n" % (i, b"a" * 4000) for i in range(2000)))
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = large.recv(4096)
+            assert answer == b"" or b" 431 " in answer or b" 400 " in answer
+        assert service.get("/healthz")["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     "content",
     [b"\x00\xff\xfe\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
