@@ -130,6 +130,8 @@ class ObjectBackend:
     """Object storage. `create` is the storage's own conditional write (If-None-Match, generation 0)."""
 
     def __init__(self, url: str) -> None:
+        # gcsfs asks for the kind of each bucket by a second protocol, with rights of its own; ours are plain objects.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         import fsspec
 
         self.url = url.rstrip("/")
