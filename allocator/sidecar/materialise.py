@@ -34,12 +34,10 @@ def materialise(
     """Write the checkpoint of `manifest` to `out`, atomically, from the bank and the model of `entry`.
 
     What lies in object storage is first copied to a hidden folder beside `out`, which needs room for it. `started` is
-    given the process; killing it ends the work. Raises the error that the export met, with its reason.
+    given the process; killing it ends the work. After a kill, of that process or of this one, the next call goes on
+    with the files that were copied and written. Raises the error that the export met, with its reason.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.sources")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = _sources_folder(out, f"{entry.model.digest} {manifest.bank_digest}")
     try:
         bank = _local_bank(store, manifest.bank_digest, temporary / "bank", progress)
         model = _local_model(store, entry, temporary / "model", progress)
@@ -51,8 +49,26 @@ def materialise(
                 progress(str(line["what"]), float(str(line["share"])))
             elif "error" in line:
                 raise _ERRORS.get(int(str(line["exit_code"])), GammaError)(str(line["error"]))
-    finally:
+    except _KilledError:
+        raise
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _KilledError(GammaError):
+    """The process ended without a word."""
+
+
+def _sources_folder(out: Path, of: str) -> Path:
+    """The folder of copies for `out`. What an earlier call left in it is kept if it was `of` the same."""
+    folder = out.with_name(f".{out.name}.sources")
+    begun = folder / "of"
+    if not begun.exists() or begun.read_text(encoding="utf-8") != of:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomically(begun, of)
+    return folder
 
 
 def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> Path:
@@ -66,7 +82,7 @@ def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> 
     bank = Bank.read(target / BANK_NAME)
     for done, module in enumerate(bank.modules.values()):
         progress("bank", done / len(bank.modules))
-        store.backend.download(f"{at}/{module.file}", target / module.file)
+        _copy(store, f"{at}/{module.file}", target / module.file)
     progress("bank", 1.0)
     return target
 
@@ -81,9 +97,14 @@ def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -
     names = store.backend.names(at)
     for done, name in enumerate(names):
         progress("model", done / len(names))
-        store.backend.download(f"{at}/{name}", target / name)
+        _copy(store, f"{at}/{name}", target / name)
     progress("model", 1.0)
     return str(target)
+
+
+def _copy(store: Store, path: str, target: Path) -> None:
+    if not target.exists():  # it appears as a whole; the export checks all digests
+        store.backend.download(path, target)
 
 
 @contextmanager
@@ -111,4 +132,5 @@ def _run(task: dict[str, str], started: Callable[[subprocess.Popen[str]], None])
             if ended:
                 process.wait()
         if not ended:
-            raise GammaError(f"the export ended with exit code {process.wait()} and no answer; is there enough memory?")
+            reason = f"the export ended with exit code {process.wait()} and no answer; is there enough memory?"
+            raise _KilledError(reason)

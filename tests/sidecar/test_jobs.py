@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.errors import ContractError, GammaError
+from allocator.contract.scores import Scores
+from allocator.sidecar.entry import Source
 from allocator.sidecar.job_files import JobFiles, JobRequest, Owner
+from allocator.sidecar.materialise import materialise
+from allocator.sidecar.publish import publish
 from allocator.sidecar.store import Store
+from allocator.solving import SolveSettings, solve_scores
 
 from .serving import Running, running
 
@@ -47,6 +53,39 @@ def test_a_job_survives_kill_9_and_its_files_verify(own_store: Path, tmp_path: P
         _, manifest = check_checkpoint(Path(done["checkpoint"]))
         assert manifest.digest == digest
     assert [p.name for p in (own_store / "checkpoints").iterdir() if p.name != ".gamma-volume"] == [digest[7:]]
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on_with_what_was_copied(
+    learned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, work = learned
+    store = Store(f"memory://{tmp_path.name}")
+    entry = publish(work, model, store, Source(kind="store")).entry
+    manifest = solve_scores(Scores.read(work / "scores.json"), SolveSettings(average_bits=4.0))
+    copied: list[str] = []
+    download = store.backend.download
+    monkeypatch.setattr(store.backend, "download", lambda path, to: (copied.append(path), download(path, to)))
+
+    def run(started=lambda _process: None) -> None:
+        materialise(manifest, entry, store, tmp_path / "out", started=started)
+
+    with pytest.raises(GammaError, match="no answer"):
+        run(lambda process: process.kill())
+    assert len(copied) > 5
+    copied.clear()
+    run()
+    assert [path for path in copied if not path.endswith("bank.json")] == []
+    assert check_checkpoint(tmp_path / "out")[1].digest == manifest.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(GammaError, match="no answer"):
+        run(lambda process: process.kill())
+    damaged = next((tmp_path / ".out.sources" / "bank").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(ContractError, match="sha256"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == []  # and nothing damaged is kept
 
 
 @pytest.mark.slow
