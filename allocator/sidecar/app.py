@@ -46,7 +46,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(Limits, most_bytes=settings.body_bytes, seconds=settings.body_seconds)
     app.add_middleware(Guard, tokens=service.tokens, hosts=hosts, read_only=settings.read_only)
-    app.add_middleware(Observer, metrics=service.metrics, log=service.log)
+    app.add_middleware(Observer, metrics=service.metrics, log=service.log, tracing=service.tracing)
     _declare_tokens(app)
     return app
 

@@ -12,6 +12,7 @@ from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.settings import is_loopback
 from allocator.sidecar.tokens import Scope, Tokens
+from allocator.sidecar.tracing import Tracing
 
 __all__ = ["Guard", "Limits", "Observer"]
 
@@ -41,10 +42,10 @@ _HEADERS = [
 
 
 class Observer:
-    """Gives each request an id, counts and times it, writes one line of log, and adds the security headers."""
+    """Gives each request an id, counts, times and traces it, writes one line of log, and adds the security headers."""
 
-    def __init__(self, app: Asgi, metrics: Metrics, log: Log) -> None:
-        self._app, self._metrics, self._log = app, metrics, log
+    def __init__(self, app: Asgi, metrics: Metrics, log: Log, tracing: Tracing) -> None:
+        self._app, self._metrics, self._log, self._tracing = app, metrics, log, tracing
 
     async def __call__(self, scope: Dictionary, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,27 +66,29 @@ class Observer:
                     headers.append((b"cache-control", b"no-store"))
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_more)
-        except Exception as error:
-            self._log("error", "unexpected error", request_id=request_id.decode(), reason=repr(error))
-            if status:
-                raise
-            answer = error_response(ApiError(500, f"unexpected error; the log has request {request_id.decode()}"))
-            await answer(scope, receive, send_more)
-        finally:
-            self._note(scope, status, time.perf_counter() - started, request_id)
+        with self._tracing.request(scope, request_id.decode()) as span:
+            try:
+                await self._app(scope, receive, send_more)
+            except Exception as error:
+                self._log("error", "unexpected error", request_id=request_id.decode(), reason=repr(error))
+                if status:
+                    raise
+                answer = error_response(ApiError(500, f"unexpected error; the log has request {request_id.decode()}"))
+                await answer(scope, receive, send_more)
+            finally:
+                self._note(scope, status, time.perf_counter() - started, request_id, span)
 
-    def _note(self, scope: Dictionary, status: int, seconds: float, request_id: bytes) -> None:
+    def _note(self, scope: Dictionary, status: int, seconds: float, request_id: bytes, span: Any) -> None:
         route = getattr(scope.get("route"), "path", None) or "unmatched"
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.observe(route, method, status, seconds)
+        traced = self._tracing.finish(span, method, route, status)
         level = "debug" if scope["path"] in _QUIET and status < 400 else "info"
         if self._log.wants(level):
             client = scope.get("client")
             self._log(
                 level, "request", request_id=request_id.decode(), method=method, path=scope["path"][:300],
-                status=status, seconds=round(seconds, 6), client=client[0] if client else None,
+                status=status, seconds=round(seconds, 6), client=client[0] if client else None, **traced,
             )  # fmt: skip
 
 

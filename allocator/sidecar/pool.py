@@ -9,6 +9,7 @@ from typing import Any
 from allocator.sidecar import dispatch
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.logs import Log
+from allocator.sidecar.tracing import Tracing
 
 __all__ = ["SolverPool"]
 
@@ -22,9 +23,9 @@ class SolverPool:
     503, and the processes are started anew.
     """
 
-    def __init__(self, store_url: str, processes: int, queue: int, seconds: float, log: Log) -> None:
+    def __init__(self, store_url: str, processes: int, queue: int, seconds: float, log: Log, tracing: Tracing) -> None:
         self._store_url, self._processes, self._most, self.seconds = store_url, processes, processes + queue, seconds
-        self._log = log
+        self._log, self._tracing = log, tracing
         self._running = 0
         self._executor = self._start()
 
@@ -39,9 +40,10 @@ class SolverPool:
         self._running += 1
         executor = self._executor
         try:
-            call = asyncio.get_running_loop().run_in_executor(executor, dispatch.call, task, *arguments)
-            waiting = self._running / self._processes + 1
-            return await asyncio.wait_for(call, waiting * self.seconds + _GRACE_SECONDS)
+            with self._tracing.solve(task):
+                call = asyncio.get_running_loop().run_in_executor(executor, dispatch.call, task, *arguments)
+                waiting = self._running / self._processes + 1
+                return await asyncio.wait_for(call, waiting * self.seconds + _GRACE_SECONDS)
         except BrokenProcessPool:
             self._restart(executor, "a solver process died")
             raise ApiError(503, "the solver process died; try again", headers={"Retry-After": "1"}) from None

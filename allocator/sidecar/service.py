@@ -13,6 +13,7 @@ from allocator.sidecar.pool import SolverPool
 from allocator.sidecar.settings import ServiceSettings
 from allocator.sidecar.store import Store
 from allocator.sidecar.tokens import Tokens
+from allocator.sidecar.tracing import Tracing
 
 __all__ = ["Service"]
 
@@ -25,6 +26,7 @@ class Service:
     store: Store
     log: Log
     metrics: Metrics
+    tracing: Tracing
     tokens: Tokens | None
     pool: SolverPool
     catalogue: Catalogue
@@ -37,13 +39,14 @@ class Service:
     def of(cls, settings: ServiceSettings) -> "Service":
         """Raises InputError for a store, a token file or a folder that cannot be used."""
         store, log, metrics = Store(settings.store), Log(settings.log_level), Metrics()
+        tracing = Tracing(log)
         tokens = Tokens(settings.token_files) if settings.token_files else None
-        pool = SolverPool(store.url, settings.solvers, settings.solver_queue, settings.solver_seconds, log)
+        pool = SolverPool(store.url, settings.solvers, settings.solver_queue, settings.solver_seconds, log, tracing)
         catalogue = Catalogue(store)
         allocations = Allocations(store, catalogue, pool, metrics, settings.memory_bytes)
         jobs = Jobs(store, _checkpoint_folder(settings, store), settings.job_queue, metrics, log)
         node = Node(settings, metrics, log)
-        return cls(settings, store, log, metrics, tokens, pool, catalogue, allocations, jobs, node)
+        return cls(settings, store, log, metrics, tracing, tokens, pool, catalogue, allocations, jobs, node)
 
     async def start(self) -> None:
         self._background.append(asyncio.create_task(self.pool.warm()))
@@ -57,6 +60,7 @@ class Service:
         await self.node.close()
         await self.jobs.close()
         self.pool.close()
+        await asyncio.to_thread(self.tracing.close)
 
 
 def _checkpoint_folder(settings: ServiceSettings, store: Store) -> Path | None:
