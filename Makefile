@@ -44,7 +44,7 @@ bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py
 
-bench-allocation: setup ## every method of allocation on the same candidates and bytes (about an hour; goes on where it stopped)
+bench-allocation: setup ## every method of allocation on the same candidates and bytes (about two hours of CPU; goes on where it stopped)
 	@$(PYTHON) benchmarks/allocation/bench.py
 
 bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes)

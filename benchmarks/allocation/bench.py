@@ -3,7 +3,8 @@
     make bench-allocation
 
 Each cell (model, quantizer, group size, method, budget) is kept in WORK as it is done, so that a stopped run goes on;
-delete a cell's file to run it anew. Writes benchmarks/results/allocation.json, and a table on stdout.
+delete a cell's file, and a method's scores, to run it anew. Writes benchmarks/results/allocation.json, figures beside
+it, and tables on stdout.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,33 @@ from allocator.refining import refine  # noqa: E402
 from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402
 from benchmarks.allocation.laboratory import Laboratory  # noqa: E402
 from benchmarks.allocation.relearn import relearn  # noqa: E402
-from benchmarks.allocation.report import write_report  # noqa: E402
+from benchmarks.allocation.report import JUDGED, UNIFORM_3, write_report  # noqa: E402
 from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
 
-UNIFORM_3 = "uniform, 3 bits and scales"
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
-LEARNED = ("gamma", "fisher", "deltaloss", "measured")
-SEQUENCES, LENGTH, SEED = 48, 256, 0
+SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 24, 256, 0
 HELD_OUT = (64, 16)
 SEARCH_BITS, SEARCH_SECONDS, REFINE_SECONDS = (2.5, 3.0, 3.5), 240.0, 40.0
+RELAXED_BITS, ANEW_BITS = 3.0, (2.25, 4.0)
+AUTOSCHEME = Path(__file__).with_name("autoscheme.json")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and its candidates."""
+    """One model and its candidates. judged: the claims are about it, so it has all methods and twice the text."""
 
     model: str
     folder: Path
     quantizer: str
     group_size: int
-    searches: bool
+
+    @property
+    def judged(self) -> bool:
+        return self.name == JUDGED
+
+    @property
+    def sequences(self) -> int:
+        return SEQUENCES if self.judged else FEWER_SEQUENCES
 
     @property
     def name(self) -> str:
@@ -58,12 +67,12 @@ class Setting:
 
 
 def settings(shared: Path) -> list[Setting]:
-    """ref-7m with gptq and group 128 first: what the claims are about, and the only one with per-budget searches."""
+    """ref-7m with gptq and group 128 first: what the claims are about."""
     reference, demo = shared / "models" / "ref-7m", ROOT / "benchmarks" / "demo" / "model"
     models = [("ref-7m", reference)] if reference.is_dir() else []
     models.append(("demo", demo))
     return [
-        Setting(name, folder, quantizer, group, searches=(name, quantizer, group) == ("ref-7m", "gptq", 128))
+        Setting(name, folder, quantizer, group)
         for name, folder in models
         for quantizer, group in (("gptq", 128), ("gptq", 64), ("rtn", 128), ("rtn", 64))
     ]
@@ -95,28 +104,30 @@ class Bench:
             quantizer=setting.quantizer,
             group_size=setting.group_size,
             calibration=None if files is None else files[0],
-            sequences=SEQUENCES,
+            sequences=setting.sequences,
             sequence_length=LENGTH,
             seed=SEED,
         )
         learn(setting.folder, self.work, self.candidates, LearningSettings(method="uniform"))
         if files is None:
-            calibration = calibration_from_model(setting.folder, SEQUENCES, LENGTH, SEED).token_ids
+            calibration = calibration_from_model(setting.folder, setting.sequences, LENGTH, SEED).token_ids
             held_out = [calibration_from_model(setting.folder, HELD_OUT[0], LENGTH, SEED + 1).token_ids]
         else:
-            calibration = calibration_from_text(setting.folder, files[0], SEQUENCES, LENGTH, SEED).token_ids
+            calibration = calibration_from_text(setting.folder, files[0], setting.sequences, LENGTH, SEED).token_ids
             held_out = [
                 calibration_from_text(setting.folder, [file], count, LENGTH, SEED).token_ids
                 for file, count in zip(files[1], HELD_OUT, strict=True)
             ]
         self.lab = Laboratory(setting.folder, self.work / "bank", calibration, held_out)
 
-    def scores(self, method: str) -> tuple[Scores, float]:
+    def scores(self, method: str, training_bits: float = RELAXED_BITS) -> tuple[Scores, float]:
         """Scores by the product's own command and the CPU seconds it took, candidates not counted."""
-        kept, record = self.work / f"scores-{method}.json", self.work / f"scores-{method}.seconds"
+        name = method if training_bits == RELAXED_BITS else f"{method}-{training_bits}"
+        kept, record = self.work / f"scores-{name}.json", self.work / f"scores-{name}.seconds"
         if not record.exists():
+            settings = LearningSettings(method=method, average_bits=training_bits, seed=SEED)
             start = time.process_time()
-            result = learn(self.setting.folder, self.work, self.candidates, LearningSettings(method=method, seed=SEED))
+            result = learn(self.setting.folder, self.work, self.candidates, settings)
             seconds = time.process_time() - start
             result.scores.write(kept)
             record.write_text(str(seconds))
@@ -144,48 +155,70 @@ class Bench:
               f"{seconds:.0f} s", flush=True)  # fmt: skip
         return found
 
-    def run(self) -> None:
+    def run(self, rows: Sequence[str]) -> None:
+        """Those of ROWS that this setting has, at every budget that its candidates allow."""
+        budgets = [bits for bits in BITS if self.lab.feasible(bits)]
+        for row in rows:
+            if row in EVERYWHERE or self.setting.judged:
+                ROWS[row](self, budgets)
+
+    def uniform(self, budgets: Sequence[float]) -> None:
         lab = self.lab
-        budgets = [bits for bits in BITS if lab.feasible(bits)]
-        gamma, gamma_seconds = self.scores("gamma")
         for bits in budgets:
             self.cell("uniform", bits, lambda bits=bits: lab.uniform(bits))
             self.cell("head and tail", bits, lambda bits=bits: head_and_tail(lab, bits))
-            self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), gamma_seconds)
-            self.cell("gamma, singles", bits, lambda bits=bits: lab.solve(lab.table(gamma), bits), gamma_seconds)
         three = [3] * len(lab.names)
         self.cell(UNIFORM_3, round(8 * lab.nbytes(three) / lab.parameters + 5e-5, 4), lambda: three)
-        for method in ("fisher", "deltaloss", "measured"):
-            scores, seconds = self.scores(method)
-            for bits in budgets:
-                self.cell(method, bits, lambda bits=bits, s=scores: lab.solve_scores(s, bits), seconds)
-        if self.setting.searches:
-            self.run_block_errors(budgets)
-            self.run_searches(budgets, gamma, gamma_seconds)
 
-    def run_block_errors(self, budgets: list[float]) -> None:
+    def block_errors(self, budgets: Sequence[float]) -> None:
         start = time.process_time()
-        tables = block_error_tables(self.lab) if self.missing(WEIGHTINGS, budgets) else {}
+        missing = any(not self.path(method, bits).exists() for method in WEIGHTINGS for bits in budgets)
+        tables = block_error_tables(self.lab) if missing else {}
         each = (time.process_time() - start) / len(WEIGHTINGS)
         for method in WEIGHTINGS:
             for bits in budgets:
                 self.cell(method, bits, lambda m=method, b=bits: self.lab.solve(tables[m], b), each)
 
-    def missing(self, methods: Sequence[str], budgets: list[float]) -> bool:
-        return any(not self.path(method, bits).exists() for method in methods for bits in budgets)
-
     def path(self, method: str, bits: float) -> Path:
         return self.work / f"{method}-{bits}.json".replace(" ", "_")
 
-    def run_searches(self, budgets: list[float], gamma: Scores, gamma_seconds: float) -> None:
-        lab = self.lab
+    def learned(self, method: str, budgets: Sequence[float]) -> None:
+        scores, seconds = self.scores(method)
         for bits in budgets:
-            start = self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), gamma_seconds)
-            self.cell("gamma relearned", bits, lambda b=bits, s=start: relearn(lab, gamma, s, b), gamma_seconds)
-            self.cell("gamma refined", bits, lambda b=bits, s=start: self.refined(gamma, s, b), gamma_seconds)
+            self.cell(method, bits, lambda bits=bits: self.lab.solve_scores(scores, bits), seconds)
+            if method == "gamma":
+                alone = partial(self.lab.solve, self.lab.table(scores), bits)
+                self.cell("gamma, singles", bits, alone, seconds)
+
+    def relaxed_anew(self, _: Sequence[float]) -> None:
+        for bits in ANEW_BITS:
+            scores, seconds = self.scores("relaxed", bits)
+            self.cell("relaxed anew", bits, partial(self.lab.solve_scores, scores, bits), seconds)
+
+    def autoscheme(self, _: Sequence[float]) -> None:
+        chosen = json.loads(AUTOSCHEME.read_text()) if AUTOSCHEME.exists() else {"setting": None}
+        if chosen["setting"] == self.setting.name:
+            for bits, digits in chosen["widths"].items():
+                of_module = dict(zip(chosen["modules"], map(int, digits), strict=True))
+                widths = [of_module[name] for name in self.lab.names]
+                seconds = sum(chosen["seconds"].values())
+                self.cell(f"AutoScheme {chosen['auto_round']}", float(bits), lambda w=widths: w, seconds)
+
+    def gamma_per_budget(self, budgets: Sequence[float]) -> None:
+        lab, (gamma, seconds) = self.lab, self.scores("gamma")
+        for bits in budgets:
+            start = self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), seconds)
+            self.cell("gamma relearned", bits, lambda b=bits, s=start: relearn(lab, gamma, s, b), seconds)
+            self.cell("gamma refined", bits, lambda b=bits, s=start: self.refined(gamma, s, b), seconds)
+
+    def evolutionary(self, _: Sequence[float]) -> None:
         for bits in SEARCH_BITS:
-            self.cell("gradient search", bits, lambda b=bits: gradient_search(lab, b, SEARCH_SECONDS, sequences=8))
-            self.cell("evolutionary search", bits, lambda b=bits: evolutionary_search(lab, b, SEARCH_SECONDS))
+            search = partial(evolutionary_search, self.lab, bits, SEARCH_SECONDS)
+            self.cell("evolutionary search", bits, search)
+
+    def gradient(self, _: Sequence[float]) -> None:
+        for bits in SEARCH_BITS:
+            self.cell("gradient search", bits, partial(gradient_search, self.lab, bits, SEARCH_SECONDS, sequences=8))
 
     def refined(self, scores: Scores, start: list[int], bits: float) -> list[int]:
         lab = self.lab
@@ -197,19 +230,43 @@ class Bench:
         return [found.assignment[name].num_bits for name in lab.names]
 
 
+def _learned(method: str) -> Callable[[Bench, Sequence[float]], None]:
+    return lambda bench, budgets: bench.learned(method, budgets)
+
+
+ROWS: dict[str, Callable[[Bench, Sequence[float]], None]] = {
+    "uniform": Bench.uniform,
+    **{method: _learned(method) for method in ("fisher", "deltaloss", "relaxed", "gamma")},
+    "autoscheme": Bench.autoscheme,
+    "block-errors": Bench.block_errors,
+    "relaxed-anew": Bench.relaxed_anew,
+    "gamma-per-budget": Bench.gamma_per_budget,
+    "measured": _learned("measured"),
+    "gradient": Bench.gradient,
+    "evolutionary": Bench.evolutionary,
+}
+EVERYWHERE = ("uniform", "fisher", "deltaloss", "relaxed", "gamma", "measured")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo-out/allocation"), help="folder for the cells")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="models/ and text/")
-    parser.add_argument("--report", action="store_true", help="write the result from the cells that there are")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="only these, in this order")
+    parser.add_argument("--settings", nargs="+", help="only these, e.g. ref-7m-gptq-g128")
+    report = parser.add_mutually_exclusive_group()
+    report.add_argument("--report", action="store_true", help="only write the result from the cells that there are")
+    report.add_argument("--no-report", action="store_true", help="only fill cells")
     args = parser.parse_args()
     os.chdir(ROOT)
     torch.set_num_threads(1)
     chosen = settings(args.shared)
     if not args.report:
         for setting in chosen:
-            Bench(setting, args.work, args.shared).run()
-    write_report(args.work, [s.name for s in chosen], BITS, seed=SEED)
+            if args.settings is None or setting.name in args.settings:
+                Bench(setting, args.work, args.shared).run(args.rows)
+    if not args.no_report:
+        write_report(args.work, [s.name for s in chosen], BITS, SEED, ROOT / "docs" / "figures")
 
 
 if __name__ == "__main__":

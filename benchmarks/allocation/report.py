@@ -1,132 +1,183 @@
-"""The cells as one result: rows with paired bootstrap intervals, and the claims."""
+"""The cells as one result: rows, paired bootstrap intervals, and the claims."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.allocation.block_errors import WEIGHTINGS
+from benchmarks.allocation.figures import draw_judged, draw_settings
 from benchmarks.record import claim, write_result
 
-__all__ = ["write_report"]
+__all__ = ["JUDGED", "UNIFORM_3", "write_report"]
 
 JUDGED = "ref-7m-gptq-g128"
-PER_BUDGET = ("gamma relearned", "gamma refined", "gradient search", "evolutionary search")
-RIVALS = ("uniform", "head and tail", "fisher", "deltaloss", "measured", "autoround")
 UNIFORM_3 = "uniform, 3 bits and scales"
+RIVALS = ("uniform", "head and tail", "fisher", "deltaloss", "measured", "relaxed", *WEIGHTINGS)
+"""Rows of methods that are not run again for each budget, and AutoScheme's, which has its version behind the name."""
+SEARCHES = ("gradient search", "evolutionary search")
+TEXTS = ("books", "wikitext2")
+RESAMPLES = 2000
 WHY_NOT_UNIFORM_3 = (
     "with gptq a module of this model loses 5 to 6 times as much at 2 bits as at 3, in every block alike; "
     "an assignment of 2.5 bits has half its weights at 2 bits whatever it is"
 )
 WHY_NOT_EVERYWHERE = (
-    "what modules do to each other is a matter of 2-bit errors: from 3 bits on the pairs are mostly noise, and scores "
-    "read along 4 gradients a position are as good as the measured KL of each swap, at a fifth of its time, not better"
+    "what modules do to each other is a matter of 2-bit errors; from 3 bits on, scores read along 4 gradients a "
+    "position are as good as the measured KL of each swap, at a fifth of its time, not better"
 )
-SEARCHES = ("gradient search", "evolutionary search")
-RESAMPLES = 2000
 
 
-def write_report(work: Path, settings: Sequence[str], bits: Sequence[float], seed: int) -> None:
-    rows = [row for name in settings for row in _rows(work / name, name, bits, seed)]
-    claims = _claims({(r["method"], r["bits"]): r for r in rows if r["setting"] == JUDGED}, bits)
+@dataclass(frozen=True)
+class Cells:
+    """What was measured: by setting, method and bits the cell with the losses of each held-out sequence."""
+
+    found: dict[tuple[str, str, float], dict[str, Any]]
+    seed: int
+
+    @classmethod
+    def read(cls, work: Path, settings: Sequence[str], bits: Sequence[float], seed: int) -> "Cells":
+        found = {}
+        for setting in settings:
+            for path in sorted((work / setting).glob("*-[0-9]*.json")):
+                cell = json.loads(path.read_text())
+                if "held_out" in cell and (cell["bits"] in bits or cell["method"] == UNIFORM_3):
+                    found[setting, cell["method"], cell["bits"]] = cell
+        return cls(found, seed)
+
+    def methods(self, setting: str) -> list[str]:
+        return list(dict.fromkeys(m for s, m, _ in sorted(self.found) if s == setting))
+
+    def bits(self, setting: str, method: str) -> list[float]:
+        return [b for s, m, b in sorted(self.found) if (s, m) == (setting, method)]
+
+    def kl(self, setting: str, method: str, bits: float, text: int = 0) -> Tensor:
+        """KL of each held-out sequence, nats a token."""
+        return torch.tensor(self.found[setting, method, bits]["held_out"][text]["kl"], dtype=torch.float64)
+
+    def ratio(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
+        """Geometric mean over `pairs` of mean KL by mean KL, and its 95 % interval by a bootstrap over sequences, which
+        are drawn for all pairs and both sides together."""
+        count = len(pairs[0][0])
+        picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(self.seed))
+        logs = torch.stack([(a[picks].mean(1) / b[picks].mean(1)).log() for a, b in pairs]).mean(0)
+        value = torch.stack([(a.mean() / b.mean()).log() for a, b in pairs]).mean().exp()
+        ends = torch.quantile(logs, torch.tensor([0.025, 0.975], dtype=torch.float64)).exp()
+        return float(value), [float(e) for e in ends]
+
+
+def write_report(work: Path, settings: Sequence[str], bits: Sequence[float], seed: int, figures: Path) -> None:
+    cells = Cells.read(work, settings, bits, seed)
+    rows = [_row(cells, *key) for key in sorted(cells.found, key=lambda k: (settings.index(k[0]), *k[1:]))]
+    claims = _claims(cells, bits)
     path = write_result("allocation", "make bench-allocation", [seed], rows, claims)
     for name in settings:
         _print_table([r for r in rows if r["setting"] == name], name, bits)
     for entry in claims:
         print(f"{'holds' if entry['holds'] else 'FAILS'}: {entry['claim']}: {entry['value']} ({entry['limit']})")
+    if any(r["method"] == "measured" and r["setting"] == JUDGED for r in rows):
+        draw_judged([r for r in rows if r["setting"] == JUDGED], figures / "allocation.png")
+        draw_settings(rows, settings, figures / "allocation-settings.png")
     print(f"written: {path}")
 
 
-def _rows(folder: Path, setting: str, bits: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*-[0-9]*.json"))]
-    cells = [
-        c
-        for c in cells
-        if isinstance(c, dict)
-        and "held_out" in c
-        and c["bits"] in {*bits, *(c["bits"] for c in cells if c["method"] == UNIFORM_3)}
-    ]
-    gamma = {c["bits"]: c for c in cells if c["method"] == "gamma"}
-    rows = []
-    for cell in sorted(cells, key=lambda c: (c["method"], c["bits"])):
-        row = {key: cell[key] for key in ("method", "bits", "nbytes", "budget_bytes", "learning_seconds", "seconds")}
-        row = {"setting": setting, **row, "unspent_bytes": cell["budget_bytes"] - cell["nbytes"]}
-        for text, losses, reference in zip(
-            ("books", "wikitext2"), cell["held_out"], gamma.get(cell["bits"], cell)["held_out"], strict=False
-        ):
-            kl = torch.tensor(losses["kl"], dtype=torch.float64)
-            ours = torch.tensor(reference["kl"], dtype=torch.float64)
-            row[text] = {
-                "kl": float(kl.mean()),
-                "kl_interval": _interval(kl, torch.ones_like(kl), seed),
-                "by_gamma": float(kl.mean() / ours.mean()),
-                "by_gamma_interval": _interval(kl, ours, seed),
-                "perplexity": float(torch.tensor(losses["nll"], dtype=torch.float64).mean().exp()),
-            }
-        rows.append(row)
-    return rows
+def _row(cells: Cells, setting: str, method: str, bits: float) -> dict[str, Any]:
+    cell = cells.found[setting, method, bits]
+    row = {"setting": setting} | {
+        key: cell[key] for key in ("method", "bits", "nbytes", "budget_bytes", "learning_seconds", "seconds")
+    }
+    row["unspent_bytes"] = cell["budget_bytes"] - cell["nbytes"]
+    for number, losses in enumerate(cell["held_out"]):
+        kl = cells.kl(setting, method, bits, number)
+        entry = {
+            "kl": float(kl.mean()),
+            "kl_interval": cells.ratio([(kl, torch.ones_like(kl))])[1],
+            "perplexity": float(torch.tensor(losses["nll"], dtype=torch.float64).mean().exp()),
+        }
+        for reference in ("gamma", "measured"):
+            if (setting, reference, bits) in cells.found:
+                ratio, interval = cells.ratio([(kl, cells.kl(setting, reference, bits, number))])
+                entry |= {f"by_{reference}": ratio, f"by_{reference}_interval": interval}
+        row[TEXTS[number]] = entry
+    return row
 
 
-def _interval(above: Tensor, below: Tensor, seed: int) -> list[float]:
-    """95 % paired bootstrap interval of the ratio of means, sequences resampled together."""
-    picks = torch.randint(len(above), (RESAMPLES, len(above)), generator=torch.Generator().manual_seed(seed))
-    ratios = above[picks].mean(1) / below[picks].mean(1)
-    return [float(q) for q in torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))]
-
-
-def _claims(rows: dict[tuple[str, float], dict[str, Any]], bits: Sequence[float]) -> list[dict[str, Any]]:
-    def kl(method: str, b: float) -> float:
-        return float(rows[method, b]["books"]["kl"])
-
-    def mean_ratio(method: str) -> float:
-        return float(torch.tensor([kl("gamma", b) / kl(method, b) for b in bits]).log().mean().exp())
-
-    here = [m for m in RIVALS if all((m, b) in rows for b in bits)]
-    claims = []
-    if here and all(("gamma", b) in rows for b in bits):
-        wins = sum(all(kl("gamma", b) < kl(m, b) for m in here) for b in bits)
-        text = f"budgets at which reused GAMMA beats each of {', '.join(here)}"
-        claims.append(claim(text, wins, ">= 6 of 7", wins >= 6, None if wins >= 6 else WHY_NOT_EVERYWHERE))
-        worst = max(mean_ratio(m) for m in here)
-        claims.append(
-            claim("KL of reused GAMMA by that of the best of them, mean over budgets", worst, "< 1", worst < 1)
-        )
-    at = [b for b in bits if all((m, b) in rows for m in SEARCHES)]
+def _claims(cells: Cells, bits: Sequence[float]) -> list[dict[str, Any]]:
+    have = cells.methods(JUDGED)
+    if any((JUDGED, "gamma", b) not in cells.found for b in bits):
+        return []
+    kl = {key[1:]: cells.kl(*key) for key in cells.found if key[0] == JUDGED}
+    mean = {key: float(value.mean()) for key, value in kl.items()}
+    rivals = [m for m in have if m in RIVALS or m.startswith("AutoScheme")]
+    rivals = [m for m in rivals if set(bits) <= set(cells.bits(JUDGED, m))]
+    claims = _against_rivals(cells, kl, rivals, bits)
+    at = [b for b in bits if all((m, b) in kl for m in SEARCHES)]
     if at:
-        best = {b: min(kl(m, b) for m in SEARCHES) for b in at}
-        ratio = float(torch.tensor([kl("gamma", b) / best[b] for b in at]).log().mean().exp())
+        best = {b: min(SEARCHES, key=lambda m, b=b: mean[m, b]) for b in at}
+        ratio, interval = cells.ratio([(kl["gamma", b], kl[best[b], b]) for b in at])
         text = f"KL of reused GAMMA by that of the best per-budget search, mean over {', '.join(map(str, at))} bits"
-        claims.append(claim(text, ratio, "<= 1.03", ratio <= 1.03))
-        ours = rows["gamma", at[0]]["learning_seconds"] + sum(rows["gamma", b]["seconds"] for b in bits)
-        theirs = min(sum(rows[m, b]["seconds"] for b in at) for m in SEARCHES) * len(bits) / len(at)
+        claims.append(claim(text, ratio, "<= 1.03", ratio <= 1.03) | {"interval": interval})
+        seconds = {key[1:]: cell for key, cell in cells.found.items() if key[0] == JUDGED}
+        ours = seconds["gamma", at[0]]["learning_seconds"] + sum(seconds["gamma", b]["seconds"] for b in bits)
+        theirs = min(sum(seconds[m, b]["seconds"] for b in at) for m in SEARCHES) * len(bits) / len(at)
         text = f"CPU time of reused GAMMA by that of a search, {len(bits)} budgets"
         claims.append(claim(text, ours / theirs, "<= 0.1", ours / theirs <= 0.1))
-    if all(("gamma relearned", b) in rows for b in bits):
-        worst = max(kl("gamma", b) / kl("gamma relearned", b) for b in bits)
-        claims.append(
-            claim("KL of reused GAMMA by that of GAMMA learned anew, worst budget", worst, "<= 1.03", worst <= 1.03)
-        )
-    three = next((r for (method, _), r in rows.items() if method == UNIFORM_3), None)
-    if ("gamma", 2.5) in rows and three is not None:
-        ratio = kl("gamma", 2.5) / float(three["books"]["kl"])
-        claims.append(
-            claim(
-                f"KL of GAMMA at 2.5 bits by that of uniform 3 bits ({three['bits']:.2f} with scales)",
-                ratio, "<= 1", ratio <= 1,
-                None if ratio <= 1 else WHY_NOT_UNIFORM_3,
-            )
-        )  # fmt: skip
+    for reused, anew in (("gamma", "gamma relearned"), ("relaxed", "relaxed anew")):
+        both = [b for b in bits if (reused, b) in kl and (anew, b) in kl]
+        if both:
+            worst = max(both, key=lambda b: mean[reused, b] / mean[anew, b])
+            ratio, interval = cells.ratio([(kl[reused, worst], kl[anew, worst])])
+            text = f"KL of {reused}, learned once, by that of {anew}, worst of {len(both)} budgets ({worst})"
+            claims.append(claim(text, ratio, "<= 1.03", ratio <= 1.03) | {"interval": interval})
+    three = next((b for m, b in kl if m == UNIFORM_3), None)
+    if three is not None and 2.5 in bits:
+        ratio, interval = cells.ratio([(kl["gamma", 2.5], kl[UNIFORM_3, three])])
+        text = f"KL of GAMMA at 2.5 bits by that of uniform 3 bits ({three:.2f} with scales)"
+        why = None if ratio <= 1 else WHY_NOT_UNIFORM_3
+        claims.append(claim(text, ratio, "<= 1", ratio <= 1, why) | {"interval": interval})
+    return claims
+
+
+def _against_rivals(
+    cells: Cells, kl: dict[tuple[str, float], Tensor], rivals: Sequence[str], bits: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Wins by budget, and the mean against each of `rivals`; which single differences are beyond chance."""
+    if not rivals:
+        return []
+    single = {(m, b): cells.ratio([(kl["gamma", b], kl[m, b])]) for m in rivals for b in bits}
+    wins = [b for b in bits if all(single[m, b][0] < 1 for m in rivals)]
+    text = f"budgets at which reused GAMMA beats each of {', '.join(rivals)}"
+    why = None if len(wins) >= 6 else WHY_NOT_EVERYWHERE
+    beyond = {
+        "lower, beyond chance": [f"{m} {b}" for (m, b), (_, (_, high)) in single.items() if high < 1],
+        "higher, beyond chance": [f"{m} {b}" for (m, b), (_, (low, _)) in single.items() if low > 1],
+        "neither": [f"{m} {b}" for (m, b), (_, (low, high)) in single.items() if low <= 1 <= high],
+    }
+    claims = [claim(text, len(wins), ">= 6 of 7", len(wins) >= 6, why) | {"gamma's KL is": beyond}]
+    for m in rivals:
+        ratio, interval = cells.ratio([(kl["gamma", b], kl[m, b]) for b in bits])
+        text = f"KL of reused GAMMA by that of {m}, mean over budgets"
+        claims.append(claim(text, ratio, "< 1", ratio < 1) | {"interval": interval})
     return claims
 
 
 def _print_table(rows: list[dict[str, Any]], name: str, bits: Sequence[float]) -> None:
-    print(f"\n{name}: KL on held-out books (CPU seconds: learning + all budgets)")
-    print(f"{'':22}" + "".join(f"{b:>9}" for b in bits) + f"{'seconds':>12}")
+    print(f"\n{name}: KL on held-out books; * beyond chance from gamma's (CPU seconds: learning + all budgets)")
+    print(f"{'':22}" + "".join(f"{b:>10}" for b in bits) + f"{'seconds':>12}")
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = {r["bits"]: r for r in rows if r["method"] == method}
-        line = "".join(f"{mine[b]['books']['kl']:9.5f}" if b in mine else f"{'':9}" for b in bits)
+        line = "".join(
+            f"{mine[b]['books']['kl']:9.5f}{_mark(mine[b]['books'])}" if b in mine else " " * 10 for b in bits
+        )
         seconds = sum(r["seconds"] for r in mine.values())
         learning = next(iter(mine.values()))["learning_seconds"]
         print(f"{method:22}{line}{learning:7.0f}+{seconds:.0f}")
+
+
+def _mark(entry: dict[str, Any]) -> str:
+    low, high = entry.get("by_gamma_interval", (1.0, 1.0))
+    return " " if low <= 1 <= high else "*"

@@ -6,6 +6,7 @@
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,17 +51,16 @@ def gradient_search(
     Each step draws Gumbel noise, takes the best assignment within the budget for the noisy logits, reads the slope of
     the KL along every candidate, removes its component along the budget's normal, takes an Adam step and shifts the
     logits back onto the manifold; the temperature falls exponentially. Logits start from -log of the weight error.
-    The last assignment is the exact program over log probabilities. Takes `seconds` of CPU time: the temperature falls
-    by the share of them that is gone.
+    The last assignment is the exact program over log probabilities, at the whole budget. Takes `seconds` of CPU time:
+    the temperature falls by the share of them that is gone.
     """
     begun = time.process_time()
     generator = torch.Generator().manual_seed(seed)
     budget = lab.budget(bits)
-    costs = lab.bytes / lab.bytes.mean()
-    target = budget / float(lab.bytes.mean())
-    distortion = lab.weight_errors() / lab.parameters_by_module().unsqueeze(1)
-    logits = -(distortion + 1e-8).log()
-    logits = _retract(logits - logits.mean(1, keepdim=True), costs, target)
+    parameters = lab.parameters_by_module().unsqueeze(1)
+    manifold = _Manifold(8 * lab.bytes / parameters, parameters / parameters.sum(), 8 * budget / lab.parameters)
+    logits = -(lab.weight_errors() / parameters + 1e-8).log()
+    logits = manifold.retract(logits - logits.mean(1, keepdim=True))
     first, second = torch.zeros_like(logits), torch.zeros_like(logits)
     step = 0
     while (share := (time.process_time() - begun) / seconds) < 1:
@@ -73,30 +73,71 @@ def gradient_search(
         along = torch.stack([slopes.along[name] for name in lab.names])
         soft = torch.softmax(noisy, 1)
         gradient = soft * (along - (soft * along).sum(1, keepdim=True)) / temperature
-        gradient = _tangent(gradient, logits, costs)
+        gradient = manifold.tangent(gradient, logits)
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()
         unbiased = second / (1 - 0.999 ** (step + 1))
         logits = logits - learning_rate * first / (1 - 0.9 ** (step + 1)) / (unbiased.sqrt() + 1e-8)
-        logits = _retract(logits, costs, target)
-        first = _tangent(first, logits, costs)
+        logits = manifold.retract(logits)
+        first = manifold.tangent(first, logits)
         step += 1
-    return lab.solve(-torch.log_softmax(logits, 1), bits)
+    return _spending_all(lab, -torch.log_softmax(logits, 1), bits)
 
 
-def _tangent(direction: Tensor, logits: Tensor, costs: Tensor) -> Tensor:
-    p = torch.softmax(logits, 1)
-    normal = p * (costs - (p * costs).sum(1, keepdim=True))
-    return direction - (direction * normal).sum() / normal.square().sum().clamp_min(1e-12) * normal
+def _spending_all(lab: Laboratory, table: Tensor, bits: float) -> list[int]:
+    """The exact program at the budget, not below it: with the least reward a byte at which nothing more fits.
 
+    Log probabilities are no losses: where the likeliest widths are narrow ones, the plain program leaves bytes unspent.
+    """
+    budget = lab.budget(bits)
 
-def _retract(logits: Tensor, costs: Tensor, target: float) -> Tensor:
-    low, high = -1e4, 1e4
-    for _ in range(100):
+    def full(plan: list[int]) -> bool:
+        return all(
+            lab.nbytes([*plan[:i], lab.widths[lab.widths.index(width) + 1], *plan[i + 1 :]]) > budget
+            for i, width in enumerate(plan)
+            if width < lab.widths[-1]
+        )
+
+    if full(plan := lab.solve(table, bits)):
+        return plan
+    low, high = 0.0, 100.0 / float(lab.bytes.min())
+    found = plan
+    for _ in range(30):
         middle = (low + high) / 2
-        expected = float((torch.softmax(logits + middle * costs, 1) * costs).sum())
-        low, high = (low, middle) if expected > target else (middle, high)
-    return logits + low * costs
+        plan = lab.solve(table - middle * lab.bytes, bits)
+        if full(plan):
+            high, found = middle, plan
+        else:
+            low = middle
+    return found
+
+
+@dataclass(frozen=True)
+class _Manifold:
+    """Logits `[modules, widths]` whose expected bits are `target`.
+
+    bits: of each candidate a weight, scales and zero points included `[modules, widths]`; shares: of each module in all
+    weights `[modules, 1]`.
+    """
+
+    bits: Tensor
+    shares: Tensor
+    target: float
+
+    def tangent(self, direction: Tensor, logits: Tensor) -> Tensor:
+        """`direction` without its component along the manifold's normal."""
+        p = torch.softmax(logits, 1)
+        normal = self.shares * p * (self.bits - (p * self.bits).sum(1, keepdim=True))
+        return direction - (direction * normal).sum() / normal.square().sum().clamp_min(1e-12) * normal
+
+    def retract(self, logits: Tensor) -> Tensor:
+        """`logits` shifted along the bits until the manifold is met: one shift a bit for all modules."""
+        low, high = -1e4, 1e4
+        for _ in range(100):
+            middle = (low + high) / 2
+            p = torch.softmax(logits + middle * self.bits, 1)
+            low, high = (low, middle) if float((self.shares * p * self.bits).sum()) > self.target else (middle, high)
+        return logits + low * self.bits
 
 
 def evolutionary_search(

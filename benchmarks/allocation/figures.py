@@ -1,0 +1,86 @@
+"""The comparison as pictures: KL by bits, and how much more or less than a reference each method loses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from allocator.reporting.figures import new_figure, save_figure
+
+__all__ = ["draw_judged", "draw_settings"]
+
+LOOK: dict[str, tuple[str, str, str]] = {
+    "uniform": ("#888888", "s", ":"),
+    "head and tail": ("#888888", "v", "--"),
+    "deltaloss": ("#b07aa1", "D", "-"),
+    "AutoScheme": ("#b07aa1", "P", "--"),
+    "fisher": ("#f28e2b", "^", "-"),
+    "block error x KL weight": ("#9c755f", ">", "-"),
+    "measured": ("#333333", "o", "-"),
+    "relaxed": ("#59a14f", "X", "-"),
+    "evolutionary search": ("#4e79a7", "*", "none"),
+    "gradient search": ("#76b7b2", "d", "none"),
+    "gamma": ("#e15759", "o", "-"),
+    "gamma refined": ("#e15759", "<", "--"),
+}
+"""Colour, marker and line by method, in the order of the legend; rows of other methods are in the tables alone."""
+NEAR = (0.92, 1.25)
+"""Ratios that the pictures show; what lies beyond is cut off."""
+
+Row = dict[str, Any]
+
+
+def draw_judged(rows: Sequence[Row], path: Path) -> None:
+    """Left: KL by bits, all methods. Right: the same by the KL of `measured`, with 95 % intervals."""
+    figure = new_figure(10.5, 4.6)
+    left, right = figure.subplots(1, 2)
+    _lines(left, rows, "kl")
+    left.set(title="KL on held-out books, nats a token", xlabel="average bits, scales and zero points included")
+    left.set_yscale("log")
+    _lines(right, rows, "by_measured", "by_measured_interval")
+    right.axhline(1.0, color="#333333", linewidth=0.8)
+    right.set(title="the same, by that of measured swaps (bars: 95 %)", xlabel="average bits", ylim=NEAR)
+    for axes in (left, right):
+        axes.set_xticks(sorted({r["bits"] for r in rows if r["method"] == "measured"}))
+        axes.tick_params(axis="x", labelrotation=45)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    save_figure(figure, [path])
+
+
+def draw_settings(rows: Sequence[Row], settings: Sequence[str], path: Path) -> None:
+    """One panel a setting: KL by that of gamma."""
+    present = [s for s in settings if any(r["setting"] == s for r in rows)]
+    columns = min(4, len(present))
+    figure = new_figure(2.6 * columns + 1.5, 2.5 * -(-len(present) // columns))
+    panels = figure.subplots(-(-len(present) // columns), columns, squeeze=False, sharey=True).ravel()
+    for panel, setting in zip(panels, present, strict=False):
+        _lines(panel, [r for r in rows if r["setting"] == setting], "by_gamma")
+        panel.axhline(1.0, color="#e15759", linewidth=0.8)
+        panel.set(title=setting, ylim=NEAR)
+    for panel in panels[len(present) :]:
+        panel.set_axis_off()
+    figure.supxlabel("average bits", fontsize=9)
+    figure.supylabel("KL on held-out text by that of gamma", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    save_figure(figure, [path])
+
+
+def _lines(axes: Any, rows: Sequence[Row], what: str, interval: str | None = None) -> None:
+    """One line a method; with `interval` its ends as bars, methods set side by side a little."""
+    for place, (name, (colour, marker, line)) in enumerate(LOOK.items()):
+        mine = [r for r in rows if (r["method"] == name or (name == "AutoScheme" and r["method"].startswith(name)))]
+        mine = sorted((r for r in mine if what in r["books"]), key=lambda r: r["bits"])
+        if not mine:
+            continue
+        shift = (place - len(LOOK) / 2) * 0.008 if interval else 0.0
+        x, y = [r["bits"] + shift for r in mine], [r["books"][what] for r in mine]
+        look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.1}
+        label = mine[0]["method"]
+        if interval is None:
+            axes.plot(x, y, label=label, **look)
+        else:
+            ends = [r["books"][interval] for r in mine]
+            bars = [
+                [v - low for v, (low, _) in zip(y, ends, strict=True)],
+                [e[1] - v for v, e in zip(y, ends, strict=True)],
+            ]
+            axes.errorbar(x, y, yerr=bars, label=label, elinewidth=0.7, **look)
