@@ -24,7 +24,7 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.inventory import Inventory, read_inventory
 from allocator.solving import SolveSettings, solve_scores
 
-__all__ = ["SHAPES", "TOKENIZER", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
+__all__ = ["SHAPES", "TOKENIZER", "Fusion", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "model"
 
@@ -40,6 +40,7 @@ GROUP_SIZE = 128
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 Vocabulary = Literal["quantized", "16 bits"]
+Fusion = Literal["free", "tied"]
 Format = Literal["gamma", "compressed-tensors"]
 
 
@@ -86,9 +87,7 @@ def _weight(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).mul_(0.02).to(torch.bfloat16)
 
 
-def assign(
-    inventory: Inventory, average_bits: float, fusion: Literal["free", "tied"], vocabulary: Vocabulary
-) -> Manifest:
+def assign(inventory: Inventory, average_bits: float, fusion: Fusion, vocabulary: Vocabulary) -> Manifest:
     """The solver's assignment at `average_bits` over the modules that can be quantized, for made-up scores."""
     rng = np.random.default_rng(1)
     modules = {}

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,40 @@ _START_SECONDS = 300
 _LOADING = re.compile(r"Loading weights took ([0-9.]+) seconds")
 _OPTIONS = (
     "--served-model-name", "model", "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "32",
-    "--enforce-eager", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1", "--max-model-len",
+    "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1", "--max-model-len",
 )  # fmt: skip
 
 
 @dataclass
 class Server:
-    """A server that answers. `load_seconds` is what vLLM's log says of loading the weights."""
+    """A server that was started; it answers after `wait_ready`."""
 
     process: subprocess.Popen[bytes]
     url: str
-    ready_seconds: float
-    load_seconds: float
+    log: Path
+    started: float
+
+    @property
+    def load_seconds(self) -> float:
+        """What vLLM's log says of loading the weights; 0 before it says so."""
+        found = _LOADING.search(self.log.read_text())
+        return float(found[1]) if found else 0.0
+
+    def wait_loaded(self) -> None:
+        """Until the weights are loaded. Raises RuntimeError with the end of the log when the server does not start."""
+        self._wait(lambda: bool(_LOADING.search(self.log.read_text())))
+
+    def wait_ready(self) -> None:
+        """Until it answers. Raises as `wait_loaded`."""
+        self._wait(lambda: _answers(f"{self.url}/health"))
+
+    def _wait(self, there: Callable[[], bool]) -> None:
+        while not there():
+            if self.process.poll() is not None or time.monotonic() - self.started > _START_SECONDS:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.2)
 
     @property
     def processes(self) -> list[int]:
@@ -43,18 +66,14 @@ class Server:
                 waiting += [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return found
 
-    def cpu_seconds(self) -> float:
-        """Processor time of all its processes so far."""
-        ticks = 0
-        for pid in self.processes:
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+    @property
+    def engine(self) -> int:
+        """The process with the weights: the one with most memory of its own."""
+        return max(self.processes, key=_anonymous)
 
     def anonymous_bytes(self) -> int:
-        """Memory of its largest process that is no file's: the engine with weights and cache."""
-        return max((_anonymous(pid) for pid in self.processes), default=0)
+        """Memory of the engine that is no file's: weights, cache and all else."""
+        return _anonymous(self.engine)
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -75,7 +94,7 @@ def _anonymous(pid: int) -> int:
 
 
 def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str] | None = None, *flags: str) -> Server:
-    """Start `vllm serve` for a folder and wait until it answers. Raises RuntimeError with the end of its log."""
+    """Start `vllm serve` for a folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,21 +106,11 @@ def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str]
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
     environment |= variables or {}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
-    url = f"http://127.0.0.1:{port}"
-    while not _answers(f"{url}/health"):
-        if process.poll() is not None or time.monotonic() - started > _START_SECONDS:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"{' '.join(command)} did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.2)
-    ready = time.monotonic() - started
-    loading = _LOADING.search(log.read_text())
-    return Server(process, url, ready, float(loading[1]) if loading else 0.0)
+    return Server(process, f"http://127.0.0.1:{port}", log, time.monotonic())
 
 
 def _answers(url: str) -> bool:

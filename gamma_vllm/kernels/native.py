@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,14 @@ _FLAGS = (
 )  # fmt: skip
 _CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16", "fma", "f16c")
 
-_FEW_TOKENS = 24
-"""Up to so many activations multiplying code by code is faster than dequantizing first (measured, Zen 5, one core)."""
-_SPACE_WEIGHTS = 1 << 24
-"""Weights dequantized at a time; 32 MiB in bfloat16 stay allocated in each process for them."""
+_FEW_TOKENS = 16
+"""Up to so many activations in bfloat16 are multiplied code by code (measured, Zen 5, as the next)."""
+_MANY_TOKENS = 80
+"""Up to so many in bfloat16 are multiplied with panels of dequantized rows; more with pieces of the whole weight."""
+_FEW_EXACT = 24
+"""Up to so many in float16 or float32 are multiplied code by code."""
+_SPACE_WEIGHTS = 1 << 22
+"""Weights dequantized at a time; 8 MiB in bfloat16 stay allocated in each process for them."""
 
 
 def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
@@ -115,8 +120,8 @@ def build() -> Path:
     """The compiled library, made now if it is not in the cache. Raises RuntimeError saying what is missing."""
     from vllm import envs
 
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(source + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("native_*.h"))))
+    key = hashlib.sha256(sources + " ".join(_FLAGS).encode()).hexdigest()[:16]
     target = Path(envs.VLLM_CACHE_ROOT) / "gamma" / f"native-{key}.so"
     if target.exists():
         return target
@@ -143,9 +148,9 @@ def build() -> Path:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    module = [pointer, pointer, ctypes.c_int, pointer, number, number, number, ctypes.c_int]
-    library.gamma_multiply.argtypes = [*module, pointer, number, pointer, number]
-    library.gamma_dequantize.argtypes = [*module, pointer, ctypes.c_int]
+    for multiply in (library.gamma_multiply_few, library.gamma_multiply_many):
+        multiply.argtypes = [pointer, number, pointer, number, pointer, number]
+    library.gamma_dequantize.argtypes = [pointer, pointer, ctypes.c_int]
     return library
 
 
@@ -180,33 +185,72 @@ def _layer(
     if x.shape[-1] != columns:
         raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
     flat = x.reshape(-1, columns).contiguous()
-    multiply = _code_by_code if flat.shape[0] <= _FEW_TOKENS else _dequantized
     segments = list(zip(weights, scales, zeros, rows, group_sizes, num_bits, strict=True))
-    return multiply(flat, segments, sum(rows)).to(x.dtype).view(*x.shape[:-1], sum(rows))
+    tokens, total = flat.shape[0], sum(rows)
+    in_bfloat16 = x.dtype == torch.bfloat16
+    if tokens <= (_FEW_TOKENS if in_bfloat16 else _FEW_EXACT):
+        product = _few(flat, segments, total)
+    elif in_bfloat16 and tokens <= _MANY_TOKENS:
+        product = _many(flat, segments, total)
+    else:
+        product = _dequantized(flat, segments, total)
+    return product.to(x.dtype).view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
 """A segment: weight, scale, zero points, rows, group size, bits."""
 
 
-def _code_by_code(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Few activations `[tokens, columns]`: `[tokens, total]` in float32. Products go straight to their place."""
+def _described(segments: Sequence[_Held], columns: int) -> "array[int]":
+    """The segments as `struct Weight` of native_weight.h, one after the other."""
+    fields = array("q")
+    for weight, scale, zero, rows, group_size, bits in segments:
+        bfloat16 = scale.dtype == torch.bfloat16
+        fields.extend(
+            (weight.data_ptr(), scale.data_ptr(), zero.data_ptr(), bfloat16, rows, columns, group_size or columns, bits)
+        )
+    return fields
+
+
+def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
     parts = _as_bfloat16(x)
     output = torch.empty(parts.shape[0], total, dtype=torch.float32)
-    start = 0
-    for weight, scale, zero, rows, group_size, bits in segments:
-        place = output.narrow(1, start, rows)
-        start += rows
-        if bits == 16:
+    start = first = 0  # runs of quantized segments are one call
+    for end, (weight, _, _, rows, _, bits) in enumerate([*segments, _END]):
+        if bits != 16:
+            continue
+        run = segments[first:end]
+        if run:
+            place = output[:, start:]
+            described = _described(run, columns)
+            _library().gamma_multiply_few(
+                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0], place.data_ptr(), total
+            )
+            start += sum(held[3] for held in run)
+        if rows:
+            place = output.narrow(1, start, rows)
             place[:tokens].copy_(F.linear(x, weight))
             place[tokens:].zero_()
-            continue
-        _library().gamma_multiply(
-            weight.data_ptr(), scale.data_ptr(), scale.dtype == torch.bfloat16, zero.data_ptr() or None,
-            rows, columns, group_size, bits, parts.data_ptr(), parts.shape[0], place.data_ptr(), total,
-        )  # fmt: skip
+            start += rows
+        first = end + 1
     return output if parts.shape[0] == tokens else output.view(-1, tokens, total).sum(0)
+
+
+_END: _Held = (torch.empty(0), torch.empty(0), torch.empty(0), 0, 0, 16)
+
+
+def _many(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+    """Some tens of activations `[tokens, columns]` in bfloat16, with weights rounded to bfloat16 a few rows at a time:
+    `[tokens, total]` in bfloat16."""
+    tokens, columns = x.shape
+    output = x.new_empty(tokens, total)
+    described = _described(segments, columns)
+    _library().gamma_multiply_many(
+        described.buffer_info()[0], len(segments), x.data_ptr(), tokens, output.data_ptr(), total
+    )
+    return output
 
 
 def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
@@ -221,15 +265,13 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
         first = 0
         while first < rows:
             count = min(rows - first, space.shape[0] - filled)
-            place = space[filled : filled + count]
+            place, piece = space[filled : filled + count], slice(first, first + count)
             if bits == 16:
-                place.copy_(weight[first : first + count])
+                place.copy_(weight[piece])
             else:
-                _library().gamma_dequantize(
-                    weight[first].data_ptr(), scale[first].data_ptr(), scale.dtype == torch.bfloat16,
-                    zero[first].data_ptr() if zero.numel() else None, count, columns, group_size, bits,
-                    place.data_ptr(), dtype == torch.bfloat16,
-                )  # fmt: skip
+                held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
+                described = _described([held], columns)
+                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr(), dtype == torch.bfloat16)
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:

@@ -20,11 +20,11 @@ SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric",
 @SYMMETRY
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
-    for rows, columns, group_size in ((1, 128, 64), (33, 96, 32), (48, 384, 128), (65, 640, 64)):
+    for rows, columns, group_size in ((1, 128, 64), (33, 96, 32), (48, 384, 128), (65, 640, 64), (19, 4224, 128)):
         segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
         packed = kernel.pack(segment, tensors)
         assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
-        for tokens in (1, 2, 3, 7, 8, 21, 60):  # few: code by code, in eights, fours, twos and ones; many: dequantized
+        for tokens in (1, 2, 3, 7, 21, 60, 90):  # code by code, in fours, twos and ones; in panels; dequantized
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
             for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
                 product = kernel.linear(segment, packed, x.to(dtype))
@@ -59,9 +59,13 @@ def test_a_layer_of_several_widths_and_a_dense_part():
     segments = [segment for segment, _, _ in parts] + [Segment((9,), 16, None, None, 24, 128)]
     held = [kernel.pack(segment, tensors) for segment, tensors, _ in parts] + [{"weight": dense}]
     whole = torch.cat([*(weight for _, _, weight in parts), dense])
-    for tokens in (1, 5, 40):
+    for tokens in (1, 5, 20, 60):
         x = torch.randn(2, tokens, 128)
         assert relative_error(kernel.layer(segments, held, x), x @ whole.T) < 1e-4
+        halves = [tensors | {"weight": dense.bfloat16()} if "weight" in tensors else tensors for tensors in held]
+        product = kernel.layer(segments, halves, x.bfloat16())
+        assert product.dtype == torch.bfloat16
+        assert relative_error(product, x @ whole.T) < 5e-3
     assert kernel.layer(segments, held, torch.zeros(2, 0, 128)).shape == (2, 0, 120)
     with pytest.raises(ValueError, match="64 activations for a weight of 128 columns"):
         kernel.layer(segments, held, torch.zeros(1, 64))

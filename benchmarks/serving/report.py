@@ -1,0 +1,107 @@
+"""The loads of the serving benchmark, and what the project demands of them on a CPU."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.record import claim
+
+__all__ = ["BF16", "LOADS", "STOCK", "Load", "claims_of"]
+
+BF16, STOCK = "bf16", "stock 4 bits"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """`sequences` at a time; `metric` of `vllm bench serve` in milliseconds: a token after the first, or the first."""
+
+    name: str
+    sequences: int
+    prompt: int
+    tokens: int
+    requests: int
+    metric: str
+
+
+DECODE = (
+    Load("decode, 1 sequence", 1, 32, 32, 3, "median_tpot_ms"),
+    Load("decode, 8 sequences", 8, 32, 24, 8, "median_tpot_ms"),
+    Load("decode, 32 sequences", 32, 32, 16, 32, "median_tpot_ms"),
+)
+PREFILL = (
+    Load("prefill, 512 tokens", 1, 512, 1, 3, "median_ttft_ms"),
+    Load("prefill, 2048 tokens", 1, 2048, 1, 1, "median_ttft_ms"),
+)
+LOADS = DECODE + PREFILL
+
+WHY = {
+    "decode": "what vLLM itself does a token does not shrink with the weights; see docs/kernels.md",
+    "prefill": "weights are unpacked anew for each prefill",
+    "load": "see load_seconds of the rows",
+    "fusion": "a layer of several widths is multiplied width by width",
+}
+
+
+def claims_of(rows: list[Row]) -> list[dict[str, Any]]:
+    """Of every piece that was measured, each against its own bfloat16 and stock."""
+    claims = []
+    for piece in dict.fromkeys(row["piece"] for row in rows if row["variant"] == BF16):
+        claims += _speeds({row["variant"]: row for row in rows if row["piece"] == piece})
+    for model in dict.fromkeys(row["model"] for row in rows):
+        planned = [row for row in rows if row["model"] == model and row.get("planned_bytes")]
+        if len(planned) > 2:
+            claims.append(_memory(model, planned))
+    for row in rows:
+        if row["variant"] == "answers":
+            text = f"of {row['requests']} requests at once, answers that differ from one at a time"
+            claims.append(claim(text, row["different"], "<= 0", row["different"] <= 0))
+            text = "answers after the worker was killed and the server started again that differ"
+            claims.append(claim(text, row["different_after_restart"], "<= 0", row["different_after_restart"] <= 0))
+            text = "HTTP status of a request beyond max-model-len"
+            claims.append(claim(text, row["too_long_status"], "== 400", row["too_long_status"] == 400))
+    return claims
+
+
+def _memory(model: str, rows: list[Row]) -> dict[str, Any]:
+    """Code, cache and work space take the same whatever the widths; the rest must be what `gamma plan` says."""
+    beyond = [row["anonymous_bytes_after_load"] - row["planned_bytes"] for row in rows]
+    middle = statistics.median(beyond)
+    value = max(abs(b - middle) / row["planned_bytes"] for b, row in zip(beyond, rows, strict=True))
+    text = f"{model}: memory of the worker less the plan's weights is one constant for all widths, but for, of the plan"
+    why = None if value <= 0.05 else "see anonymous_bytes_after_load and planned_bytes of the rows"
+    return claim(text, round(value, 4), "<= 0.05", value <= 0.05, why)
+
+
+def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
+    claims: list[dict[str, Any]] = []
+    bf16, stock = by_name[BF16], by_name[STOCK]
+    model = bf16["model"]
+    gamma = {name: row for name, row in by_name.items() if name.startswith("gamma")}
+
+    def at_least(text: str, value: float, limit: float, why: str) -> None:
+        holds = value >= limit
+        claims.append(claim(f"{model}: {text}", round(value, 3), f">= {limit}", holds, None if holds else why))
+
+    one = DECODE[0]
+    for name, row in gamma.items():
+        at_least(f"{name}: {one.name}, speed over bf16", _ms(bf16, one) / _ms(row, one), 2.5, WHY["decode"])
+        at_least(f"{name}: {one.name}, speed over stock", _ms(stock, one) / _ms(row, one), 1.0, WHY["decode"])
+        for load in PREFILL:
+            best = min(_ms(bf16, load), _ms(stock, load))
+            at_least(f"{name}: {load.name}, speed over the better", best / _ms(row, load), 0.95, WHY["prefill"])
+        tied = gamma.get(name.replace("free", "tied"))
+        if tied is not None and tied is not row:
+            for load in LOADS:
+                value = _ms(tied, load) / _ms(row, load)
+                at_least(f"{name}: {load.name}, speed over tied fusion", value, 0.97, WHY["fusion"])
+    four = gamma.get("gamma 4.0 bits, free")
+    if four is not None:
+        value = stock["load_seconds"] / max(four["load_seconds"], 0.01)
+        at_least("loading weights at 4 bits, speed over stock", value, 0.8, WHY["load"])
+    return claims
+
+
+def _ms(row: Row, load: Load) -> float:
+    return float(row[load.name]["milliseconds"])

@@ -1,0 +1,226 @@
+// Products with a few activations, code by code: codes are exact in bfloat16, each group's sum in float32 is multiplied
+// by its scale, so nothing is rounded but the sums.
+
+#pragma once
+
+#include "native_weight.h"
+
+namespace {
+
+constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; more would not stay in registers
+
+// A step of multiplication: 32 lanes of 16 bits, each with the window of `codes` neighbouring codes. The lanes are
+// shifted `codes` times, so the activations are wanted in the order [codes, 32] instead of [32, codes].
+template <int BITS>
+struct Step {
+    static constexpr int kCodes = BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
+    static constexpr int kColumns = 32 * kCodes;
+    static constexpr int kBytes = kColumns * BITS / 8;
+    __m512i bytes, shifts[kCodes];
+    const Unpacker<BITS> table;
+
+    Step() {
+        alignas(64) uint8_t index[64];
+        alignas(64) uint16_t shift[32];
+        for (int lane = 0; lane < 32; lane++) {
+            const int bit = lane * kCodes * BITS;
+            index[2 * lane] = uint8_t(bit / 8);
+            index[2 * lane + 1] = uint8_t((bit / 8 + 1) & 63);  // behind the last byte only bits that do not count
+        }
+        bytes = _mm512_load_si512(index);
+        for (int code = 0; code < kCodes; code++) {
+            for (int lane = 0; lane < 32; lane++) shift[lane] = uint16_t(lane * kCodes * BITS % 8 + code * BITS);
+            shifts[code] = _mm512_load_si512(shift);
+        }
+    }
+
+    // BOUNDED: nothing behind the `readable` bytes may be read, for they end the module.
+    template <bool BOUNDED>
+    __m512i windows(const uint8_t* from, long readable) const {
+        __m512i raw;
+        if (BOUNDED) {
+            raw = _mm512_maskz_loadu_epi8(readable >= 64 ? ~__mmask64(0) : (__mmask64(1) << readable) - 1, from);
+        } else if (kBytes <= 32) {
+            raw = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+        } else {
+            raw = _mm512_loadu_si512(from);
+        }
+        return _mm512_permutexvar_epi8(bytes, raw);
+    }
+};
+
+// [32, codes] to [codes, 32].
+inline void reorder(const uint16_t* from, int codes, uint16_t* to) {
+    if (codes == 1) {
+        std::memcpy(to, from, 32 * sizeof(uint16_t));
+        return;
+    }
+    alignas(64) uint16_t order[32];
+    for (int code = 0; code < codes; code++) {
+        for (int i = 0; i < 32; i++) order[i] = uint16_t((i * codes + code) & 63);
+        const __m512i every = _mm512_load_si512(order);
+        const auto pick = [&](const uint16_t* at) {
+            return _mm512_permutex2var_epi16(_mm512_loadu_si512(at), every, _mm512_loadu_si512(at + 32));
+        };
+        const __m512i first = pick(from);
+        const __m512i all = codes == 2 ? first : _mm512_inserti64x4(first, _mm512_castsi512_si256(pick(from + 64)), 1);
+        _mm512_storeu_si512(to + code * 32, all);
+    }
+}
+
+// Activations as the steps want them, padded with zeros to whole steps, and their sums over each group.
+struct Activations {
+    std::vector<uint16_t> values;
+    std::vector<float> sums;
+    long stride, groups;
+
+    Activations(const uint16_t* x, long tokens, long columns, long group_size, int codes, bool want_sums)
+        : stride((columns + 32 * codes - 1) / (32 * codes) * (32 * codes)), groups((columns / group_size + 15) / 16 * 16) {
+        values.resize(tokens * stride + 32);
+        if (want_sums) sums.resize(tokens * groups);
+        for (long token = 0; token < tokens; token++, x += columns) {
+            uint16_t* to = values.data() + token * stride;
+            const long step = 32 * codes;
+            for (long k = 0; k < columns; k += step) {
+                if (k + step <= columns) {
+                    reorder(x + k, codes, to + k);
+                } else {
+                    uint16_t last[128] = {0};
+                    std::memcpy(last, x + k, (columns - k) * sizeof(uint16_t));
+                    reorder(last, codes, to + k);
+                }
+            }
+            if (!want_sums) continue;
+            for (long group = 0; group < columns / group_size; group++) {
+                __m512 sum = _mm512_setzero_ps();
+                for (long k = group * group_size; k < (group + 1) * group_size; k += 16) {
+                    sum = _mm512_add_ps(sum, widen(_mm256_loadu_si256((const __m256i*)(x + k))));
+                }
+                sums[token * groups + group] = _mm512_reduce_add_ps(sum);
+            }
+        }
+    }
+};
+
+// For each step of 16 groups, which of their scales each of the 16 sums takes.
+template <int BITS>
+struct ScaleOrder {
+    alignas(64) int32_t lanes[16 * 128 / Step<BITS>::kColumns][16];  // groups have at most 128 columns
+
+    explicit ScaleOrder(long group_size) {
+        for (long step = 0; step < 16 * group_size / Step<BITS>::kColumns; step++) {
+            for (int lane = 0; lane < 16; lane++) {
+                lanes[step][lane] = int32_t((step * Step<BITS>::kColumns + lane * 2 * Step<BITS>::kCodes) / group_size);
+            }
+        }
+    }
+};
+
+// R neighbouring rows of the weight times M activations, to out[M, rows] in float32.
+template <int BITS, int M, int R, bool BOUNDED>
+void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row, const uint16_t* x,
+                   const Activations& all, const float* sums, float* out, long out_stride) {
+    constexpr int kCodes = Step<BITS>::kCodes, kColumns = Step<BITS>::kColumns;
+    const long row_bytes = w.columns * BITS / 8, groups = w.groups();
+    const uint8_t* const begin = w.packed + row * row_bytes;
+    __m512 total[R][M];
+    for (int r = 0; r < R; r++) {
+        for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
+    }
+    long k = 0;
+    for (long group = 0; group < groups; group += 16) {
+        const long left = groups - group;
+        const __mmask16 mask = left >= 16 ? 0xFFFF : __mmask16((1 << left) - 1);
+        __m512 scale[R];
+        for (int r = 0; r < R; r++) {
+            const __m256i halves = _mm256_maskz_loadu_epi16(mask, w.scale + (row + r) * groups + group);
+            scale[r] = w.scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves);
+            if (!w.zeros) continue;
+            const __m128i zeros = _mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * groups + group);
+            const __m512 middle = _mm512_set1_ps(float(1 << (BITS - 1)));
+            const __m512 shift = _mm512_sub_ps(middle, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros)));
+            const __m512 scaled = _mm512_mul_ps(shift, scale[r]);  // zero behind the last group, as the scale is
+            for (int m = 0; m < M; m++) {
+                total[r][m] = _mm512_fmadd_ps(scaled, _mm512_loadu_ps(sums + m * all.groups + group), total[r][m]);
+            }
+        }
+        const int32_t(*of_lanes)[16] = order.lanes;
+        for (const long end = std::min(w.columns, (group + 16) * w.group_size); k < end; k += kColumns, of_lanes++) {
+            __m512i windows[R];
+            __m512 part[R][M];
+            for (int r = 0; r < R; r++) {
+                const long at = r * row_bytes + k * BITS / 8;
+                _mm_prefetch((const char*)begin + at + 1536, _MM_HINT_T0);
+                windows[r] = step.template windows<BOUNDED>(begin + at, row_bytes - k * BITS / 8);
+                for (int m = 0; m < M; m++) part[r][m] = _mm512_setzero_ps();
+            }
+#pragma GCC unroll 4
+            for (int code = 0; code < kCodes; code++) {
+                const uint16_t* column = x + k + code * 32;
+                __m512bh activation[M];
+                for (int m = 0; m < M; m++) activation[m] = as_bf16(_mm512_loadu_si512(column + m * all.stride));
+                for (int r = 0; r < R; r++) {
+                    const __m512i lanes = _mm512_srlv_epi16(windows[r], step.shifts[code]);
+                    const __m512bh value = as_bf16(step.table.values(lanes));
+                    for (int m = 0; m < M; m++) part[r][m] = _mm512_dpbf16_ps(part[r][m], value, activation[m]);
+                    if (step.table.kTwoParts) {
+                        const __m512bh upper = as_bf16(step.table.upper(lanes));
+                        for (int m = 0; m < M; m++) part[r][m] = _mm512_dpbf16_ps(part[r][m], upper, activation[m]);
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                const __m512 of_step = _mm512_permutexvar_ps(_mm512_load_si512(of_lanes), scale[r]);
+                for (int m = 0; m < M; m++) total[r][m] = _mm512_fmadd_ps(part[r][m], of_step, total[r][m]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int m = 0; m < M; m++) out[m * out_stride + row + r] = _mm512_reduce_add_ps(total[r][m]);
+    }
+}
+
+// M activations, within a parallel region: each thread takes its rows and does not wait for the others.
+template <int BITS, int M>
+void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, float* out,
+                  long out_stride) {
+    constexpr int R = 2;
+    const Step<BITS> step;
+    const ScaleOrder<BITS> order(w.group_size);
+    // From the rows behind `safe` a whole load could reach behind the weight.
+    const long row_bytes = w.columns * BITS / 8, last_step = (w.columns - 1) / step.kColumns * step.kBytes;
+    const long over = last_step + 64 - row_bytes;
+    const long safe = std::max(0L, w.rows - (over > 0 ? (over + row_bytes - 1) / row_bytes : 0)) / R * R;
+#pragma omp for schedule(static) nowait
+    for (long row = 0; row < safe; row += R) {
+        multiply_rows<BITS, M, R, false>(w, step, order, row, x, all, sums, out, out_stride);
+    }
+#pragma omp for schedule(static) nowait
+    for (long row = safe; row < w.rows; row++) {
+        multiply_rows<BITS, M, 1, true>(w, step, order, row, x, all, sums, out, out_stride);
+    }
+}
+
+// x [tokens, columns] in bfloat16 times the weight: out [tokens, rows] in float32. Within a parallel region, by all.
+template <int BITS>
+void multiply_few(const Weight& w, const uint16_t* x, long tokens, float* out, long out_stride) {
+    const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes, w.zeros != nullptr);
+    for (long done = 0; done < tokens;) {
+        const uint16_t* rows = all.values.data() + done * all.stride;
+        const float* sums = w.zeros ? all.sums.data() + done * all.groups : nullptr;
+        float* place = out + done * out_stride;
+        const long left = tokens - done;
+        if (left >= kMaxFew) {
+            multiply_all<BITS, kMaxFew>(w, rows, all, sums, place, out_stride);
+            done += kMaxFew;
+        } else if (left >= 2) {
+            multiply_all<BITS, 2>(w, rows, all, sums, place, out_stride);
+            done += 2;
+        } else {
+            multiply_all<BITS, 1>(w, rows, all, sums, place, out_stride);
+            done += 1;
+        }
+    }
+}
+
+}  // namespace
