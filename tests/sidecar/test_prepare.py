@@ -4,8 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
+from tests.fitting.nvml import L4, NEEDED, library
 
 from .conftest import gamma
 
@@ -85,6 +88,20 @@ def test_a_gpu_by_name_or_memory_is_planned_for(tiny_store: Path, tmp_path: Path
     assert "NVIDIA L4 has" in prepared["reason"]
     assert "does not fit" in gamma("prepare", *base, "--gpu-memory", "300MiB", code=4).stderr
     assert "not known" in gamma("prepare", *base, "--gpu", "riva tnt", code=2).stderr
+
+
+@pytest.mark.skipif(any(mark.args[0] for mark in NEEDED), reason="needs a C compiler and nvidia-ml-py")
+def test_the_visible_gpu_is_planned_for_as_if_it_were_named(tiny_store: Path, tmp_path: Path) -> None:
+    library(tmp_path, L4)
+    base = ["prepare", "tiny", "--store", tiny_store, "--max-model-len", 128, "--json"]
+    seen = json.loads(gamma(*base, "--out", tmp_path / "a", LD_LIBRARY_PATH=str(tmp_path)).stdout)
+    named = json.loads(gamma(*base, "--out", tmp_path / "b", "--gpu", "l4").stdout)
+    assert "NVIDIA L4 has" in seen["reason"]
+    assert (seen["reason"], seen["manifest_digest"]) == (named["reason"], named["manifest_digest"])
+    # An explicit choice never fails over a driver that does.
+    library(tmp_path, L4, init="return *(volatile int *)0;")
+    explicit = [*base, "--out", tmp_path / "c", "--budget", "4bits"]
+    assert not json.loads(gamma(*explicit, LD_LIBRARY_PATH=str(tmp_path)).stdout)["unchanged"]
 
 
 def test_without_a_gpu_the_automatic_choice_says_what_to_give(tiny_store: Path, tmp_path: Path) -> None:
