@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test-fast: setup ## the tests without those marked slow
 
 test-gpu: setup ## the tests that need an NVIDIA GPU: kernels, captured graphs, whole engines
 	$(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
+
+audit: setup ## known vulnerabilities of the packages in the sidecar's image (asks PyPI for advisories)
+	@$(PYTHON) deploy/audit.py
 
 lint: setup ## style, format, types and import contracts
 	$(BIN)/ruff check .
