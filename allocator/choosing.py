@@ -1,40 +1,16 @@
-"""What `gamma fit --kv-cache-dtype auto-choose` calls: the dtype of the KV cache chosen together with the weights."""
+"""`--kv-cache-dtype auto-choose` of `gamma fit` and `prepare`: the dtype that costs least together with the weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
-from allocator.contract.kv_cache import KV_CACHE_NAME, KvCacheScores
+from allocator.contract.errors import InfeasibleBudgetError, InputError
+from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.fitting.document import Plan
-from allocator.measuring import measure_kv_losses
-from allocator.pipeline import CandidateSettings
-from allocator.progress import Progress, silent
 from allocator.solving import SolveSettings, solve_resident
 from allocator.solving.joint import KvOption, check_kv_scores, choose_kv_cache, kv_losses
 
-__all__ = ["choose_kv_dtype", "kv_scores_of"]
-
-_SEQUENCES, _SEQUENCE_LENGTH = 16, 512
-
-
-def kv_scores_of(
-    model: Path, work: Path, scores: Scores, candidates: CandidateSettings, progress: Progress = silent
-) -> KvCacheScores:
-    """The losses of the KV cache in the work folder, measured on the calibration text if they are not there yet."""
-    path = work / KV_CACHE_NAME
-    try:
-        known = KvCacheScores.read(path)
-        if known.model.digest == scores.model.digest:
-            return known
-    except ContractError:
-        pass  # absent or damaged: measured
-    length = min(candidates.sequence_length, _SEQUENCE_LENGTH)
-    count = min(candidates.sequences, _SEQUENCES)
-    measured = measure_kv_losses(model, candidates.calibration, count, length, candidates.seed, work, progress)
-    measured.write(path)
-    return measured
+__all__ = ["choose_kv_dtype"]
 
 
 def choose_kv_dtype(

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from allocator.contract.bank import ModelReference
 from allocator.contract.errors import ContractError
-from allocator.contract.kv_cache import KvCacheScores
+from allocator.contract.kv_cache import KV_CACHE_NAME, KvCacheScores
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Scores
+from allocator.pipeline import CandidateSettings
 from allocator.progress import Progress, silent
 
-__all__ = ["KL_UNIT", "MeasureSettings", "measure_assignments", "measure_kv_losses"]
+__all__ = ["KL_UNIT", "MeasureSettings", "kv_scores_of", "measure_assignments", "measure_kv_losses"]
 
 KL_UNIT = "nats of KL divergence a token"
 _MEASURED_DTYPES = ("fp8",)
+_KV_SEQUENCES, _KV_SEQUENCE_LENGTH = 16, 512
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,21 @@ def measure_kv_losses(
     return KvCacheScores(
         model=reference, unit=KL_UNIT, calibration_digest=calibration.digest, tokens=found.tokens, losses=losses
     )
+
+
+def kv_scores_of(
+    model: Path, work: Path, scores: Scores, candidates: CandidateSettings, progress: Progress = silent
+) -> KvCacheScores:
+    """The losses of the KV cache in the work folder, measured on the calibration text if they are not there yet."""
+    path = work / KV_CACHE_NAME
+    try:
+        known = KvCacheScores.read(path)
+        if known.model.digest == scores.model.digest:
+            return known
+    except ContractError:
+        pass  # absent or damaged: measured
+    length = min(candidates.sequence_length, _KV_SEQUENCE_LENGTH)
+    count = min(candidates.sequences, _KV_SEQUENCES)
+    measured = measure_kv_losses(model, candidates.calibration, count, length, candidates.seed, work, progress)
+    measured.write(path)
+    return measured

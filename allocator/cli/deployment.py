@@ -29,7 +29,12 @@ def add_deployment(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     group.add_argument("--max-model-len", type=int, metavar="N", help="default: what the model allows")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences of that length at once (default 1)")
-    group.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "fp8", "auto-choose"],
+        default="auto",
+        help="auto-choose: what costs least together with the weights (`gamma kv` measured it before `store add`)",
+    )
     group.add_argument("--gpu-memory-utilization", type=float, metavar="F", help="default: vLLM's")
     group.add_argument(
         "--budget",

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _choose_kv_cache(args: argparse.Namespace, model: Path, work: Path, progress: "Progress") -> "list[KvOption]":
     """Learn, measure what the KV cache costs, and set --kv-cache-dtype to that of the least total loss."""
-    from allocator.choosing import choose_kv_dtype, kv_scores_of
+    from allocator.choosing import choose_kv_dtype
+    from allocator.measuring import kv_scores_of
     from allocator.pipeline import learn
 
     candidates = candidate_settings(args)

@@ -49,7 +49,10 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", metavar="N", default="1", help="sequences of that length at once (default 1)")
     group.add_argument("--max-num-batched-tokens", metavar="N", help="default: what vLLM takes on the card")
     group.add_argument(
-        "--kv-cache-dtype", metavar="DTYPE", default="auto", help="auto (default), fp8, ...; auto-choose in `gamma fit`"
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        default="auto",
+        help="auto (default), fp8, ...; auto-choose in fit and prepare",
     )
     group.add_argument("--tensor-parallel-size", metavar="N", default="1")
     group.add_argument("--pipeline-parallel-size", metavar="N", default="1")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from allocator.choosing import choose_kv_dtype
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
@@ -60,9 +61,18 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
                 "no GPU is visible: give --gpu NAME or --gpu-memory 24GiB, or choose with --budget 5.9GiB, "
                 "--budget 3.25bits or --budget sha256:MANIFEST"
             )
+        why = ""
+        if settings.kv_cache_dtype == "auto-choose":
+            settings, why = _with_kv_cache(settings, entry, device, store)
         manifest, plan = _planned(settings, entry, device, _scores(store, entry))
-        reason = f"{device.name} has {plan.weight_budget_bytes:,} bytes a rank left for weights: {plan.verdict.message}"
+        left = f"{device.name} has {plan.weight_budget_bytes:,} bytes a rank left for weights"
+        reason = f"{why}{left}: {plan.verdict.message}"
         return Choice(manifest, plan, reason, _arguments(settings, plan))
+    if settings.kv_cache_dtype == "auto-choose":
+        raise InputError(
+            f"--kv-cache-dtype auto-choose shares out the GPU's memory, --budget {settings.budget} has shared it out; "
+            "give --kv-cache-dtype auto or fp8, or --budget auto"
+        )
     manifest = _explicit(settings.budget, entry, store)
     reason = f"{'manifest' if _DIGEST.fullmatch(settings.budget) else 'budget'} {settings.budget} was asked for"
     if device is None:
@@ -90,6 +100,26 @@ def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Sc
         raise InfeasibleBudgetError(f"{entry.name} does not fit on {device.name}: {plan.verdict.message}")
     manifest = solve_for_plan(scores, SolveSettings(), plan)
     return manifest, plan_entry(entry, device, _request(settings), manifest.modules)
+
+
+def _with_kv_cache(
+    settings: PrepareSettings, entry: Entry, device: Device, store: Store
+) -> tuple[PrepareSettings, str]:
+    """`settings` with the dtype of the KV cache that costs least together with the weights beside it, and why."""
+    measured = store.kv_cache(entry.model.digest)
+    if measured is None:
+        raise InputError(
+            f"{store.url} does not know what a KV cache of fp8 costs {entry.name}: run `gamma kv MODEL --out "
+            "WORK/kv_cache.json` and `gamma store add WORK` again, or give --kv-cache-dtype auto or fp8"
+        )
+
+    def plan_for(dtype: str) -> Plan:
+        return plan_entry(entry, device, _request(settings.model_copy(update={"kv_cache_dtype": dtype})))
+
+    best, options = choose_kv_dtype(_scores(store, entry), measured, SolveSettings(), plan_for)
+    told = [f"{o.dtype} {o.message if o.total_loss is None else f'{o.total_loss:.4g}'}" for o in options]
+    chosen = settings.model_copy(update={"kv_cache_dtype": best.dtype})
+    return chosen, f"a KV cache of {best.dtype} costs least with its weights ({'; '.join(told)}); "
 
 
 def _explicit(budget: str, entry: Entry, store: Store) -> Manifest:

@@ -8,12 +8,14 @@ from pathlib import Path
 from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import ContractError, InputError
+from allocator.contract.kv_cache import KV_CACHE_NAME, KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.inventory import model_digest, read_inventory
 from allocator.progress import Progress, silent
 from allocator.sidecar.entry import Entry, Source
 from allocator.sidecar.store import Store, hex_of
+from allocator.solving.joint import check_kv_scores
 from allocator.solving.predicted import single_losses
 
 __all__ = ["Published", "publish", "publish_manifest"]
@@ -38,7 +40,8 @@ def publish(
     name: str | None = None,
     progress: Progress = silent,
 ) -> Published:
-    """Add `work` (scores.json and bank/) to `store`. `model` is the folder of the model that it was learned from.
+    """Add `work` (scores.json, bank/, kv_cache.json if it is there) to `store`. `model` is the folder of the model that
+    it was learned from.
 
     With a source of kind "store" the model's files are added too. What the store has is not written again. The
     entry is written last, so an interrupted call leaves nothing on offer that is not whole. Raises ContractError
@@ -65,6 +68,10 @@ def publish(
     if source.kind == "store":
         written += _add_source(store, model, digest, progress)
     store.add_scores(scores)
+    if (work / KV_CACHE_NAME).exists():
+        measured = KvCacheScores.read(work / KV_CACHE_NAME)
+        check_kv_scores(measured, scores)
+        store.add_kv_cache(measured)
     low, high = scores.feasible_bytes()
     entry = Entry(
         name=name,

@@ -22,7 +22,7 @@ class PrepareSettings(Strict):
     tensor_parallel_size: int = Field(default=1, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8", "auto-choose"] = "auto"
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     budget: str = "auto"
     served_model_name: str | None = None

@@ -4,6 +4,7 @@
     scores/<hex>.json              `Scores`
     banks/<hex>/...                a bank folder, `bank.json` written last
     sources/<model hex>/...        the 16-bit model, if it was published too
+    kv_cache/<model hex>.json      `KvCacheScores` of a model, if they were measured
     manifests/<hex>.json           `Manifest`, as `gamma solve --out` writes it
     measured/<scores hex>/<hex>    empty: this manifest of these scores says what was measured
     allocations/<hex>.json         request digest -> manifest digest
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 from allocator.contract.documents import Document, parse_json
 from allocator.contract.errors import ContractError
+from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.sidecar.backends import Backend, open_backend
@@ -67,6 +69,17 @@ class Store:
     def manifest_text(self, digest: str) -> bytes | None:
         """The file of a manifest, byte for byte as `gamma solve --out` writes it."""
         return self.backend.read(f"manifests/{hex_of(digest)}.json")
+
+    def kv_cache(self, model_digest: str) -> KvCacheScores | None:
+        """What each dtype of the KV cache costs a model."""
+        path = f"kv_cache/{hex_of(model_digest)}.json"
+        content = self.backend.read(path)
+        return None if content is None else _parse(KvCacheScores, content, f"{self.url}/{path}")
+
+    def add_kv_cache(self, measured: KvCacheScores) -> None:
+        """The latest measurement of a model counts."""
+        path = f"kv_cache/{hex_of(measured.model.digest)}.json"
+        self.backend.replace(path, document_text(measured).encode())
 
     def add_entry(self, entry: Entry) -> None:
         self.backend.replace(f"entries/{hex_of(entry.scores_digest)}.json", document_text(entry).encode())

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.errors import InputError
+from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
+from allocator.progress import silent
+from allocator.sidecar.choice import choose, find_entry
+from allocator.sidecar.settings import PrepareSettings
+from allocator.sidecar.store import Store
 from tests.fitting.nvml import L4, NEEDED, library
 
 from .conftest import gamma
@@ -88,6 +94,33 @@ def test_a_gpu_by_name_or_memory_is_planned_for(tiny_store: Path, tmp_path: Path
     assert "NVIDIA L4 has" in prepared["reason"]
     assert "does not fit" in gamma("prepare", *base, "--gpu-memory", "300MiB", code=4).stderr
     assert "not known" in gamma("prepare", *base, "--gpu", "riva tnt", code=2).stderr
+
+
+def test_the_kv_cache_is_chosen_with_the_weights(store: Path) -> None:
+    """On a card that leaves about 2.5 bits: a cheap fp8 KV cache buys wider weights, a dear one is left."""
+    opened = Store(str(store))
+    entry = find_entry(opened, "Qwen3-32B")
+    settings = PrepareSettings(
+        model="Qwen3-32B", gpu="rtx4090", max_model_len=8192, max_num_seqs=4, kv_cache_dtype="auto-choose"
+    )
+    with pytest.raises(InputError, match="gamma kv MODEL"):
+        choose(settings, entry, opened, silent)
+    chosen = {}
+    for loss in (1e-6, 1e6):
+        measured = KvCacheScores(
+            model=entry.model, unit="nats", calibration_digest="sha256:" + "0" * 64, tokens=1, losses={"fp8": loss}
+        )
+        opened.add_kv_cache(measured)
+        assert opened.kv_cache(entry.model.digest) == measured
+        chosen[loss] = choose(settings, entry, opened, silent)
+    assert chosen[1e-6].vllm_arguments["kv-cache-dtype"] == "fp8"
+    assert "kv-cache-dtype" not in chosen[1e6].vllm_arguments
+    assert chosen[1e-6].manifest.tensor_bytes > chosen[1e6].manifest.tensor_bytes
+    assert chosen[1e-6].reason.startswith("a KV cache of fp8 costs least with its weights (auto ")
+    named = choose(settings.model_copy(update={"kv_cache_dtype": "fp8"}), entry, opened, silent)
+    assert named.manifest.digest == chosen[1e-6].manifest.digest
+    with pytest.raises(InputError, match="--budget 20GiB has shared it out"):
+        choose(settings.model_copy(update={"budget": "20GiB"}), entry, opened, silent)
 
 
 @pytest.mark.skipif(any(mark.args[0] for mark in NEEDED), reason="needs a C compiler and nvidia-ml-py")
