@@ -26,6 +26,8 @@ DigestPath = Annotated[
     Path(pattern=r"^sha256:[0-9a-f]{64}$", description="a digest", examples=["sha256:" + "0" * 64]),
 ]
 _JSON = "application/json"
+_SOLVED = responses(401, 404, 408, 409, 413, 422, 503)
+_STORED = responses(401, 404, 422)
 
 
 def service_of(request: Request) -> Service:
@@ -42,7 +44,7 @@ async def list_models(request: Request) -> ModelList:
 @router.post(
     "/allocations",
     response_model=Allocation,
-    responses=responses(401, 404, 408, 409, 413, 422, 503),
+    responses=_SOLVED,
     summary="The best assignment for a budget",
 )
 async def allocate(
@@ -63,9 +65,7 @@ async def allocate(
     return Response(content, media_type=_JSON)
 
 
-@router.get(
-    "/allocations/{id}", response_model=Allocation, responses=responses(401, 404, 422), summary="An allocation again"
-)
+@router.get("/allocations/{id}", response_model=Allocation, responses=_STORED, summary="An allocation again")
 async def get_allocation(request: Request, id: DigestPath) -> Response:
     return Response(await service_of(request).allocations.allocation(id), media_type=_JSON)
 
@@ -73,7 +73,7 @@ async def get_allocation(request: Request, id: DigestPath) -> Response:
 @router.get(
     "/allocations/{id}/manifest",
     response_model=dict[str, Any],
-    responses=responses(401, 404, 422),
+    responses=_STORED,
     summary="Its manifest, byte for byte as `gamma solve --out` writes it",
 )
 async def get_allocation_manifest(request: Request, id: DigestPath) -> Response:
@@ -83,7 +83,7 @@ async def get_allocation_manifest(request: Request, id: DigestPath) -> Response:
 @router.get(
     "/manifests/{id}",
     response_model=dict[str, Any],
-    responses=responses(401, 404, 422),
+    responses=_STORED,
     summary="A manifest by its own digest",
 )
 async def get_manifest(request: Request, id: DigestPath) -> Response:
@@ -93,7 +93,7 @@ async def get_manifest(request: Request, id: DigestPath) -> Response:
 @router.post(
     "/sweeps",
     response_model=SweepResult,
-    responses=responses(401, 404, 408, 409, 413, 422, 503),
+    responses=_SOLVED,
     summary="The Pareto curve: size against predicted loss",
 )
 async def sweep(
@@ -108,7 +108,7 @@ async def sweep(
 @router.post(
     "/diff",
     response_model=dict[str, Any],
-    responses=responses(401, 404, 408, 409, 413, 422, 503),
+    responses=_SOLVED,
     summary="What changed between two manifests of one model",
 )
 async def diff(
