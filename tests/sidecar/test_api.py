@@ -11,7 +11,7 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 from allocator.fitting import PlanRequest, find_gpu, make_plan
 from allocator.inventory.shape import read_shape
-from benchmarks.sidecar.scores import CONFIG
+from benchmarks.sidecar.scores import CONFIG, random_scores
 
 from .conftest import gamma
 from .serving import Running
@@ -57,6 +57,18 @@ def test_answers_equal_the_command_line_byte_for_byte(
     assert allocation["tensor_bytes"] == manifest.tensor_bytes
     for path in (f"/v1/allocations/{allocation['id']}/manifest", f"/v1/manifests/{manifest.digest}"):
         assert sidecar.http.get(path).content == written
+
+
+def test_so_do_answers_for_hardware(sidecar: Running, tmp_path: Path) -> None:
+    hardware = {"gpu": "rtx4090", "max_model_len": 8192, "kv_cache_dtype": "fp8"}
+    allocation = sidecar.post("/v1/allocations", {"model": "Qwen3-32B", "plan": hardware})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    random_scores().write(tmp_path / "scores.json")
+    options = ["--gpu", "rtx4090", "--max-model-len", "8192", "--kv-cache-dtype", "fp8"]
+    gamma("plan", tmp_path / "config.json", *options, "--out", tmp_path / "plan.json")
+    gamma("solve", tmp_path / "scores.json", "--plan", tmp_path / "plan.json", "--out", tmp_path / "manifest.json")
+    manifest = sidecar.http.get(f"/v1/allocations/{allocation['id']}/manifest").content
+    assert manifest == (tmp_path / "manifest.json").read_bytes()
 
 
 def test_the_same_request_has_the_same_id_and_answer(sidecar: Running) -> None:
