@@ -102,6 +102,16 @@ def test_advice_makes_it_fit(page: Page, sidecar: Running) -> None:
     page.until("document.querySelector('#verdict b').textContent === 'Fits.'")
 
 
+def test_what_is_too_large_is_drawn_as_large_as_it_is(page: Page, sidecar: Running) -> None:
+    page.open("about:blank")
+    page.open(f"{sidecar.url}/#model=Qwen3-32B&gpu=rtx4090&length=8192&bytes={33 << 30}")
+    page.until(f"document.querySelector('#verdict b')?.textContent === 'Does not fit.' && {READY}")
+    assert page.js("document.querySelector('#f-size').textContent").startswith("33.00 GiB")
+    weights, *_, too_much = page.js("[...document.querySelectorAll('#memory-legend b')].map((b) => b.textContent)")
+    assert weights.startswith("33.0")  # after loading, a little more than in the file
+    assert too_much in page.js("document.querySelector('#verdict').textContent")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_is_cut_off(page: Page, sidecar: Running, scheme: str) -> None:
     page.size(360, 740, mobile=True)

@@ -69,7 +69,8 @@ export function memory(plan) {
   const line = (name) => plan.lines.find((l) => l.name === name)?.nbytes ?? 0;
   const total = line("device memory") || plan.device.total_bytes;
   const usable = line("vLLM may use");
-  const weights = plan.planned ? plan.planned.weight_bytes : plan.smallest_weight_bytes;
+  const missing = plan.verdict.needs_bytes;
+  const weights = plan.planned ? plan.planned.weight_bytes : missing > 0 ? plan.weight_budget_bytes + missing : plan.smallest_weight_bytes;
   const known = ["device memory", "CUDA memory", "vLLM may use", "KV cache", "activations", "slack", "left for weights", ...RUNTIME];
   const others = plan.lines.filter((l) => !known.includes(l.name)).reduce((sum, l) => sum + Math.max(l.nbytes, 0), 0);
   const parts = [
@@ -80,7 +81,6 @@ export function memory(plan) {
     { kind: "m-slack", label: "slack", bytes: line("slack") },
   ];
   const used = parts.reduce((sum, part) => sum + part.bytes, 0);
-  const missing = plan.verdict.needs_bytes;
   parts.push({ kind: "m-free", label: "left to others", bytes: Math.max(total - Math.max(used, usable), 0) });
   $("memory-bar").replaceChildren(memoryBar(parts, total));
   if (missing > 0) parts.push({ kind: "m-over", label: "too much", bytes: missing });
@@ -160,7 +160,15 @@ export function widths(manifest, changed) {
       item.append(swatch(`w${bits}`), `${bits} bits `, element("b", percent(shares.get(bits) / all)));
       return item;
     }),
-    ...outside.map((cell) => element("li", `${cell.kind} ${cell.bits} bits`, "quiet")),
+  );
+  // Embedding and lm_head have no block: they stand below the map, with what a cell shows.
+  $("map-outside").replaceChildren(
+    ...outside.map((cell) => {
+      const item = element("li");
+      item.append(swatch(`w${cell.bits}`), `${cell.kind} `, element("b", `${cell.bits} bits, ${gib(cell.bytes)}`));
+      if (cell.changed) item.append(element("span", "changed", "pill"));
+      return item;
+    }),
   );
 }
 
