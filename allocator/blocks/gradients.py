@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
+from allocator.contract.digest import digest_bytes
 from allocator.running import Journal, Team
 
-__all__ = ["descend", "fill_gradients"]
+__all__ = ["descend", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
 
-_HEAD_TOKENS = 512
+_HEAD_TOKENS, _HEAD_ROWS = 512, 4096
 
 
 def descend(
@@ -19,6 +21,7 @@ def descend(
     gradients: Sequence[HiddenStates],
     seed: int,
     journal: Journal | None = None,
+    to_embedding: bool = False,
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
@@ -28,10 +31,10 @@ def descend(
     less noise (Hutchinson 1990). `hidden` holds the teacher's states. The gradients at the output of block i
     are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
     must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has are not
-    computed again.
+    computed again. With `to_embedding`, -1 comes after block 0, when the gradients at the embedding's output are there.
     """
     journal = journal or Journal.nowhere()
-    for index in range(stream.blocks, 0, -1):
+    for index in range(stream.blocks, -1 if to_embedding else 0, -1):
         _fill_boundary(stream, hidden, gradients, seed, index, journal)
         if journal.team.leads:
             for store in gradients:
@@ -43,6 +46,28 @@ def fill_gradients(stream: BlockStream, hidden: HiddenStates, gradients: Sequenc
     """Fill all boundaries 1 .. blocks of each of `gradients` (see `descend`)."""
     for index in range(stream.blocks, 0, -1):
         _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere())
+
+
+def parts_of_sequence(length: int) -> list[slice]:
+    """The tokens of a sequence in parts that meet the lm_head together."""
+    return [slice(start, min(start + _HEAD_TOKENS, length)) for start in range(0, length, _HEAD_TOKENS)]
+
+
+def rows_together(vocabulary: int) -> list[slice]:
+    """The vocabulary in stripes whose signs are drawn together."""
+    return [slice(start, min(start + _HEAD_ROWS, vocabulary)) for start in range(0, vocabulary, _HEAD_ROWS)]
+
+
+def signs(seed: int, draw: int, sequence: int, part: slice, rows: slice) -> Tensor:
+    """The random signs of a draw, at one of `parts_of_sequence` and for one of `rows_together`: int8 `[tokens, rows]`.
+
+    Drawn on the CPU, each stripe by itself, so that every device and every number of processes sees the same signs, and
+    what is learned of the lm_head can have those of any stripe again.
+    """
+    key = digest_bytes(f"{seed} {draw} {sequence} {part.start} {rows.start}".encode())
+    generator = torch.Generator().manual_seed(int(key[-8:], 16))
+    shape = (part.stop - part.start, rows.stop - rows.start)
+    return 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
 
 
 def _fill_boundary(
@@ -86,15 +111,13 @@ def _fill_last(
 ) -> None:
     head = stream.head()
     for sequence, row in team.share(range(hidden.shape[0])):
-        # Drawn on the CPU and by sequence, so that every device and every number of processes sees the same signs.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + sequence)
-        for start in range(0, hidden.shape[1], _HEAD_TOKENS):
-            part = slice(start, start + _HEAD_TOKENS)
+        for part in parts_of_sequence(hidden.shape[1]):
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
             logprobs = head(states).log_softmax(-1)
             root = (logprobs.detach() / 2).exp()
-            for store in gradients:
-                drawn = torch.randint(0, 2, logprobs.shape, generator=generator, dtype=torch.int8)
-                weights = (2 * drawn - 1).to(stream.device) * root
+            for draw, store in enumerate(gradients):
+                stripes = rows_together(logprobs.shape[1])
+                drawn = torch.cat([signs(seed, draw, sequence, part, rows) for rows in stripes], 1)
+                weights = drawn.to(stream.device) * root
                 (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
                 store.boundary(stream.blocks)[row, part] = gradient.to(store.dtype).cpu()

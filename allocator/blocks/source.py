@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allocator.contract.safetensors_file import StoredTensor
 
-__all__ = ["read_tensor", "torch_dtype", "write_safetensors"]
+__all__ = ["read_rows", "read_tensor", "torch_dtype", "write_safetensors"]
 
 
 def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Tensor:
@@ -18,6 +18,13 @@ def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Ten
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         tensor: Tensor = file.get_tensor(stored.name)
     return tensor
+
+
+def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "cpu") -> Tensor:
+    """Some rows of one tensor as it is stored; the others are not read."""
+    with safe_open(stored.path, framework="pt", device=str(device)) as file:
+        part: Tensor = file.get_slice(stored.name)[rows]
+    return part
 
 
 def torch_dtype(name: str) -> torch.dtype:

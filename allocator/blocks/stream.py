@@ -1,6 +1,7 @@
 """Loads one decoder block's weights, runs it on hidden states, lets it go."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -16,11 +17,13 @@ from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 from allocator.running import ALONE, Journal, Team
 
-__all__ = ["BlockStream", "InputObserver", "batches", "record_inputs", "state_step"]
+__all__ = ["HEAD_WEIGHT", "BlockStream", "InputObserver", "batches", "record_inputs", "state_step"]
 
 InputObserver = Callable[[list[str], Tensor], None]
 """Called with the names of the linear modules that share an input, and that input `[B, T, K]`."""
 
+HEAD_WEIGHT = "lm_head.weight"
+"""The parameter of `BlockStream.head()` that holds the weight of the lm_head, also where the model has it tied."""
 _BATCH_TOKENS = 4096
 
 
@@ -46,7 +49,7 @@ class BlockStream:
         self._window: int | None = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         self._kinds: list[str] = kinds or ["sliding_attention" if self._window else "full_attention"] * self.blocks
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prefix = "model"
         self._stored = {t.name for t in (*(m.tensor for m in inventory.modules), *inventory.others)}
 
@@ -58,11 +61,18 @@ class BlockStream:
         """One source tensor as it is stored."""
         return read_tensor(self.inventory.tensor(name), self.device)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`."""
-        table = self.read(f"{self._prefix}.embed_tokens.weight")
-        scale: float = getattr(self._backbone.embed_tokens, "scalar_embed_scale", 1.0)  # Gemma's
-        return nn.functional.embedding(token_ids.to(self.device), table).float() * scale
+    def embed(self, token_ids: Tensor, table: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`. `table` `[V, D]` in place of the
+        model's embedding."""
+        if table is None:
+            table = self.read(f"{self._prefix}.embed_tokens.weight")
+        return nn.functional.embedding(token_ids.to(self.device), table).float() * self.embedding_scale
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the rows of the embedding are multiplied by: Gemma's are, others' not."""
+        scale: float = getattr(self._backbone.embed_tokens, "scalar_embed_scale", 1.0)
+        return scale
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, float32, in eval mode, without gradients."""
@@ -150,16 +160,25 @@ class BlockStream:
         if team.leads:
             hidden.settle(index)
 
-    def head(self) -> nn.Module:
-        """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`."""
-        norm = copy.deepcopy(self._backbone.norm)
+    def norm(self) -> nn.Module:
+        """The final norm: from the states after the last block to the input of the lm_head."""
+        norm: nn.Module = copy.deepcopy(self._backbone.norm)
         norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()}, assign=True)
+        return norm.eval().requires_grad_(False)
+
+    def head(self) -> nn.Module:
+        """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`.
+
+        The parameter `HEAD_WEIGHT` of it is the lm_head's.
+        """
         name = f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight"
         weight = self.read(name).float()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
-        capped = [] if self._softcap is None else [_Softcap(self._softcap)]
-        return nn.Sequential(norm, head, *capped).eval().requires_grad_(False)
+        parts = OrderedDict(norm=self.norm(), lm_head=head)
+        if self.softcap is not None:
+            parts["softcap"] = _Softcap(self.softcap)
+        return nn.Sequential(parts).eval().requires_grad_(False)
 
 
 class _Softcap(nn.Module):

@@ -1,7 +1,8 @@
 """Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,15 +10,17 @@ from torch import Tensor
 
 from allocator.blocks.calibration import Calibration
 from allocator.blocks.hidden import HiddenStates
-from allocator.blocks.source import torch_dtype, write_safetensors
+from allocator.blocks.source import read_rows, torch_dtype, write_safetensors
 from allocator.blocks.stream import BlockStream, state_step
 from allocator.candidates.statistics import MomentSums
+from allocator.candidates.vocabulary import vocabulary_moments
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
 from allocator.contract.layout import ModuleFormat
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 from allocator.quantizers import InputStatistics, Quantizer
+from allocator.quantizers.base import row_stripes
 from allocator.running import Journal, Team
 
 __all__ = ["build_bank"]
@@ -54,10 +57,11 @@ def build_bank(
         states.save(state_step(0), True)
     formats = {m.name: inventory.formats(m, widths, group_size, symmetric) for m in inventory.modules}
     quantizable = {name: [f for f in of if f.quantized] for name, of in formats.items()}
-    work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal)
+    work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal, progress)
     modules: dict[str, BankModule] = {}
     for index in range(stream.blocks):
-        modules |= _build_block(work, index, progress)
+        modules |= _build(work, index, partial(_run_teacher, work, index))
+    modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
     progress("candidates", 1.0)
     bank = Bank(
         model=model,
@@ -86,17 +90,21 @@ class _Work:
     folder: Path
     states: Journal
     journal: Journal
+    progress: Progress
 
 
-def _build_block(work: _Work, index: int, progress: Progress) -> dict[str, BankModule]:
-    """The candidates of one block; each process of a team quantizes its share of the modules."""
-    names = [m.name for m in work.inventory.modules if m.block == index and work.formats[m.name]]
+def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
+    """The candidates of one block, or of what stands outside the blocks; each process of a team quantizes its share of
+    the modules. `see_inputs` gives the statistics of the modules that are named."""
+    names = [m.name for m in work.inventory.modules if m.block == block and work.formats[m.name]]
+    done = work.stream.blocks if block is None else block
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
     missing = [name for name in names if name not in found]
-    statistics = _run_teacher(work, index, missing)
+    statistics = see_inputs(missing)
     team = work.journal.team
     for start in range(0, len(missing), team.size):
-        progress("candidates", (index + (len(names) - len(missing) + start) / len(names)) / work.stream.blocks)
+        share = (len(names) - len(missing) + start) / len(names)
+        work.progress("candidates", (done + share) / (work.stream.blocks + 1))
         together = missing[start : start + team.size]
         of_inputs = {name: statistics.take(name) for name in together}  # on every process: they add up their sums
         mine = {i: _quantize(work, name, of_inputs[name]) for i, name in team.share(together)}
@@ -118,8 +126,8 @@ def _bank_module(work: _Work, name: str, digest: str) -> BankModule:
     return BankModule(file=f"{name}.safetensors", file_digest=digest, candidates=work.formats[name])
 
 
-class _BlockStatistics:
-    """The input statistics of a block's modules: summed by module, finished when one is taken, then let go."""
+class _Statistics:
+    """The input statistics of some modules: summed by module, finished when one is taken, then let go."""
 
     def __init__(self, sums: dict[tuple[str, ...], MomentSums], team: Team) -> None:
         self._sums = {name: (sharing, moments) for sharing, moments in sums.items() for name in sharing}
@@ -137,7 +145,7 @@ class _BlockStatistics:
         return self._finished.pop(sharing) if last else self._finished[sharing]
 
 
-def _run_teacher(work: _Work, index: int, names: list[str]) -> _BlockStatistics:
+def _run_teacher(work: _Work, index: int, names: list[str]) -> _Statistics:
     """Fill the states after block `index`, unless they are there and nothing is to be learned from the run; return
     the input statistics of the modules `names` where the quantizer needs them."""
     kind, team, prefix = work.quantizer.statistics, work.journal.team, work.inventory.block_prefix(index)
@@ -163,18 +171,37 @@ def _run_teacher(work: _Work, index: int, names: list[str]) -> _BlockStatistics:
     unseen = set(recorded) - {name for sharing in seen for name in sharing}
     for sharing in sorted(seen | {(name,) for name in unseen}):
         begin(sharing)
-    return _BlockStatistics(sums, team)
+    return _Statistics(sums, team)
+
+
+def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
+    """The statistics of the modules outside the blocks, where the quantizer needs them."""
+    kind, team = work.quantizer.statistics, work.journal.team
+    wanted = [m for m in work.inventory.modules if m.name in names and kind != "none"]
+    sums = vocabulary_moments(work.stream, work.hidden, wanted, kind, work.states)
+    return _Statistics({(name,): moments for name, moments in sums.items()}, team)
 
 
 def _quantize(work: _Work, name: str, statistics: InputStatistics | None) -> str:
-    """Write one module's candidates; returns the digest of the file."""
-    weight = work.stream.read(f"{name}.weight").float()
-    tensors: dict[str, Tensor] = {}
+    """Write one module's candidates; returns the digest of the file.
+
+    Made in stripes of rows, which are independent of each other: of a vocabulary only the packed candidates are whole.
+    """
+    stored = work.inventory.tensor(f"{name}.weight")
+    parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for candidate in work.formats[name]:
-            quantized = work.quantizer.quantize(weight, candidate, torch_dtype(work.inventory.dtype), statistics)
-            packed = quantized.packed(candidate.num_bits)
-            tensors |= {f"w{candidate.num_bits}.{part}": tensor.cpu() for part, tensor in packed.items()}
+        for rows in row_stripes(*stored.shape):
+            weight = read_rows(stored, rows, work.stream.device).float()
+            for candidate in work.formats[name]:
+                stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
+                quantized = work.quantizer.quantize(weight, stripe, torch_dtype(work.inventory.dtype), statistics)
+                for part, tensor in quantized.packed(candidate.num_bits).items():
+                    parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
+    tensors = {
+        part: of_stripes.pop() if len(of_stripes) == 1 else torch.cat(of_stripes) for part, of_stripes in parts.items()
+    }
+    for candidate in work.formats[name]:
+        tensors[f"w{candidate.num_bits}.weight_shape"] = torch.tensor(candidate.shape, dtype=torch.int64)
     path = work.folder / f"{name}.safetensors"
     write_safetensors(tensors, path)
     return digest_file(path)

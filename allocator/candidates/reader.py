@@ -10,12 +10,12 @@ from allocator.contract.bank import BANK_NAME, Bank, candidate_tensors
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
-from allocator.contract.packing import dequantize
+from allocator.contract.packing import dequantize, dequantize_rows
 from allocator.contract.safetensors_file import read_header
 
-__all__ = ["BankReader"]
+__all__ = ["BankReader", "stripes"]
 
-_STRIPE = 4096  # a multiple of 32
+_STRIPE = 4096  # a multiple of 32: so many zero points are whole words
 
 
 class BankReader:
@@ -46,6 +46,37 @@ class BankReader:
 
     def tensors(self, name: str, candidate: ModuleFormat) -> dict[str, Tensor]:
         """The packed tensors of module `name` at `candidate`, by the last part of their names."""
+        prefix = f"w{candidate.num_bits}."
+        with safe_open(self._checked(name, candidate), framework="pt") as file:
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+    def dequantized(self, name: str, candidate: ModuleFormat) -> Tensor:
+        """Float32 weight `[N, K]` of one candidate, made in stripes of rows to save memory."""
+        weight = torch.empty(candidate.shape, dtype=torch.float32)
+        for rows in stripes(candidate.shape[0]):
+            weight[rows] = self.stripe(name, candidate, rows)
+        return weight
+
+    def stripe(self, name: str, candidate: ModuleFormat, rows: slice, device: str | torch.device = "cpu") -> Tensor:
+        """Rows `rows` (one of `stripes`) of `dequantized`; only they are read."""
+        prefix, bits = f"w{candidate.num_bits}.", candidate.num_bits
+        with safe_open(self._checked(name, candidate), framework="pt", device=str(device)) as file:
+            words, scale = (file.get_slice(prefix + part)[rows] for part in ("weight_packed", "weight_scale"))
+            # Zero points are packed along the rows: 32 of them in `bits` words.
+            within = slice(rows.start * bits // 32, -(-rows.stop * bits // 32))
+            zeros = None if candidate.symmetric else file.get_slice(prefix + "weight_zero_point")[within]
+        return dequantize(words, scale, zeros, bits)
+
+    def rows(self, name: str, candidate: ModuleFormat, numbers: Tensor) -> Tensor:
+        """Rows `numbers` (int64 `[n]`) of `dequantized`: `[n, K]`."""
+        packed = self.tensors(name, candidate)
+        return dequantize_rows(
+            numbers.cpu(), packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point"),
+            candidate.num_bits,
+        )  # fmt: skip
+
+    def _checked(self, name: str, candidate: ModuleFormat) -> Path:
+        """The file of module `name`, which has `candidate` and, as was checked when it was first used, its content."""
         module = self.bank.modules.get(name)
         if module is None or candidate not in module.candidates:
             raise ContractError(
@@ -60,19 +91,9 @@ class BankReader:
                     f"{path}: {name}: content is {found}, the bank says {module.file_digest}; build the bank again"
                 )
             self._verified.add(name)
-        prefix = f"w{candidate.num_bits}."
-        with safe_open(path, framework="pt") as file:
-            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        return path
 
-    def dequantized(self, name: str, candidate: ModuleFormat) -> Tensor:
-        """Float32 weight `[N, K]` of one candidate, made in stripes of rows to save memory."""
-        packed = self.tensors(name, candidate)
-        words, scale, zero_point = packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point")
-        rows, bits = candidate.shape[0], candidate.num_bits
-        weight = torch.empty(candidate.shape, dtype=torch.float32)
-        for start in range(0, rows, _STRIPE):
-            end = min(start + _STRIPE, rows)
-            # Zero points are packed along the rows: 32 of them in `bits` words.
-            zeros = None if zero_point is None else zero_point[start * bits // 32 : -(-end * bits // 32)]
-            weight[start:end] = dequantize(words[start:end], scale[start:end], zeros, bits)
-        return weight
+
+def stripes(rows: int) -> list[slice]:
+    """The rows of a module in stripes that can be read by themselves."""
+    return [slice(start, min(start + _STRIPE, rows)) for start in range(0, rows, _STRIPE)]

@@ -6,7 +6,7 @@ Writer (quantizers) and reader (the plugin's reference kernel) share it, so the 
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "pack_codes", "pack_zero_points", "unpack_codes", "unpack_zero_points"]
+__all__ = ["dequantize", "dequantize_rows", "pack_codes", "pack_zero_points", "unpack_codes", "unpack_zero_points"]
 
 
 def _check_width(num_bits: int) -> None:
@@ -80,3 +80,15 @@ def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bit
     else:
         grouped = grouped - unpack_zero_points(zero_point, num_bits, rows).to(torch.float32).unsqueeze(-1)
     return (grouped * scale.to(torch.float32).unsqueeze(-1)).reshape(rows, columns)
+
+
+def dequantize_rows(rows: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
+    """Rows `rows` (int64 `[n]`) of what `dequantize` gives for the same tensors: float32 `[n, K]`."""
+    codes, scales = unpack_codes(packed[rows], num_bits), scale[rows].to(torch.float32).unsqueeze(-1)
+    grouped = codes.to(torch.float32).reshape(*scales.shape[:2], -1)
+    if zero_point is None:
+        grouped -= float(1 << (num_bits - 1))
+    else:
+        zeros = unpack_zero_points(zero_point, num_bits, packed.shape[0])[rows]
+        grouped -= zeros.to(torch.float32).unsqueeze(-1)
+    return (grouped * scales).reshape(len(rows), -1)

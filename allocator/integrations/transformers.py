@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
-from allocator.contract.packing import dequantize, unpack_codes, unpack_zero_points
+from allocator.contract.packing import dequantize, dequantize_rows
 
 __all__ = ["GammaHfConfig", "GammaHfQuantizer", "PackedEmbedding", "PackedLinear", "TiedHead"]
 
@@ -77,15 +77,10 @@ class PackedEmbedding(_Packed):
         self.model_dtype = model_dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows, bits = ids.reshape(-1), self.format.num_bits
-        codes, scale = unpack_codes(self.weight_packed[rows], bits), self.weight_scale[rows].to(torch.float32)
-        grouped = codes.to(torch.float32).reshape(*scale.shape, -1)
-        if self.weight_zero_point is None:
-            grouped -= float(1 << (bits - 1))
-        else:
-            zeros = unpack_zero_points(self.weight_zero_point, bits, self.num_embeddings)[rows]
-            grouped -= zeros.to(torch.float32).unsqueeze(-1)
-        return (grouped * scale.unsqueeze(-1)).reshape(*ids.shape, -1).to(self.model_dtype)
+        rows = dequantize_rows(
+            ids.reshape(-1), self.weight_packed, self.weight_scale, self.weight_zero_point, self.format.num_bits
+        )
+        return rows.reshape(*ids.shape, -1).to(self.model_dtype)
 
 
 class TiedHead(nn.Module):

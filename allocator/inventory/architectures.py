@@ -25,10 +25,14 @@ Blocks = Literal["all", "dense", "sparse"]
 
 
 class NamedShape(Strict):
-    """A module outside the blocks, and its weight's shape `[out_features, in_features]`."""
+    """A module outside the blocks, and its weight's shape `[out_features, in_features]`.
+
+    `why_16` says why no server can hold it below 16 bits; None if one can.
+    """
 
     name: str
     shape: tuple[str, str]
+    why_16: str | None = None
 
 
 class Linear(Strict):

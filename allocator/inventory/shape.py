@@ -177,10 +177,8 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
     )
 
 
-def why_16(role: Role, in_features: int) -> str | None:
+def why_16(in_features: int) -> str | None:
     """Why a module can only be stored at 16 bits, or None."""
-    if role != "linear":
-        return f"this release keeps {role} at 16 bits"
     if in_features % PACK_UNIT:
         return f"in_features {in_features} is no multiple of {PACK_UNIT}"
     return None
@@ -192,7 +190,8 @@ def _outside(
     named = rules.embedding if role == "embedding" else rules.lm_head
     shape = (rules.dimension(named.shape[0], config), rules.dimension(named.shape[1], config))
     split: Split = "head" if role == "lm_head" else "tied" if tied else "embedding"
-    return ModuleKind(named.name, shape, named.shape, role, split, None, (), 0, why_16(role, shape[1]))
+    reason = named.why_16 or why_16(shape[1])
+    return ModuleKind(named.name, shape, named.shape, role, split, None, (), 0, reason)
 
 
 def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], sparse: list[bool]) -> ModuleKind | None:
@@ -210,7 +209,7 @@ def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], sparse: l
         experts = rules.dimension(rules.experts.count, config)
     prefix = rules.block + "."
     fused = None if rule.fused is None else prefix + rule.fused
-    reason = why_16("linear", shape[1])
+    reason = why_16(shape[1])
     return ModuleKind(prefix + rule.name, shape, rule.shape, "linear", rule.split, fused, blocks, experts, reason)
 
 

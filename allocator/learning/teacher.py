@@ -14,7 +14,7 @@ __all__ = ["Teacher"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """hidden: states of all boundaries; gradients: one store a draw, of boundaries 1 .. blocks."""
+    """hidden: states of all boundaries; gradients: one store a draw, of boundaries 0 .. blocks."""
 
     hidden: HiddenStates
     gradients: list[HiddenStates]
@@ -27,8 +27,12 @@ class Teacher:
     def batch(self, stream: BlockStream, index: int, rows: Tensor) -> Batch:
         """Input, output and output gradients of block `index` for some sequences."""
         states, teacher = (self.hidden.boundary(i)[rows].to(stream.device) for i in (index, index + 1))
-        gradients = torch.stack([g.boundary(index + 1)[rows] for g in self.gradients])
-        return Batch(states, teacher, gradients.to(stream.device).float())
+        return Batch(states, teacher, self.gradients_at(stream, index + 1, rows))
+
+    def gradients_at(self, stream: BlockStream, boundary: int, rows: Tensor) -> Tensor:
+        """Gradients of all draws at a boundary, `[S, B, T, D]`, float32."""
+        gradients = torch.stack([g.boundary(boundary)[rows] for g in self.gradients])
+        return gradients.to(stream.device).float()
 
     def partition(self, tokens: int) -> list[Tensor]:
         """All sequences, cut into batches of about `tokens` tokens."""

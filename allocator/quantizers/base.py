@@ -43,9 +43,12 @@ class InputStatistics:
 
 
 def row_stripes(rows: int, columns: int) -> list[slice]:
-    """Rows that are quantized together, so that the working memory of a large module stays small (64 M weights)."""
-    size = max(1, _STRIPE_WEIGHTS // columns)
-    return [slice(start, start + size) for start in range(0, rows, size)]
+    """Rows that are quantized together, so that the working memory of a large module stays small (64 M weights).
+
+    All stripes but the last have a multiple of 32 rows: their packed zero points, in whole words, can be joined.
+    """
+    size = max(32, _STRIPE_WEIGHTS // columns // 32 * 32)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 @dataclass(frozen=True)

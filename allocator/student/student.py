@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.hidden import HiddenStates
-from allocator.blocks.stream import BlockStream
-from allocator.candidates.block import BlockCandidates
+from allocator.blocks.stream import HEAD_WEIGHT, BlockStream
+from allocator.candidates.block import BlockCandidates, VocabularyCandidates
 from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat
 
@@ -37,6 +37,7 @@ class Losses:
 class Student:
     """Runs assignments on `token_ids` (int64 `[S, T]`) and compares them with the original model.
 
+    vocabulary: the candidates of the modules outside the blocks.
     Modules that an assignment does not name, and those it gives 16 bits, keep the source's weights.
     """
 
@@ -74,10 +75,11 @@ class Student:
 
     def _open(self, stream: BlockStream, bank: BankReader, token_ids: Tensor, hold_bytes: int) -> None:
         self.stream, self.bank, self.token_ids = stream, bank, token_ids
-        self._free = [hold_bytes]  # shared by the students of `for_tokens`
         self._blocks: dict[int, tuple[nn.Module, BlockCandidates]] = {}
         self._head = stream.head()
-        self._vocabulary = stream.inventory.config["vocab_size"]
+        self.vocabulary = VocabularyCandidates(stream.inventory, stream, bank)
+        self._free = [hold_bytes - self.vocabulary.kept_bytes]  # shared by the students of `for_tokens`
+        self._tokens = stream.inventory.config["vocab_size"]
         self._kept: tuple[Assignment, list[Tensor]] | None = None
         self._logprobs: Tensor | None = None
         inventory = stream.inventory
@@ -100,25 +102,39 @@ class Student:
         With `keep` the states between blocks stay in memory: the next assignments are run from the first block in
         which they differ from this one.
         """
-        start, before = 0, self._embedded
-        if self._kept is not None:
-            kept, boundaries = self._kept
-            start = next(
-                (i for i in range(self.stream.blocks) if self._differs(i, kept, assignment)), self.stream.blocks
-            )
-            before = boundaries[start]
-        chunks = self._chunks(before if rows is None else before[rows])
         with torch.no_grad():
+            if self._kept is None or self._embeds_otherwise(self._kept[0], assignment):
+                start, before = 0, self._embed(assignment)
+            else:
+                kept, boundaries = self._kept
+                start = next(
+                    (i for i in range(self.stream.blocks) if self._differs(i, kept, assignment)), self.stream.blocks
+                )
+                before = boundaries[start]
+            chunks = self._chunks(before if rows is None else before[rows])
             states = self._run(assignment, chunks, start, keep)
             if keep:
                 earlier = [] if self._kept is None else self._kept[1][:start]
                 self._kept = (dict(assignment), [*earlier, *map(torch.cat, states)])
-            return self._compare(states[-1], rows)
+            return self._compare(states[-1], assignment, rows)
 
     def states(self, assignment: Assignment, rows: Tensor | None = None) -> list[list[Tensor]]:
         """The states before each block and after the last, each in chunks of sequences `[s, T, D]`."""
-        chunks = self._chunks(self._embedded if rows is None else self._embedded[rows])
+        embedded = self._embed(assignment)
+        chunks = self._chunks(embedded if rows is None else embedded[rows])
         return self._run(assignment, chunks, 0, every=True)
+
+    def _embed(self, assignment: Assignment) -> Tensor:
+        """The states before block 0."""
+        name = self.vocabulary.embedding
+        if name is None or _bits(assignment, name) == 16:
+            return self._embedded
+        table = self.vocabulary_weight(name, assignment)
+        return torch.cat([self.stream.embed(rows, table) for rows in self._chunks(self.token_ids)])
+
+    def _embeds_otherwise(self, a: Assignment, b: Assignment) -> bool:
+        name = self.vocabulary.embedding
+        return name is not None and _bits(a, name) != _bits(b, name)
 
     def _differs(self, index: int, a: Assignment, b: Assignment) -> bool:
         return any(_bits(a, name) != _bits(b, name) for name in self._local[index].values())
@@ -134,10 +150,11 @@ class Student:
             boundaries = [*boundaries, chunks] if every else [chunks]
         return boundaries
 
-    def _compare(self, states: list[Tensor], rows: Tensor | None) -> Losses:
+    def _compare(self, states: list[Tensor], assignment: Assignment, rows: Tensor | None) -> Losses:
         kl, nll = [], []
+        weight = self._head_weight(assignment)
         for ours, teacher, ids in self._beside_teacher(states, rows):
-            q = self._head(ours[:, :-1]).log_softmax(-1)
+            q = self._predict(ours, weight)
             kl.append(_divergence(teacher, q).double().mean(-1))
             nll.append(_surprise(q, ids).double().mean(-1))
         return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
@@ -145,7 +162,7 @@ class Student:
     def _beside_teacher(self, states: list[Tensor], rows: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of states, of the original's log probabilities `[s, T-1, V]`, and of token ids."""
         teacher, ids = (t if rows is None else t[rows] for t in (self._teacher, self.token_ids))
-        if self._logprobs is None and 4 * self.token_ids.numel() * self._vocabulary <= _HOLD_LOGPROBS_BYTES:
+        if self._logprobs is None and 4 * self.token_ids.numel() * self._tokens <= _HOLD_LOGPROBS_BYTES:
             self._logprobs = torch.cat([self._teacher_logprobs(chunk) for chunk in self._chunks(self._teacher)])
         if self._logprobs is not None:
             held = self._logprobs if rows is None else self._logprobs[rows]
@@ -159,27 +176,44 @@ class Student:
 
     def _teacher_logprobs(self, states: Tensor) -> Tensor:
         with torch.no_grad():
-            logprobs: Tensor = self._head(states[:, :-1]).log_softmax(-1)
-        return logprobs
+            return self._predict(states, None)
+
+    def _predict(self, states: Tensor, head_weight: Tensor | None) -> Tensor:
+        """Log probabilities `[s, T-1, V]` after the states of the last block, with `head_weight` or the original's."""
+        weights = {} if head_weight is None else {HEAD_WEIGHT: head_weight}
+        logits: Tensor = torch.func.functional_call(self._head, weights, (states[:, :-1],))
+        return logits.log_softmax(-1)
+
+    def _head_weight(self, assignment: Assignment) -> Tensor | None:
+        """The lm_head's weight under `assignment`, None where it is the original's."""
+        name = self.vocabulary.head
+        return None if name is None or _bits(assignment, name) == 16 else self.vocabulary_weight(name, assignment)
 
     def output_slopes(
-        self, states: list[Tensor], rows: Tensor | None = None, of_text: bool = False
-    ) -> tuple[Losses, list[Tensor]]:
-        """Losses, and the slope of the mean KL (of the text's loss with `of_text`) by the states after the last block.
+        self, states: list[Tensor], assignment: Assignment, rows: Tensor | None = None, of_text: bool = False
+    ) -> tuple[Losses, list[Tensor], Tensor | None]:
+        """Losses, and the slopes of the mean KL (of the text's loss with `of_text`) by the states after the last block
+        and by the weight of the lm_head (None if it has no candidates).
 
         The mean is over all positions that predict a token; states and slopes are in chunks as `states` gives them.
         """
         positions = sum(s.shape[0] * (s.shape[1] - 1) for s in states)
         kl, nll, slopes = [], [], []
+        name = self.vocabulary.head
+        weight = None if name is None else self.vocabulary_weight(name, assignment).clone().requires_grad_(True)
+        of_weight = None if weight is None else torch.zeros_like(weight)
         for ours, teacher, ids in self._beside_teacher(states, rows):
             ours = ours.detach().clone().requires_grad_(True)
-            q = self._head(ours[:, :-1]).log_softmax(-1)
+            q = self._predict(ours, weight)
             divergence, surprise = _divergence(teacher, q), _surprise(q, ids)
-            (slope,) = torch.autograd.grad((surprise if of_text else divergence).sum() / positions, ours)
+            inputs = [ours] if weight is None else [ours, weight]
+            found = torch.autograd.grad((surprise if of_text else divergence).sum() / positions, inputs)
             kl.append(divergence.detach().double().mean(-1))
             nll.append(surprise.detach().double().mean(-1))
-            slopes.append(slope)
-        return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu()), slopes
+            slopes.append(found[0])
+            if of_weight is not None:
+                of_weight += found[1]
+        return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu()), slopes, of_weight
 
     def block(self, index: int) -> tuple[nn.Module, BlockCandidates]:
         """Decoder block `index` with the source's weights, and its candidates."""
@@ -200,6 +234,10 @@ class Student:
             f"{local}.weight": candidates.weight(local, _number(candidates.formats[local], _bits(assignment, name)))
             for local, name in self._local[index].items()
         }
+
+    def vocabulary_weight(self, name: str, assignment: Assignment) -> Tensor:
+        """The weight of a module outside the blocks that has candidates."""
+        return self.vocabulary.weight(name, _number(self.vocabulary.formats[name], _bits(assignment, name)))
 
 
 def _number(formats: list[ModuleFormat], bits: int) -> int:

@@ -67,8 +67,7 @@ def test_scores_are_losses_above_the_16_bit_weight(learned: LearnResult) -> None
 def test_every_module_of_the_model_has_scores(learned: LearnResult, tiny_model: Callable[[str], Path]) -> None:
     inventory = read_inventory(tiny_model("llama"))
     assert list(learned.scores.modules) == [m.name for m in inventory.modules]
-    fixed = [name for name, m in learned.scores.modules.items() if len(m.candidates) == 1]
-    assert fixed == ["model.embed_tokens", "lm_head"]
+    assert all([c.format.num_bits for c in m.candidates] == list(WIDTHS) for m in learned.scores.modules.values())
 
 
 def test_the_same_seed_gives_the_same_file(
@@ -173,15 +172,20 @@ def test_changed_scores_are_refused(learned: LearnResult, tmp_path: Path) -> Non
         Scores.read(path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_losses_of_single_swaps_are_the_kl_that_they_cause(
-    learned: LearnResult, tiny_model: Callable[[str], Path]
+    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Read off one block, without running the rest of the model, within the noise of a few draws."""
-    inventory = read_inventory(tiny_model("llama"))
-    tokens = torch.randint(0, 320, (16, 48), generator=torch.Generator().manual_seed(7))
-    student = Student(BlockStream(inventory), BankReader(learned.bank_folder), tokens)
-    ratios = []
-    for name, candidate in learned.scores.interacting():
-        if candidate.format.num_bits == 5:
-            ratios.append(candidate.score / float(student.losses({name: candidate.format}).kl.mean()))
-    assert all(0.6 < ratio < 1.6 for ratio in ratios), ratios
+    """Read off one block, or the rows and the logits, without running the rest of the model, within the noise of a few
+    draws: with embedding and lm_head apart, with one module for both, and with an embedding whose rows are scaled."""
+    result = learn(tiny_model(kind), tmp_path, CANDIDATES, LEARNING)
+    inventory = read_inventory(tiny_model(kind))
+    tokens = calibration_from_model(tiny_model(kind), 16, 48, 7).token_ids
+    student = Student(BlockStream(inventory), BankReader(result.bank_folder), tokens)
+    ratios = {}
+    for name, candidate in result.scores.interacting():
+        # Of the blocks of the tiny Gemma, whose attention hardly counts, there is too little text here.
+        if candidate.format.num_bits == 5 and (kind != "gemma3" or "layers" not in name):
+            ratios[name] = candidate.score / float(student.losses({name: candidate.format}).kl.mean())
+    assert all(0.6 < ratio < 1.6 for ratio in ratios.values()), ratios
+    assert "model.embed_tokens" in ratios

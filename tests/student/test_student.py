@@ -64,13 +64,17 @@ def test_the_original_diverges_by_nothing(student: Student) -> None:
     assert float(student.losses({}).kl.abs().max()) < 1e-6
 
 
-def test_slopes_are_what_a_small_step_does(student: Student) -> None:
+@pytest.mark.parametrize("place", ["in a block", "one module at both ends"])
+def test_slopes_are_what_a_small_step_does(student: Student, place: str) -> None:
     """Towards each candidate of one module, a hundredth of the way."""
     student, plan = student.for_tokens(TOKENS), assignment(student, 3, 4)
     slopes = measure_slopes(student, plan)
     torch.testing.assert_close(slopes.losses.kl, student.losses(plan).kl)
     name, local, index = "model.layers.1.mlp.up_proj", "mlp.up_proj", 1
     _, candidates = student.block(index)
+    if place == "one module at both ends":
+        name = local = "model.embed_tokens"
+        candidates = student.vocabulary
     here = candidates.formats[local].index(plan[name])
     base = candidates.weight(local, here).clone()
     for other in (here - 1, here + 1, len(candidates.formats[local]) - 1):

@@ -1,7 +1,8 @@
 """`deltaloss`: the score of AutoRound's AutoScheme (SignRoundV2, arXiv 2512.04746).
 
 For each width the whole model is set to it, and the gradient G of the text's loss is read there; the score of a module
-at that width is the sum over its weights, and over batches of text, of |G (W - Q_b)|.
+at that width is the sum over its weights, and over batches of text, of |G (W - Q_b)|. The gradient is read with what
+stands outside the blocks at 16 bits, which is where AutoRound leaves the lm_head unless it is told otherwise.
 """
 
 from collections.abc import Sequence
@@ -36,13 +37,14 @@ def learn_deltaloss(task: Task) -> Table:
 
 
 def _at(task: Task, student: Student, bits: int, batches: Sequence[Tensor]) -> dict[str, float]:
-    assignment = {
+    at_width = {
         name: form for name in task.bank.bank.modules for form in task.bank.formats(name) if form.num_bits == bits
     }
-    totals = dict.fromkeys(assignment, 0.0)
+    assignment = {name: form for name, form in at_width.items() if name not in student.vocabulary.formats}
+    totals = dict.fromkeys(at_width, 0.0)
     for rows in batches:
         slopes = measure_slopes(student, assignment, rows, _absolute, of_text=True)
-        for name, form in assignment.items():
+        for name, form in at_width.items():
             totals[name] += float(slopes.along[name][task.bank.formats(name).index(form)]) * len(rows)
     return {name: total / task.hidden.shape[0] for name, total in totals.items()}
 

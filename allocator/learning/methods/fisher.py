@@ -15,18 +15,33 @@ from torch import Tensor, nn
 from allocator.learning.methods.task import Task
 from allocator.learning.tables import Table, with_unseen_experts
 from allocator.learning.teacher import Teacher
+from allocator.learning.vocabulary import Text, measure_vocabulary
 
 __all__ = ["learn_fisher"]
 
 
 def learn_fisher(task: Task) -> Table:
     """Half the mean over tokens of the sum of (g d)^2, in nats if outputs did nothing together."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for index, teacher in task.descend("measuring"):
-        found[index] = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
-    losses = {index: with_unseen_experts(found[index]) for index in sorted(found)}
-    scores = {task.module(index, local): values for index in losses for local, values in losses[index].items()}
-    return Table(scores, "nats a token, to second order, outputs taken one by one")
+    scores: dict[str, Tensor] = {}
+    for index, teacher in task.descend("measuring", vocabulary=True):
+        if index < 0:
+            scores |= task.journal.once("fisher-vocabulary", partial(_measure_vocabulary, task, teacher))
+            continue
+        found = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
+        scores |= {task.module(index, local): values for local, values in with_unseen_experts(found).items()}
+    return Table(task.in_model_order(scores), "nats a token, to second order, outputs taken one by one")
+
+
+def _measure_vocabulary(task: Task, teacher: Teacher) -> dict[str, Tensor]:
+    """The rows of an embedding and the logits are outputs like others; one module for both has those of both."""
+    partition = teacher.partition(task.settings.batch_tokens)
+    text = Text(teacher, task.token_ids, task.settings.seed, dict(task.journal.team.share(partition)))
+    mine = measure_vocabulary(
+        task.stream, task.bank, task.vocabulary(), text, lambda squares: squares.double().sum(1), one_by_one=True
+    )
+    together = task.journal.team.gather(mine)
+    samples = 2 * task.token_ids.numel() * len(teacher.gradients)
+    return {name: torch.stack([part[name] for part in together]).sum(0) / samples for name in together[0]}
 
 
 def _measure_block(task: Task, teacher: Teacher, index: int) -> dict[str, Tensor]:

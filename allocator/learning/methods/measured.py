@@ -4,6 +4,8 @@ The direct measurement that other methods stand for (the class of HIGGS, arXiv 2
 for one swap, blind to what swaps do together, and the dearest: from the swapped block on, the model runs for each.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,14 @@ def learn_measured(task: Task) -> Table:
     """Nats of KL divergence a token."""
     student = Student.of_teacher(task.stream, task.bank, task.hidden, task.token_ids)
     scores: dict[str, Tensor] = {}
+
+    def measure(name: str) -> Tensor:
+        swaps = [student.losses({name: form}).kl.mean() for form in task.bank.formats(name)[:-1]]
+        return torch.stack([*swaps, torch.zeros((), dtype=torch.float64)])
+
     for index in task.blocks("measuring"):
-        for local in student.local_names(index):
-            name = task.module(index, local)
-
-            def measure(name: str = name) -> Tensor:
-                swaps = [student.losses({name: form}).kl.mean() for form in task.bank.formats(name)[:-1]]
-                return torch.stack([*swaps, torch.zeros((), dtype=torch.float64)])
-
-            scores[name] = task.journal.once(f"measured-{name}", measure)
+        for name in student.local_names(index).values():
+            scores[name] = task.journal.once(f"measured-{name}", partial(measure, name))
+    for name in student.vocabulary.formats:
+        scores[name] = task.journal.once(f"measured-{name}", partial(measure, name))
     return Table(scores, "nats of KL divergence a token, of each swap alone")

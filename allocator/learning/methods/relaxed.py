@@ -6,7 +6,8 @@ bytes. F(p) = E_p[loss] + multiplier * E_p[bytes] - T H(p) is minimised over ind
 gradient, marginal loss less score: each sample moves every score of its block towards the marginal losses there. Those
 are the loss of the single swap, which is measured because the straight-through gradient is blind to it, and twice the
 inner product with the errors of the other modules, which that gradient gives. The multiplier is explicit, so scores
-are losses, carry no trace of the training budget, and serve the others.
+are losses, carry no trace of the training budget, and serve the others. Modules outside the blocks, of which the
+method says nothing, count in the bytes and are scored by their single swaps.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from allocator.candidates.block import BlockCandidates
 from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
-from allocator.learning.block import Batch, measure_swaps
+from allocator.learning.block import Batch
 from allocator.learning.lagrangian import AugmentedLagrangian
 from allocator.learning.methods.task import Task
 from allocator.learning.objective import UNIT, gram_matrix, reconstruction_loss
@@ -65,32 +66,30 @@ def learn_relaxed(task: Task) -> Table:
 
 
 def _measure(task: Task) -> dict[str, Choice]:
-    found = {index: task.journal.load(f"grams-{index:04d}") for index in range(task.stream.blocks)}
+    steps = {index: f"grams-{index:04d}" for index in range(task.stream.blocks)}
+    if task.vocabulary().formats:
+        steps[-1] = "grams-vocabulary"
+    found = {index: task.journal.load(step) for index, step in steps.items()}
     if None in found.values():  # else gradients of a later pass may lie there
-        for index, teacher in task.descend("measuring"):
-            found[index] = task.journal.once(f"grams-{index:04d}", partial(_measure_block, task, teacher, index))
+        for index, teacher in task.descend("measuring", vocabulary=True):
+            found[index] = task.journal.once(steps[index], partial(_measure_grams, task, teacher, index))
     choices: dict[str, Choice] = {}
-    for index, of_block in found.items():
-        for local, (shares, grams) in (of_block or {}).items():
-            name = task.module(index, local)
+    for of_block in found.values():
+        for name, (shares, grams) in (of_block or {}).items():
             nbytes = torch.tensor([module_bytes(f) for f in task.bank.formats(name)], dtype=torch.float64)
             losses = shares @ torch.diagonal(grams, dim1=1, dim2=2)
             choices[name] = Choice(nbytes, grams, losses, losses.clone())
-    return choices
+    return task.in_model_order(choices)
 
 
-def _measure_block(task: Task, teacher: Teacher, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _measure_grams(task: Task, teacher: Teacher, index: int) -> dict[str, tuple[Tensor, Tensor]]:
     """By module the share of each batch in all sequences `[batches]`, and its Gram matrices `[batches, C, C]`."""
-    block = task.stream.block(index)
-    candidates = task.candidates(index, block)
     partition = teacher.partition(task.settings.batch_tokens)
-    readers = {
-        number: partial(teacher.batch, task.stream, index, rows) for number, rows in task.journal.team.share(partition)
-    }
-    together = task.journal.team.gather(measure_swaps(task.stream, block, candidates, readers, gram_matrix))
+    parts = dict(task.journal.team.share(partition))
+    together = task.journal.team.gather(task.measure(teacher, index, parts, gram_matrix))
     shares = torch.tensor([len(rows) for rows in partition], dtype=torch.float64)
     shares /= shares.sum()
-    return {local: (shares, torch.stack([of_batch[local] for of_batch in together])) for local in candidates.formats}
+    return {name: (shares, torch.stack([of_batch[name] for of_batch in together])) for name in together[0]}
 
 
 def _sample(task: Task, choices: dict[str, Choice]) -> dict[str, Any]:

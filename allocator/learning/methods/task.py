@@ -1,22 +1,28 @@
 """What every method is given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from allocator.blocks.gradients import descend
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream
-from allocator.candidates.block import BlockCandidates
+from allocator.candidates.block import BlockCandidates, VocabularyCandidates
 from allocator.candidates.reader import BankReader
 from allocator.inventory import Inventory
+from allocator.learning.block import measure_swaps
 from allocator.learning.settings import LearningSettings
 from allocator.learning.teacher import Teacher
+from allocator.learning.vocabulary import Text, measure_vocabulary
 from allocator.progress import Progress
 from allocator.running import Journal
 
 __all__ = ["Task"]
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,21 @@ class Task:
     progress: Progress
     journal: Journal
 
-    def descend(self, what: str) -> Iterator[tuple[int, Teacher]]:
+    def descend(self, what: str, vocabulary: bool = False) -> Iterator[tuple[int, Teacher]]:
         """Numbers of all blocks from the last to the first, and the teacher with the gradients at that block's output.
 
         They are there until the next number is asked for: what is learned of a block goes into the journal before.
+        With `vocabulary`, and if any module outside the blocks has candidates, -1 comes last, with the gradients at the
+        embedding's output.
         """
         settings = self.settings
         teacher = Teacher.over(self.hidden, settings.draws)
-        below = descend(self.stream, self.hidden, teacher.gradients, settings.seed, self.journal)
+        outside = vocabulary and bool(self.vocabulary().formats)
+        below = descend(self.stream, self.hidden, teacher.gradients, settings.seed, self.journal, outside)
         self.progress(what, 0.0)
-        for index in below:
+        for done, index in enumerate(below):
             yield index, teacher
-            self.progress(what, 1 - index / self.stream.blocks)
+            self.progress(what, (done + 1) / (self.stream.blocks + outside))
 
     def blocks(self, what: str) -> Iterator[int]:
         """Numbers of all blocks, with progress."""
@@ -58,3 +67,24 @@ class Task:
 
     def candidates(self, index: int, block: nn.Module) -> BlockCandidates:
         return BlockCandidates(self.inventory, self.stream, self.bank, index, block)
+
+    def vocabulary(self) -> VocabularyCandidates:
+        """The candidates of the modules outside the blocks."""
+        return VocabularyCandidates(self.inventory, self.stream, self.bank)
+
+    def measure(
+        self, teacher: Teacher, index: int, parts: Mapping[int, Tensor], reduce: Callable[[Tensor], Found]
+    ) -> dict[int, dict[str, Found]]:
+        """`measure_swaps` of block `index`, or `measure_vocabulary` for -1, on the sequences of each of `parts`: by
+        module, with its full name."""
+        if index < 0:
+            text = Text(teacher, self.token_ids, self.settings.seed, parts)
+            return measure_vocabulary(self.stream, self.bank, self.vocabulary(), text, reduce)
+        block = self.stream.block(index)
+        readers = {number: partial(teacher.batch, self.stream, index, rows) for number, rows in parts.items()}
+        found = measure_swaps(self.stream, block, self.candidates(index, block), readers, reduce)
+        return {n: {self.module(index, local): f for local, f in of.items()} for n, of in found.items()}
+
+    def in_model_order(self, scores: dict[str, Found]) -> dict[str, Found]:
+        """`scores` by module, in the order of the model: that of the interactions in the scores file."""
+        return {m.name: scores[m.name] for m in self.inventory.modules if m.name in scores}
