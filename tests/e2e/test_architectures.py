@@ -35,6 +35,29 @@ def _choice(kind):
     return choose
 
 
+def _learned_jobs(folder):
+    """An untied model through learn, solve and export, with nothing at 16 bits."""
+    from allocator.evaluation import load_dequantized
+    from allocator.learning import LearningSettings
+    from allocator.pipeline import CandidateSettings, export, learn
+    from allocator.solving import SolveSettings, solve_scores
+    from tests.e2e.architectures import make_model
+
+    model, gamma, plain = make_model("llama", folder / "learned" / "plain"), folder / "learned" / "gamma", folder / "to"
+    candidates = CandidateSettings(group_size=32, sequences=4, sequence_length=32)
+    result = learn(model, folder / "learned" / "work", candidates, LearningSettings(batch_tokens=64))
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=4.5, ceilings={"*": 8}))
+    assert {manifest.modules[n].num_bits for n in ("model.embed_tokens", "lm_head")} <= {2, 3, 4, 5, 6, 8}
+    export(manifest, model, result.bank_folder, gamma)
+    load_dequantized(gamma).save_pretrained(plain)
+    steps = [["generate", {"prompts": PROMPTS, "tokens": 16}]]
+    options = {"skip_tokenizer_init": True}
+    return [
+        {"name": "learned transformers", "model": str(plain), "steps": steps},
+        {"name": "learned torch", "model": str(gamma), "steps": steps, "kernel": "torch", "options": options},
+    ]
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, serving, run_engines):
     """Tokens by "kind engine"; all engines in one process."""
@@ -67,6 +90,7 @@ def answers(tmp_path_factory, serving, run_engines):
             add("ark two ranks", tensor_parallel_size=2, **two)
         if kind == "qwen3_moe":
             add("ark experts on two ranks", tensor_parallel_size=2, enable_expert_parallel=True, **two)
+    jobs += _learned_jobs(folder)
     results = run_engines(jobs, folder)
     return lambda name: succeeded(results[name])
 
@@ -74,6 +98,10 @@ def answers(tmp_path_factory, serving, run_engines):
 @pytest.mark.parametrize(("kind", "kernel"), [*((k, "torch") for k in KINDS), *((k, "ark") for k in ARK_KINDS)])
 def test_greedy_tokens_equal_those_of_transformers(answers, kind, kernel):
     assert answers(f"{kind} {kernel}")[:1] == answers(f"{kind} transformers")
+
+
+def test_an_embedding_and_an_lm_head_that_were_learned_are_served(answers):
+    assert answers("learned torch") == answers("learned transformers")
 
 
 @pytest.mark.parametrize("kind", KINDS)

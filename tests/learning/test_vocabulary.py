@@ -17,8 +17,6 @@ from allocator.learning import LearningSettings
 from allocator.learning.teacher import Teacher
 from allocator.learning.vocabulary import measure_vocabulary
 from allocator.pipeline import CandidateSettings, learn
-from allocator.solving.quadratic import pair_terms
-from allocator.student import Student
 
 CANDIDATES = CandidateSettings(quantizer="gptq", group_size=32, sequences=8, sequence_length=32)
 LEARNING = LearningSettings(draws=16, batch_tokens=128)
@@ -76,31 +74,3 @@ def test_errors_are_the_changes_of_the_log_likelihood(seen: Any, monkeypatch: py
                 got = found[name][number].view(DRAWS, 8 * 32)[draw]
                 torch.testing.assert_close(got, expected.flatten(), rtol=1e-3, atol=1e-5)
         assert not found[name][-1].any()
-
-
-def test_stripes_and_their_order_change_nothing(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = measured(seen)
-    monkeypatch.setattr(reader, "_STRIPE", 96)  # three stripes and a bit
-    for name, errors in measured(seen).items():
-        torch.testing.assert_close(errors, whole[name], rtol=1e-3, atol=1e-5)
-
-
-def test_pairs_with_modules_of_blocks_are_what_two_swaps_do_together(seen: Any) -> None:
-    """Swapped in together, the KL of two is the sum of their scores and twice their term; without it it is not."""
-    scores = seen.learned.scores
-    terms = pair_terms(scores)
-    number = {(name, c.format.num_bits): i for i, (name, c) in enumerate(scores.interacting())}
-    loss = {key: c.score for key, (_, c) in zip(number, scores.interacting(), strict=True)}
-    student = Student(seen.stream, seen.bank, seen.tokens)
-    off, off_without = 0.0, 0.0
-    for outside in seen.candidates.formats:
-        for inside in ("model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.v_proj"):
-            forms = {n: next(f for f in seen.bank.formats(n) if f.num_bits == 4) for n in (outside, inside)}
-            a, b = ((n, 4) for n in (outside, inside))
-            measured_alone = sum(float(student.losses({n: f}).kl.mean()) for n, f in forms.items())
-            beyond = float(student.losses(forms).kl.mean()) - measured_alone
-            term = 2 * float(terms[number[a], number[b]])
-            scale = (loss[a] * loss[b]) ** 0.5
-            off += abs(beyond - term) / scale
-            off_without += abs(beyond) / scale
-    assert off < off_without + 0.1
