@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver test test-fast test-gpu lint format clean
+.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench-sidecar: setup ## the sidecar under load: cached allocations, fresh solves
 
 bench-solver: setup ## how fast the integer program is solved, at the sizes of a 32B model and of one with experts
 	@$(PYTHON) benchmarks/solver/bench.py
+
+bench-vocabulary: setup ## what embedding and lm_head in the program are worth, at equal bytes of all tensors
+	@$(PYTHON) benchmarks/vocabulary/bench.py
 
 bench-channel-blocks: setup ## whether widths by block of output channels beat widths by module, at equal bytes
 	@$(PYTHON) benchmarks/channel_blocks/bench.py

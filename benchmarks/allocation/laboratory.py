@@ -13,6 +13,7 @@ from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.inventory import read_inventory
 from allocator.solving import solve
+from allocator.solving.quadratic import interactions_among
 from allocator.student import Losses, Student
 
 __all__ = ["Laboratory"]
@@ -78,10 +79,8 @@ class Laboratory:
     def linears_only(self, scores: Scores) -> Scores:
         """`scores` of the block linears alone, so that budgets count them alone."""
         modules = {name: scores.modules[name] for name in self.names}
-        assert (
-            scores.interactions is None or [n for n, m in scores.modules.items() if len(m.candidates) > 1] == self.names
-        )
-        return scores.model_copy(update={"modules": modules, "other_bytes": 0})
+        pairs = interactions_among(scores, self.names)
+        return scores.model_copy(update={"modules": modules, "other_bytes": 0, "interactions": pairs})
 
     def scores(self, table: Tensor) -> Scores:
         """Scores `[modules, widths]` as a document."""

@@ -58,7 +58,9 @@ def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str
             seconds = time.process_time() - start
             bank = BankReader(bank_folder)
             for number, width in enumerate(WIDTHS):
-                for module in bank.bank.modules:
+                for module in (
+                    m.name for m in inventory.modules if m.block is not None and m.name in bank.bank.modules
+                ):
                     weight = bank.dequantized(module, bank.formats(module)[number])
                     student.get_parameter(f"{module}.weight").data.copy_(weight)
                 kl = measure_divergence(original, student, held_out).kl
