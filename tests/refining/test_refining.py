@@ -37,7 +37,7 @@ def test_refining_a_poor_plan(learned: LearnResult, tiny_model: Callable[[str], 
     for i, name in enumerate(learned.scores.modules):
         forms = [c.format for c in scores.modules[name].candidates]
         if len(forms) > 1:
-            plan[name] = forms[i % 4]
+            plan[name] = forms[i % 4 + 1]  # with its embedding at 2 bits this model is beyond what slopes tell
     budget = scores.other_bytes + sum(map(module_bytes, plan.values()))
     pinned = next(name for name in plan if "up_proj" in name)
     rules = Rules({pinned: plan[pinned].num_bits}, {}, {})
