@@ -22,15 +22,15 @@ def test_plan_prints_every_line_with_its_basis_and_the_verdict(capsys):
         assert word in out
     for basis in ("exact", "measured", "formula"):
         assert basis in out
-    assert "yes: fits at 2.5" in out
+    assert "yes: fits at 3.1" in out
     assert "4 sequences of 16,384" in out
 
 
 def test_no_comes_with_the_number_that_makes_it_yes(capsys):
     assert main(["plan", MODEL, "--gpu", "rtx4080", "--max-model-len", "16384", "--max-num-seqs", "4"]) == 0
     out = capsys.readouterr().out
-    assert "no: needs 13." in out
-    assert "GiB more: --max-model-len 2304 fits" in out
+    assert "no: needs 11." in out
+    assert "GiB more: --max-model-len 5120 fits" in out
 
 
 def test_without_a_gpu_it_says_which_ones_do(capsys):
