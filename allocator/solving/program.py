@@ -32,6 +32,9 @@ _FIRST_CORE = 8
 """Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
 _RELATIVE_RESOLUTION = 1e-9
 """A gap below this part of the range of all scores is rounding, and reported as 0."""
+_WORTH_LEAVING = 0.005
+"""Part of the loss that leaving the best assignment by scores alone for the sake of pairs must promise: promises and
+measurements of plans of one budget differ by a quarter to half a percent (docs/allocation.md), so less is chance."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,16 @@ class Program:
         return quadratic_of(self.scores, self.units)
 
     def _with_interactions(self, chosen: list[Choice], budget_bytes: int, linear: Solution) -> Solution:
-        """From the best assignment by scores alone to one that no change of one or two units improves."""
+        """From the best assignment by scores alone to one that no change of one or two units improves, if it is so much
+        better that this cannot be chance."""
         everything = [choice for unit in self.units for choice in unit.choices]
         first = [0, *itertools.accumulate(len(unit.choices) for unit in self.units)]
         start = [f + unit.choices.index(c) for f, unit, c in zip(first, self.units, chosen, strict=False)]
         found = local_search(self.quadratic, start, budget_bytes - self.scores.other_bytes)
+        objective, alone = (self.quadratic.value(np.array(positions)) for positions in (found, start))
+        if objective > (1 - _WORTH_LEAVING) * alone:
+            found, objective = start, alone
         better = _solution(self, [everything[i] for i in found], 0.0, f"{linear.solver}, local search")
-        objective = self.quadratic.value(np.array(found))
         bound = min(lower_bound(self.scores, linear.bound), objective)
         return replace(better, objective=objective, bound=bound, gap=objective - bound)
 
