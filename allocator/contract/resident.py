@@ -185,7 +185,11 @@ def resident_bytes(
         return nbytes
     # An embedding gathers rows, which it keeps as the torch kernel does.
     gathered = segment_bytes(rows, columns, module, "torch")
-    return gathered if split == "embedding" or kernel == "torch" else gathered + nbytes
+    if split == "embedding" or kernel == "torch":
+        return gathered
+    if kernel == "native":  # which multiplies with the same codes and scales, and has zero points of its own
+        return gathered + sum(segment_tensors(rows, columns, module, "native")[2:])
+    return gathered + nbytes
 
 
 class Stage(Strict):

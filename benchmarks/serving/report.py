@@ -26,12 +26,12 @@ class Load:
 
 
 DECODE = (
-    Load("decode, 1 sequence", 1, 32, 32, 3, "median_tpot_ms"),
+    Load("decode, 1 sequence", 1, 32, 32, 4, "median_tpot_ms"),
     Load("decode, 8 sequences", 8, 32, 24, 8, "median_tpot_ms"),
     Load("decode, 32 sequences", 32, 32, 16, 32, "median_tpot_ms"),
 )
 PREFILL = (
-    Load("prefill, 512 tokens", 1, 512, 1, 3, "median_ttft_ms"),
+    Load("prefill, 512 tokens", 1, 512, 1, 2, "median_ttft_ms"),
     Load("prefill, 2048 tokens", 1, 2048, 1, 1, "median_ttft_ms"),
 )
 LOADS = DECODE + PREFILL
@@ -49,10 +49,9 @@ def claims_of(rows: list[Row]) -> list[dict[str, Any]]:
     claims = []
     for piece in dict.fromkeys(row["piece"] for row in rows if row["variant"] == BF16):
         claims += _speeds({row["variant"]: row for row in rows if row["piece"] == piece})
-    for model in dict.fromkeys(row["model"] for row in rows):
-        planned = [row for row in rows if row["model"] == model and row.get("planned_bytes")]
+        planned = [row for row in rows if row["piece"] == piece and row["planned_bytes"]]
         if len(planned) > 2:
-            claims.append(_memory(model, planned))
+            claims.append(_memory(piece, planned))
     for row in rows:
         if row["variant"] == "answers":
             text = f"of {row['requests']} requests at once, answers that differ from one at a time"
@@ -64,12 +63,12 @@ def claims_of(rows: list[Row]) -> list[dict[str, Any]]:
     return claims
 
 
-def _memory(model: str, rows: list[Row]) -> dict[str, Any]:
+def _memory(piece: str, rows: list[Row]) -> dict[str, Any]:
     """Code, cache and work space take the same whatever the widths; the rest must be what `gamma plan` says."""
     beyond = [row["anonymous_bytes_after_load"] - row["planned_bytes"] for row in rows]
     middle = statistics.median(beyond)
     value = max(abs(b - middle) / row["planned_bytes"] for b, row in zip(beyond, rows, strict=True))
-    text = f"{model}: memory of the worker less the plan's weights is one constant for all widths, but for, of the plan"
+    text = f"{piece}: memory of the worker less the plan's weights is one constant for all widths, but for, of the plan"
     why = None if value <= 0.05 else "see anonymous_bytes_after_load and planned_bytes of the rows"
     return claim(text, round(value, 4), "<= 0.05", value <= 0.05, why)
 
@@ -77,12 +76,12 @@ def _memory(model: str, rows: list[Row]) -> dict[str, Any]:
 def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
     claims: list[dict[str, Any]] = []
     bf16, stock = by_name[BF16], by_name[STOCK]
-    model = bf16["model"]
+    piece = bf16["piece"]
     gamma = {name: row for name, row in by_name.items() if name.startswith("gamma")}
 
     def at_least(text: str, value: float, limit: float, why: str) -> None:
         holds = value >= limit
-        claims.append(claim(f"{model}: {text}", round(value, 3), f">= {limit}", holds, None if holds else why))
+        claims.append(claim(f"{piece}: {text}", round(value, 3), f">= {limit}", holds, None if holds else why))
 
     one = DECODE[0]
     for name, row in gamma.items():

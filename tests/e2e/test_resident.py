@@ -13,6 +13,7 @@ from allocator.contract.manifest import Manifest  # noqa: E402
 from allocator.fitting import PlanRequest  # noqa: E402
 from allocator.fitting.weights import residency_of  # noqa: E402
 from allocator.inventory import read_shape  # noqa: E402
+from gamma_vllm.kernels.native import NativeKernel  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,6 +29,8 @@ CASES = [
 ]
 """Kind of model (llama has a head of its own, qwen3 a tied one, phi3 is fused on disk, two have experts),
 kernel, ranks, and whether experts are dealt out."""
+if NativeKernel.why_not(torch.device("cpu")) is None:
+    CASES.append(("qwen3", "native", 1, False))
 CASES = [case for case in CASES if case[2] <= (os.cpu_count() or 1)]
 
 
