@@ -106,6 +106,10 @@ BY_CHECK = {
         {**allocation(rollout={"maxSurge": 1}), "modelVolume": {"type": "pvc"}},
         "serves one pod at a time",
     ),
+    "KV cache to choose, budget given": (
+        allocation(kvCacheDtype="auto-choose", budget="17GiB"),
+        "budget must be auto, not 17GiB",
+    ),
     "rollout that cannot go on": (allocation(rollout={"maxUnavailable": 0}), "both 0"),
     "replicas and autoscaling": (allocation(replicas=2, autoscaling=KEDA), "both set"),
     "fewest above most": (allocation(autoscaling=KEDA | {"minReplicas": 9}), "minReplicas 9 is above"),
