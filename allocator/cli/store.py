@@ -110,7 +110,7 @@ def _list(args: argparse.Namespace, store: "Store") -> None:
         print_json([entry.payload() for entry in entries])
         return
     table = new_table(store.url)
-    for column in ("model", "scores", "method", "widths", "feasible GiB", "measured", "added"):
+    for column in ("model", "scores", "method", "widths", "GiB", "measured", "added"):
         table.add_column(column, no_wrap=True)
     for e in entries:
         low, high = (size / 2**30 for size in e.feasible_bytes)

@@ -90,14 +90,14 @@ def recorded_table(found: Sequence[Recorded]) -> list[RenderableType]:
         return []
     unit, divisor = ("GiB", 2**30) if max(r.tensor_bytes for r in found) >= 0.1 * 2**30 else ("MiB", 2**20)
     table = new_table("measured before, as their manifests say")
-    for head in ("manifest", unit, "bits", "predicted", "measured", "uniform", "measured", "tokens"):
-        table.add_column(head, justify="left" if head == "manifest" else "right", no_wrap=True)
+    for head in ("manifest", unit, "bits", "predicted", "measured", "uniform", "tokens", "of text"):
+        table.add_column(head, justify="left" if head in ("manifest", "of text") else "right", no_wrap=True)
     for r in sorted(found, key=lambda r: r.tensor_bytes):
-        uniform = ["-", "-"] if r.uniform_loss is None else [f"{r.uniform_bits} bits", f"{r.uniform_loss:.3g}"]
+        uniform = "-" if r.uniform_loss is None else f"{r.uniform_loss:.3g} at {r.uniform_bits}"
         table.add_row(
-            r.manifest_digest[7:19], f"{r.tensor_bytes / divisor:.3f}", f"{r.average_bits:.3f}",
-            f"{r.predicted_loss:.3g}", f"{r.measured_loss:.3g}" + ("*" if r.record == "refinement" else ""), *uniform,
-            f"{r.tokens:,}",
+            r.manifest_digest[7:15], f"{r.tensor_bytes / divisor:.3f}", f"{r.average_bits:.3f}",
+            f"{r.predicted_loss:.3g}", f"{r.measured_loss:.3g}" + ("*" if r.record == "refinement" else ""), uniform,
+            f"{r.tokens:,}", r.text_digest[7:15],
         )  # fmt: skip
     notes = [Text(f"measured: {RECORDED_UNIT}")]
     if any(r.record == "refinement" for r in found):
