@@ -32,9 +32,9 @@ _FIRST_CORE = 8
 """Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
 _RELATIVE_RESOLUTION = 1e-9
 """A gap below this part of the range of all scores is rounding, and reported as 0."""
-_WORTH_LEAVING = 0.005
+_WORTH_LEAVING = 0.0025
 """Part of the loss that leaving the best assignment by scores alone for the sake of pairs must promise: promises and
-measurements of plans of one budget differ by a quarter to half a percent (docs/allocation.md), so less is chance."""
+measurements of plans of one budget differ by a quarter of a percent or more (docs/allocation.md), so less is chance."""
 
 
 @dataclass(frozen=True)
