@@ -47,13 +47,18 @@ class Proof(Strict):
 
 class Verification(Strict):
     """KL divergence from the original, nats a token, of the solved assignment and of the best uniform plan of its
-    bytes, on the same text; `kept` says which of the two the manifest holds."""
+    bytes, on the same text; `kept` says which of the two the manifest holds.
+
+    `uniform_bits` is the width of that plan's modules in the blocks, `uniform_vocabulary_bits` that of its embedding
+    and lm_head if it is another.
+    """
 
     text_digest: Digest
     tokens: int = Field(ge=1)
     kl: float
     uniform_kl: float
     uniform_bits: int
+    uniform_vocabulary_bits: int | None = None
     kept: Literal["assignment", "uniform"]
 
 

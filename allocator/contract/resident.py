@@ -34,6 +34,7 @@ __all__ = [
     "Residency",
     "Split",
     "Stage",
+    "is_in_block",
     "kind_name",
     "pad",
     "rank_shape",
@@ -315,6 +316,11 @@ class Residency(Strict):
 
 
 _NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def is_in_block(name: str) -> bool:
+    """Whether the module is one of a decoder block: embedding and lm_head have no number in their names."""
+    return _NUMBER.search(name) is not None
 
 
 def kind_name(name: str) -> str:

@@ -1,17 +1,18 @@
 """Measured steps on manifests: verified against the best uniform plan, refined by local search."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
-from allocator.contract.resident import Residency
+from allocator.contract.resident import Residency, is_in_block
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.refining.search import refine
-from allocator.refining.uniform import uniform_assignment
+from allocator.refining.uniform import uniform_assignments
 from allocator.solving.units import Rules
 from allocator.student import Student
 
@@ -39,7 +40,8 @@ def verify(
     rules: Rules | None = None,
     residency: Residency | None = None,
 ) -> Manifest:
-    """Measure `manifest` and the best uniform plan of its budget, and keep the better one; both figures are recorded.
+    """Measure `manifest` and the uniform plans of its budget (see `uniform_assignments`), and keep the best; its figure
+    and that of the best uniform plan are recorded.
 
     Never worse than uniform on the text of `student`. Where no uniform plan fits, the manifest is returned as it is.
     `residency` is that of the plan which gave a budget in bytes after loading: then the uniform plan is one that fits
@@ -49,21 +51,24 @@ def verify(
     if (manifest.budget.kind == "resident") != (residency is not None):
         raise InputError("a budget in bytes after loading is verified with the plan that gave it, others without one")
     rules = rules or Rules({}, {}, {})
-    plan = uniform_assignment(
+    plans = uniform_assignments(
         scores, manifest.budget.nbytes, rules.pins, rules.ceilings, rules.floors,
         used_bytes=None if residency is None else lambda assignment: max(residency.stage_bytes(assignment)),
     )  # fmt: skip
-    if plan is None:
+    if not plans:
         return manifest
     ours = float(student.losses(manifest.modules).kl.mean())
-    theirs = float(student.losses(plan).kl.mean())
-    free = [plan[name].num_bits for name, module in scores.modules.items() if len(module.candidates) > 1]
+    theirs, plan = min(((float(student.losses(p).kl.mean()), p) for p in plans), key=lambda pair: pair[0])
+    free = [name for name, module in scores.modules.items() if len(module.candidates) > 1]
+    bits = _most_common(plan[name].num_bits for name in free if is_in_block(name))
+    outside = _most_common(plan[name].num_bits for name in free if not is_in_block(name))
     found = Verification(
         text_digest=_text_digest(student),
         tokens=student.token_ids.numel(),
         kl=ours,
         uniform_kl=theirs,
-        uniform_bits=Counter(free).most_common(1)[0][0],
+        uniform_bits=bits or 16,
+        uniform_vocabulary_bits=None if outside == bits else outside,
         kept="uniform" if theirs < ours else "assignment",
     )
     if theirs < ours:
@@ -97,6 +102,11 @@ def refine_manifest(
     if not found.kept:
         return manifest.model_copy(update={"refinement": refinement})
     return _with_modules(manifest, found.assignment, method=f"{scores.method} refined", refinement=refinement)
+
+
+def _most_common(widths: Iterable[int]) -> int | None:
+    counted = Counter(widths).most_common(1)
+    return counted[0][0] if counted else None
 
 
 def _with_modules(manifest: Manifest, assignment: dict[str, ModuleFormat], **changes: object) -> Manifest:

@@ -55,7 +55,9 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
         rows.append(("proof", f"{proof.solver}: sum of scores {proof.objective:.6g}, gap {proof.gap:.2g}"))
     if manifest.verification is not None:
         v = manifest.verification
-        rows.append(("verified", f"KL {v.kl:.5f}, uniform {v.uniform_bits} bits {v.uniform_kl:.5f}: {v.kept} kept"))
+        beside = f", vocabulary {v.uniform_vocabulary_bits}" if v.uniform_vocabulary_bits else ""
+        uniform = f"uniform {v.uniform_bits} bits{beside}"
+        rows.append(("verified", f"KL {v.kl:.5f}, {uniform} {v.uniform_kl:.5f}: {v.kept} kept"))
     if manifest.refinement is not None:
         r = manifest.refinement
         rows.append(("refined", f"KL {r.kl_before:.5f} -> {r.kl:.5f}, {r.kept} of {r.tried} changes kept"))

@@ -16,7 +16,7 @@ from allocator.fitting import PlanRequest, make_plan, memory_device
 from allocator.inventory import read_inventory, read_shape
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
-from allocator.refining import refine, uniform_assignment, verify
+from allocator.refining import refine, uniform_assignments, verify
 from allocator.solving.units import Rules
 from allocator.student import Student
 
@@ -51,18 +51,21 @@ def test_refining_a_poor_plan(learned: LearnResult, tiny_model: Callable[[str], 
     assert float(student.losses(plan).kl.mean()) == pytest.approx(found.kl_before, rel=1e-5)
 
 
-def test_the_uniform_plan(learned: LearnResult) -> None:
+def test_uniform_plans_are_the_widest_that_fit(learned: LearnResult) -> None:
     scores = learned.scores
     low, high = scores.feasible_bytes()
-    assert uniform_assignment(scores, low - 1) is None
-    for budget in (low, (low + high) // 2, high):
-        plan = uniform_assignment(scores, budget)
-        assert plan is not None
-        widths = {f.num_bits for name, f in plan.items() if len(scores.modules[name].candidates) > 1}
-        assert len(widths) == 1
-        assert scores.other_bytes + sum(map(module_bytes, plan.values())) <= budget
-    plan = uniform_assignment(scores, (low + high) // 2, floors={"*.down_proj": 8}, ceilings={"*.q_proj": 3})
-    assert plan is not None
+    assert uniform_assignments(scores, low - 1) == []
+    free = [name for name, module in scores.modules.items() if len(module.candidates) > 1]
+    vocabulary = [name for name in free if name in ("model.embed_tokens", "lm_head")]
+    assert vocabulary
+    for budget in (low, (low + high) // 2, (low + 3 * high) // 4, high):
+        for plan in uniform_assignments(scores, budget):
+            assert len({plan[name].num_bits for name in free if name not in vocabulary}) == 1
+            assert scores.other_bytes + sum(map(module_bytes, plan.values())) <= budget
+    alike, wide = uniform_assignments(scores, (low + 3 * high) // 4)
+    assert len({alike[name].num_bits for name in free}) == 1
+    assert {wide[name].num_bits for name in vocabulary} == {16}
+    (plan,) = uniform_assignments(scores, (low + high) // 2, floors={"*.down_proj": 8}, ceilings={"*.q_proj": 3})[:1]
     assert all(f.num_bits >= 8 for name, f in plan.items() if "down_proj" in name)
     assert all(f.num_bits <= 3 for name, f in plan.items() if "q_proj" in name)
 
