@@ -23,7 +23,7 @@ from openai import OpenAI
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = Path("benchmarks/demo/model")
 OUT = Path("demo-out")
-BUDGET = "3500000"
+BUDGET = "2000000"
 PROMPT = "It was a dark night, and the old man"
 START_SECONDS = 300
 
