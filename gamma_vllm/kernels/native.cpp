@@ -7,14 +7,13 @@
 // Both take weights as native.py lays them out, side by side in one layer of `columns` activations, and return 0, or -1
 // for a width that they do not know.
 
-// x [tokens, columns] in bfloat16 to out [tokens, rows of all weights] in float32, exact but for sums. 2 to 8 bits.
-extern "C" int gamma_multiply_few(const Weight* weights, long count, const uint16_t* x, long tokens, float* out,
-                                  long out_stride) {
+template <typename Out>
+int multiply_few(const Weight* weights, long count, const uint16_t* x, long tokens, Out* out, long out_stride) {
     int status = 0;
 #pragma omp parallel
     for (long i = 0, start = 0; i < count; start += weights[i++].rows) {
         const Weight& w = weights[i];
-        float* place = out + start;
+        Out* place = out + start;
         switch (w.bits) {
             case 2: multiply_few<2>(w, x, tokens, place, out_stride); break;
             case 3: multiply_few<3>(w, x, tokens, place, out_stride); break;
@@ -27,6 +26,14 @@ extern "C" int gamma_multiply_few(const Weight* weights, long count, const uint1
         }
     }
     return status;
+}
+
+// x [tokens, columns] in bfloat16 to out [tokens, rows of all weights] in bfloat16 or float32, exact but for sums. 2 to 8
+// bits.
+extern "C" int gamma_multiply_few(const Weight* weights, long count, const uint16_t* x, long tokens, void* out,
+                                  long out_stride, int to_bfloat16) {
+    if (to_bfloat16) return multiply_few(weights, count, x, tokens, (uint16_t*)out, out_stride);
+    return multiply_few(weights, count, x, tokens, (float*)out, out_stride);
 }
 
 // The same to bfloat16, with weights rounded to bfloat16. 2 to 8 and 16 bits.

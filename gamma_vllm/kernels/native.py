@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +149,8 @@ def build() -> Path:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    for multiply in (library.gamma_multiply_few, library.gamma_multiply_many):
-        multiply.argtypes = [pointer, number, pointer, number, pointer, number]
+    library.gamma_multiply_few.argtypes = [pointer, number, pointer, number, pointer, number, ctypes.c_int]
+    library.gamma_multiply_many.argtypes = [pointer, number, pointer, number, pointer, number]
     library.gamma_dequantize.argtypes = [pointer, pointer, ctypes.c_int]
     return library
 
@@ -213,10 +214,11 @@ def _described(segments: Sequence[_Held], columns: int) -> "array[int]":
 
 
 def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
+    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in bfloat16, or float32 if `x` is wider."""
     tokens, columns = x.shape
     parts = _as_bfloat16(x)
-    output = torch.empty(parts.shape[0], total, dtype=torch.float32)
+    to_bfloat16 = x.dtype == torch.bfloat16
+    output = torch.empty(parts.shape[0], total, dtype=torch.bfloat16 if to_bfloat16 else torch.float32)
     start = first = 0  # runs of quantized segments are one call
     for end, (weight, _, _, rows, _, bits) in enumerate([*segments, _END]):
         if bits != 16:
@@ -226,8 +228,9 @@ def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
             place = output[:, start:]
             described = _described(run, columns)
             _library().gamma_multiply_few(
-                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0], place.data_ptr(), total
-            )
+                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0], place.data_ptr(), total,
+                to_bfloat16,
+            )  # fmt: skip
             start += sum(held[3] for held in run)
         if rows:
             place = output.narrow(1, start, rows)
@@ -310,16 +313,9 @@ def _as_bfloat16(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _fake(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    columns: int,
-    rows: list[int],
-    group_sizes: list[int],
-    num_bits: list[int],
-) -> Tensor:
+def _fake(x: Tensor, *others: Any) -> Tensor:
+    """What `_layer` gives, by shape: its arguments."""
+    _weights, _scales, _zeros, _columns, rows = others[:5]
     return x.new_empty((*x.shape[:-1], sum(rows)))
 
 

@@ -116,10 +116,13 @@ struct ScaleOrder {
     }
 };
 
-// R neighbouring rows of the weight times M activations, to out[M, rows] in float32.
-template <int BITS, int M, int R, bool BOUNDED>
+inline void put(float* to, float value) { *to = value; }
+inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
+
+// R neighbouring rows of the weight times M activations, to out[M, rows].
+template <int BITS, int M, int R, bool BOUNDED, typename Out>
 void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row, const uint16_t* x,
-                   const Activations& all, const float* sums, float* out, long out_stride) {
+                   const Activations& all, const float* sums, Out* out, long out_stride) {
     constexpr int kCodes = Step<BITS>::kCodes, kColumns = Step<BITS>::kColumns;
     const long row_bytes = w.columns * BITS / 8, groups = w.groups();
     const uint8_t* const begin = w.packed + row * row_bytes;
@@ -176,13 +179,13 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         }
     }
     for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) out[m * out_stride + row + r] = _mm512_reduce_add_ps(total[r][m]);
+        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, _mm512_reduce_add_ps(total[r][m]));
     }
 }
 
 // M activations, within a parallel region: each thread takes its rows and does not wait for the others.
-template <int BITS, int M>
-void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, float* out,
+template <int BITS, int M, typename Out>
+void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, Out* out,
                   long out_stride) {
     constexpr int R = 2;
     const Step<BITS> step;
@@ -201,14 +204,15 @@ void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, co
     }
 }
 
-// x [tokens, columns] in bfloat16 times the weight: out [tokens, rows] in float32. Within a parallel region, by all.
-template <int BITS>
-void multiply_few(const Weight& w, const uint16_t* x, long tokens, float* out, long out_stride) {
+// x [tokens, columns] in bfloat16 times the weight: out [tokens, rows], float32 or bfloat16. Within a parallel region,
+// by all.
+template <int BITS, typename Out>
+void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
     const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes, w.zeros != nullptr);
     for (long done = 0; done < tokens;) {
         const uint16_t* rows = all.values.data() + done * all.stride;
         const float* sums = w.zeros ? all.sums.data() + done * all.groups : nullptr;
-        float* place = out + done * out_stride;
+        Out* place = out + done * out_stride;
         const long left = tokens - done;
         if (left >= kMaxFew) {
             multiply_all<BITS, kMaxFew>(w, rows, all, sums, place, out_stride);
