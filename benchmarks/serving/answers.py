@@ -6,6 +6,7 @@ import random
 import signal
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ Request = tuple[list[int], int]
 """Tokens of the prompt, and how many to write."""
 
 
-def ask(out: Path) -> list[dict[str, Any]]:
+def ask(out: Path) -> Iterator[list[dict[str, Any]]]:
     """One row. The demo model's shape with mixed widths, in float32: bfloat16 decides near ties by who shares a batch,
     in vLLM without the plugin as well."""
     manifest = assign(read_inventory(TOKENIZER), 3.5, "free", "quantized")
@@ -62,7 +63,7 @@ def ask(out: Path) -> list[dict[str, Any]]:
         "tokens": sum(map(len, singly)),
     }
     row |= {"different": _different(singly, together), "too_long_status": status}
-    return [row | {"different_after_restart": _different(singly[:20], again)}]
+    yield [row | {"different_after_restart": _different(singly[:20], again)}]
 
 
 def complete(server: Server, request: Request) -> list[int]:

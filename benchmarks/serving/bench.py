@@ -75,6 +75,7 @@ class Piece:
     name: str
     model: str
     compiled: bool
+    loads: tuple[Load, ...]
     gamma: tuple[tuple[float, Fusion, Vocabulary], ...]
 
     def variants(self) -> Iterator[Variant]:
@@ -93,11 +94,12 @@ class Piece:
 
 THREE: tuple[float, Fusion, Vocabulary] = (3.0, "free", "quantized")
 PIECES = (
-    Piece("Qwen3-0.6B", "Qwen3-0.6B", True, (THREE,)),
+    Piece("Qwen3-0.6B", "Qwen3-0.6B", True, LOADS, (THREE,)),
     Piece(
         "Qwen3-0.6B, eager",
         "Qwen3-0.6B",
         False,
+        LOADS[:-1],
         (
             (2.5, "free", "quantized"),
             THREE,
@@ -106,7 +108,7 @@ PIECES = (
             (3.0, "free", "16 bits"),
         ),
     ),
-    Piece("Qwen3-1.7B", "Qwen3-1.7B", True, (THREE,)),
+    Piece("Qwen3-1.7B", "Qwen3-1.7B", True, LOADS, (THREE,)),
 )
 ANSWERS = "answers"
 
@@ -148,8 +150,8 @@ class Generator:
         return float(result[load.metric])
 
 
-def measure(piece: Piece, rounds: int) -> list[dict[str, Any]]:
-    """One row a variant."""
+def measure(piece: Piece, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """One row a variant, after each round."""
     begun = time.monotonic()
     generator = Generator()
     every = list(piece.variants())
@@ -181,18 +183,18 @@ def measure(piece: Piece, rounds: int) -> list[dict[str, Any]]:
         for variant in every:  # the first requests of a server are slower
             generator.milliseconds(servers[variant.name], every[0].folder, LOADS[0], seed=99)
         for done in range(rounds):
-            for load in LOADS:
+            for load in piece.loads:
                 for variant in every:
                     value = generator.milliseconds(servers[variant.name], every[0].folder, load, seed=done)
                     samples.setdefault((variant.name, load.name), []).append(value)
             print(f"{piece.name}: round {done + 1} done after {time.monotonic() - begun:.0f} s", flush=True)
+            for (variant_name, load_name), values in samples.items():
+                figures = {"milliseconds": round(min(values), 2), "all_milliseconds": [round(ms, 2) for ms in values]}
+                rows[variant_name][load_name] = figures
+            yield list(rows.values())
     finally:
         for server in servers.values():
             server.stop()
-    for (variant_name, load_name), values in samples.items():
-        figures = {"milliseconds": round(min(values), 2), "all_milliseconds": [round(ms, 2) for ms in values]}
-        rows[variant_name][load_name] = figures
-    return list(rows.values())
 
 
 def main() -> None:
@@ -207,12 +209,15 @@ def main() -> None:
         for piece in PIECES:
             print(*(f"{piece.name}: {variant.name}" for variant in piece.variants()), sep="\n", flush=True)
         return
-    run: dict[str, Callable[[], list[dict[str, Any]]]] = {p.name: partial(measure, p, args.rounds) for p in PIECES}
+    run: dict[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
+        p.name: partial(measure, p, args.rounds) for p in PIECES
+    }
     run[ANSWERS] = partial(ask, OUT)
     kept = {name: OUT / f"{_file_name(name)}.json" for name in names}
     for name in names:
         if args.only == name or (args.only is None and not kept[name].exists()):
-            write_atomically(kept[name], json.dumps(run[name](), indent=1))
+            for rows in run[name]():  # more complete each time, should the run be stopped
+                write_atomically(kept[name], json.dumps(rows, indent=1))
     _finish([row for path in kept.values() if path.exists() for row in json.loads(path.read_text())])
     left = [name for name, path in kept.items() if not path.exists()]
     if left:

@@ -87,12 +87,12 @@ def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
     for name, row in gamma.items():
         at_least(f"{name}: {one.name}, speed over bf16", _ms(bf16, one) / _ms(row, one), 2.5, WHY["decode"])
         at_least(f"{name}: {one.name}, speed over stock", _ms(stock, one) / _ms(row, one), 1.0, WHY["decode"])
-        for load in PREFILL:
+        for load in [load for load in PREFILL if load.name in row]:
             best = min(_ms(bf16, load), _ms(stock, load))
             at_least(f"{name}: {load.name}, speed over the better", best / _ms(row, load), 0.95, WHY["prefill"])
         tied = gamma.get(name.replace("free", "tied"))
         if tied is not None and tied is not row:
-            for load in LOADS:
+            for load in [load for load in LOADS if load.name in row]:
                 value = _ms(tied, load) / _ms(row, load)
                 at_least(f"{name}: {load.name}, speed over tied fusion", value, 0.97, WHY["fusion"])
     four = gamma.get("gamma 4.0 bits, free")
