@@ -53,6 +53,8 @@ from benchmarks.serving.servers import Server, start  # noqa: E402
 OUT = ROOT / "bench-out" / "serving"
 MAX_MODEL_LEN = 2304
 
+Rows = list[dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -150,7 +152,7 @@ class Generator:
         return float(result[load.metric])
 
 
-def measure(piece: Piece, rounds: int) -> Iterator[list[dict[str, Any]]]:
+def measure(piece: Piece, rounds: int) -> Iterator[Rows]:
     """One row a variant, after each round."""
     begun = time.monotonic()
     generator = Generator()
@@ -224,7 +226,7 @@ def main() -> None:
         print(f"no result yet: {', '.join(left)} not done")
 
 
-def _finish(rows: list[dict[str, Any]]) -> None:
+def _finish(rows: Rows) -> None:
     """Print the rows and claims, and write the result when every piece is there."""
     claims = claims_of(rows)
     for row in rows:
