@@ -29,7 +29,7 @@ from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["NativeKernel", "build", "resident_bytes"]
+__all__ = ["NativeKernel", "build", "dequantize_rows", "resident_bytes"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
@@ -285,6 +285,20 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
                 done, filled = done + filled, 0
     assert output is not None
     return output
+
+
+def dequantize_rows(packed: Tensor, scale: Tensor, zeros: Tensor | None, num_bits: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a module: `[rows, columns]` in `dtype`, rounded once.
+
+    packed: `[rows, columns*bits/32]`. scale, zeros (one byte each, None when symmetric): `[rows, groups]`.
+    """
+    rows, columns = packed.shape[0], packed.shape[1] * 32 // num_bits
+    output = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    zeros = scale.new_empty(0) if zeros is None else zeros.contiguous()
+    group_size = columns // scale.shape[1]
+    described = _described([(packed.contiguous(), scale.contiguous(), zeros, rows, group_size, num_bits)], columns)
+    _library().gamma_dequantize(described.buffer_info()[0], output.data_ptr(), dtype == torch.bfloat16)
+    return output.to(dtype)
 
 
 _spaces: dict[torch.dtype, Tensor] = {}

@@ -29,9 +29,11 @@ def process(layer):
     return layer
 
 
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_ranks_of_an_embedding_hold_their_rows_and_zeros_below(parallel, size, form):
+def test_ranks_of_an_embedding_hold_their_rows_and_zeros_below(parallel, monkeypatch, size, form, kernel):
+    monkeypatch.setenv("GAMMA_KERNEL", kernel)
     modules = {"model.embed_tokens": declare(150, 64, *form)}  # padded to 192
     for rank in range(size):
         parallel(rank, size)
