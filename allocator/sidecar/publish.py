@@ -64,6 +64,7 @@ def publish(
     if _FILE_NAME.fullmatch(name) is None or len(name) > 128:
         raise InputError(f"name {name!r}: allowed are letters, digits, dots, dashes and underscores, at most 128")
 
+    store.check_conditions()
     written = _add_bank(store, bank_folder, bank, progress)
     if source.kind == "store":
         written += _add_source(store, model, digest, progress)

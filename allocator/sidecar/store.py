@@ -9,6 +9,7 @@
     measured/<scores hex>/<hex>    empty: this manifest of these scores says what was measured
     allocations/<hex>.json         request digest -> manifest digest
     jobs/<hex>/...                 see `jobs.py`
+    check                          empty: `check_conditions` tries to write it twice
 
 Hex is the SHA-256 of the content (of the request for allocations and jobs), so two services that write the same
 object write the same bytes, and it does not matter which was first.
@@ -19,7 +20,7 @@ import re
 from typing import TypeVar
 
 from allocator.contract.documents import Document, parse_json
-from allocator.contract.errors import ContractError
+from allocator.contract.errors import ContractError, InputError
 from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
@@ -50,6 +51,15 @@ class Store:
     def __init__(self, url: str) -> None:
         self.backend: Backend = open_backend(url)
         self.url = self.backend.url
+
+    def check_conditions(self) -> None:
+        """Raises InputError for a storage that does not keep conditions: a claim would have two winners."""
+        self.backend.create("check", b"")
+        if self.backend.create("check", b""):
+            raise InputError(
+                f"{self.url}: the storage ignores conditional writes (If-None-Match, ifGenerationMatch), so several "
+                "services could claim one job; use a release of it that has them, or a folder"
+            )
 
     def entries(self) -> list[Entry]:
         """Everything on offer, the newest last."""

@@ -52,4 +52,4 @@ def test_a_mig_slice_is_a_device_of_its_own_memory(folder: Path) -> None:
 )
 def test_a_driver_that_fails_is_no_gpu_and_no_error(folder: Path, init: str) -> None:
     library(folder, L4, init=init)
-    assert read_devices(timeout_seconds=5) == []
+    assert read_devices(timeout_seconds=3) == []

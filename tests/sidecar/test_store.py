@@ -43,6 +43,15 @@ def test_of_many_writers_at_once_one_creates(tmp_path: Path) -> None:
     assert backend.names("allocations") == ["x.json"]
 
 
+def test_a_storage_that_ignores_conditions_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(url)
+    store.check_conditions()
+    store.check_conditions()
+    monkeypatch.setattr(store.backend, "create", lambda path, content: True)
+    with pytest.raises(InputError, match="ignores conditional writes"):
+        store.check_conditions()
+
+
 @pytest.mark.parametrize("url", ["http://host/x", "github://a/b", "simplecache::s3://x", "ftp://x/y"])
 def test_other_addresses_are_refused(url: str) -> None:
     with pytest.raises(InputError, match="not"):
