@@ -11,7 +11,7 @@ from allocator.fitting.kv_cache import stage_layers
 from allocator.fitting.request import PlanRequest
 from allocator.inventory.shape import ModelShape, ModuleKind, OtherKind
 
-__all__ = ["WeightSizes", "check_formats", "residency_of", "weight_sizes"]
+__all__ = ["WeightSizes", "check_formats", "residency_of", "sample_of", "weight_sizes"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             Stage(first_block=stage.start, last_block=stage.stop - 1, other_bytes=nbytes)
             for stage, nbytes in zip(stages, others, strict=True)
         ],
-        splits={kind_name(_sample(kind)): kind.split for kind in shape.modules},
-        fused={kind_name(_sample(kind)): kind.fused.rpartition(".")[2] for kind in shape.modules if kind.fused},
+        splits={kind_name(sample_of(kind)): kind.split for kind in shape.modules},
+        fused={kind_name(sample_of(kind)): kind.fused.rpartition(".")[2] for kind in shape.modules if kind.fused},
     )
 
 
@@ -68,7 +68,7 @@ def weight_sizes(shape: ModelShape, residency: Residency, group_size: int, symme
     for kind in shape.modules:
         usable = None if kind.why_16 else usable_group_size(kind.shape[1], group_size)
         forms = {bits: _format(kind.shape, bits, usable, symmetric) for bits in (WIDTHS if usable else (16,))}
-        sizes = {bits: residency.module_bytes(_sample(kind), form) for bits, form in forms.items()}
+        sizes = {bits: residency.module_bytes(sample_of(kind), form) for bits, form in forms.items()}
         for stage, count in _counts(kind, residency).items():
             if usable is None:
                 fixed[stage] += count * sizes[16]
@@ -100,7 +100,8 @@ def _numbered(kind: ModuleKind, block: int, expert: int) -> str:
     return kind.name.replace("{i}", str(block)).replace("{e}", str(expert))
 
 
-def _sample(kind: ModuleKind) -> str:
+def sample_of(kind: ModuleKind) -> str:
+    """The name of the first module of `kind`."""
     return _numbered(kind, kind.blocks[0] if kind.blocks else 0, 0)
 
 

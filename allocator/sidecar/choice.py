@@ -77,7 +77,7 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
     reason = f"{'manifest' if _DIGEST.fullmatch(settings.budget) else 'budget'} {settings.budget} was asked for"
     if device is None:
         return Choice(manifest, None, reason, _arguments(settings, None))
-    plan = plan_entry(entry, device, _request(settings), manifest.modules)
+    plan = plan_entry(entry, _scores(store, entry), device, _request(settings), manifest.modules)
     if not plan.verdict.fits:
         reason += f", although on {device.name} it {plan.verdict.message}"
     return Choice(manifest, plan, reason, _arguments(settings, plan))
@@ -95,11 +95,11 @@ def _device(settings: PrepareSettings) -> Device | None:
 
 
 def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Scores) -> tuple[Manifest, Plan]:
-    plan = plan_entry(entry, device, _request(settings))
+    plan = plan_entry(entry, scores, device, _request(settings))
     if not plan.verdict.fits:
         raise InfeasibleBudgetError(f"{entry.name} does not fit on {device.name}: {plan.verdict.message}")
     manifest = solve_for_plan(scores, SolveSettings(), plan)
-    return manifest, plan_entry(entry, device, _request(settings), manifest.modules)
+    return manifest, plan_entry(entry, scores, device, _request(settings), manifest.modules)
 
 
 def _with_kv_cache(
@@ -113,10 +113,12 @@ def _with_kv_cache(
             "WORK/kv_cache.json` and `gamma store add WORK` again, or give --kv-cache-dtype auto or fp8"
         )
 
-    def plan_for(dtype: str) -> Plan:
-        return plan_entry(entry, device, _request(settings.model_copy(update={"kv_cache_dtype": dtype})))
+    scores = _scores(store, entry)
 
-    best, options = choose_kv_dtype(_scores(store, entry), measured, SolveSettings(), plan_for)
+    def plan_for(dtype: str) -> Plan:
+        return plan_entry(entry, scores, device, _request(settings.model_copy(update={"kv_cache_dtype": dtype})))
+
+    best, options = choose_kv_dtype(scores, measured, SolveSettings(), plan_for)
     told = [f"{o.dtype} {o.message if o.total_loss is None else f'{o.total_loss:.4g}'}" for o in options]
     chosen = settings.model_copy(update={"kv_cache_dtype": best.dtype})
     return chosen, f"a KV cache of {best.dtype} costs least with its weights ({'; '.join(told)}); "

@@ -1,10 +1,14 @@
 """Plans for models of the store, on a named, a measured or a visible device."""
 
+from dataclasses import replace
 from typing import Any
 
 from allocator.contract.errors import InputError
+from allocator.contract.resident import kind_name
+from allocator.contract.scores import Scores
 from allocator.fitting import Device, Plan, PlanRequest, find_gpu, make_plan, memory_device
 from allocator.fitting.probe import lines_of_record
+from allocator.fitting.weights import sample_of
 from allocator.inventory.shape import read_shape
 from allocator.sidecar.entry import Entry
 
@@ -23,9 +27,18 @@ def device_of(gpu: str | None, memory_bytes: int | None) -> Device:
     return find_gpu(gpu)
 
 
-def plan_entry(entry: Entry, device: Device, request: PlanRequest, formats: Any = None) -> Plan:
-    """The plan of a model of the store; with `formats` that of a chosen assignment. Raises InputError."""
+def plan_entry(entry: Entry, scores: Scores, device: Device, request: PlanRequest, formats: Any = None) -> Plan:
+    """The plan of a model of the store; with `formats` that of a chosen assignment. Raises InputError.
+
+    What `scores` have at 16 bits only, such as the vocabulary in those of older releases, is planned so.
+    """
+    fixed = {kind_name(name) for name, module in scores.modules.items() if len(module.candidates) == 1}
     shape = read_shape(entry.config)
+    modules = tuple(
+        replace(kind, why_16="the scores have no other") if kind_name(sample_of(kind)) in fixed else kind
+        for kind in shape.modules
+    )
+    shape = replace(shape, modules=modules)
     return make_plan(
         shape, device, request, model=entry.name, group_size=entry.group_size, symmetric=entry.symmetric,
         formats=formats, probe=lines_of_record(shape, device, request),

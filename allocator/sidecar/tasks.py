@@ -119,7 +119,7 @@ def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> di
         if manifest.model.digest != entry.model.digest:
             raise InputError(f"the manifest is of model {manifest.model.digest}, {entry.name} is {entry.model.digest}")
         formats = manifest.modules
-    made = plan_entry(entry, device_of(hardware.gpu, memory), request, formats)
+    made = plan_entry(entry, _scores_of(entry.scores_digest), device_of(hardware.gpu, memory), request, formats)
     return made.payload() | {"digest": made.digest}
 
 

@@ -150,6 +150,10 @@ def test_a_plan_says_what_is_left_and_an_allocation_for_it_fits(sidecar: Running
     assert filled.planned is not None
     assert filled.planned.weight_bytes <= plan["weight_budget_bytes"] * 1.0
     assert filled.planned.weight_bytes > plan["weight_budget_bytes"] * 0.998
+    # These scores have the vocabulary at 16 bits only; config.json alone would promise the smallest without it.
+    smallest = sidecar.get("/v1/models")["data"]
+    low = next(m["feasible_bytes"][0] for m in smallest if m["name"] == "Qwen3-32B")
+    assert low <= plan["smallest_weight_bytes"] < 1.01 * low
     unfit = sidecar.post("/v1/plans", {"model": "Qwen3-32B", "gpu_memory": "12GiB"})
     assert not unfit["verdict"]["fits"]
     error = sidecar.post("/v1/allocations", {"model": "Qwen3-32B", "plan": {"gpu_memory": "12GiB"}}, 422)["error"]
