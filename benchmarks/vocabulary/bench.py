@@ -28,7 +28,6 @@ from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_sc
 from allocator.student import Student  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
-DATA = ROOT.parent / "shared" / "data"
 SEQUENCES, HELD_OUT, LENGTH, SEED = 48, 64, 256, 0
 BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Average bits of all weights of the model that can be quantized, scales and zero points included."""
@@ -39,14 +38,14 @@ WAYS: dict[str, dict[str, int]] = {
 }
 
 
-def run(name: str, folder: Path, work: Path) -> list[dict[str, Any]]:
+def run(name: str, folder: Path, shared: Path, work: Path) -> list[dict[str, Any]]:
     """The rows of one model."""
-    if (DATA / "text").is_dir():
-        books = lzma.decompress((DATA / "text" / "books.train.txt.xz").read_bytes()).decode()
+    if (shared / "text").is_dir():
+        books = lzma.decompress((shared / "text" / "books.train.txt.xz").read_bytes()).decode()
         text = work / "calibration.txt"
         text.write_text("\n".join(books[i : i + 4000] for i in range(0, len(books), len(books) // 300)))
         calibration: list[Path] | None = [text]
-        held_out = calibration_from_text(folder, [DATA / "text" / "books.valid.txt"], HELD_OUT, LENGTH, SEED)
+        held_out = calibration_from_text(folder, [shared / "text" / "books.valid.txt"], HELD_OUT, LENGTH, SEED)
     else:
         calibration, held_out = None, calibration_from_model(folder, HELD_OUT, LENGTH, SEED + 1)
     candidates = CandidateSettings(calibration=calibration, sequences=SEQUENCES, sequence_length=LENGTH, seed=SEED)
@@ -76,18 +75,19 @@ def run(name: str, folder: Path, work: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "bench-out" / "vocabulary", help="rows that are done")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="models/ and text/")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     models = {"demo": ROOT / "benchmarks" / "demo" / "model"}
-    if (DATA / "models" / "ref-7m").is_dir():
-        models = {"ref-7m": DATA / "models" / "ref-7m"} | models
+    if (args.shared / "models" / "ref-7m").is_dir():
+        models = {"ref-7m": args.shared / "models" / "ref-7m"} | models
     rows: list[dict[str, Any]] = []
     for name, folder in models.items():
         saved = args.folder / f"{name}.json"
         if not saved.exists():
             with tempfile.TemporaryDirectory() as work:
-                saved.write_text(json.dumps(run(name, folder, Path(work))))
+                saved.write_text(json.dumps(run(name, folder, args.shared, Path(work))))
         rows += json.loads(saved.read_text())
     kl = {(r["model"], r["average_bits"], r["vocabulary"]): r["kl"] for r in rows}
     claims = []
