@@ -50,7 +50,7 @@ bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B
 bench-allocation: setup ## every method of allocation on the same candidates and bytes (about two hours of CPU; goes on where it stopped)
 	@$(PYTHON) benchmarks/allocation/bench.py
 
-bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes)
+bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes; goes on where it stopped)
 	$(PYTHON) benchmarks/serving/bench.py
 
 test: lint ## all checks and all tests
