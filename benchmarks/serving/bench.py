@@ -154,7 +154,7 @@ class Generator:
 
 def measure(piece: Piece, rounds: int) -> Iterator[Rows]:
     """One row a variant, after each round."""
-    begun = time.monotonic()
+    begun, load_average = time.monotonic(), round(os.getloadavg()[0], 1)
     generator = Generator()
     every = list(piece.variants())
     servers: dict[str, Server] = {}
@@ -175,6 +175,7 @@ def measure(piece: Piece, rounds: int) -> Iterator[Rows]:
                 "piece": piece.name,
                 "model": piece.model,
                 "variant": variant.name,
+                "load_average_before": load_average,
                 "average_bits_of_all_modules": round(variant.average_bits, 3),
                 "checkpoint_bytes": sum(t.nbytes for t in read_folder_headers(variant.folder).values()),
                 "planned_bytes": variant.planned_bytes,
@@ -204,6 +205,7 @@ def main() -> None:
     names = [*(piece.name for piece in PIECES), ANSWERS]
     parser.add_argument("--only", choices=names, help="run this piece, also when it is done already")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="write the result of the pieces at hand, measure nothing")
     parser.add_argument("--prepare", action="store_true", help="only write the checkpoints, and measure nothing")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
@@ -217,7 +219,7 @@ def main() -> None:
     run[ANSWERS] = partial(ask, OUT)
     kept = {name: OUT / f"{_file_name(name)}.json" for name in names}
     for name in names:
-        if args.only == name or (args.only is None and not kept[name].exists()):
+        if not args.report and (args.only == name or (args.only is None and not kept[name].exists())):
             for rows in run[name]():  # more complete each time, should the run be stopped
                 write_atomically(kept[name], json.dumps(rows, indent=1))
     left = [name for name, path in kept.items() if not path.exists()]
