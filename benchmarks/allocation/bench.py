@@ -13,7 +13,7 @@ import lzma
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from benchmarks.allocation.report import JUDGED, UNIFORM_3, write_report  # noqa
 from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
 
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
-SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 24, 256, 0
+SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 16, 256, 0
 HELD_OUT = (64, 16)
 SEARCH_BITS, SEARCH_SECONDS, REFINE_SECONDS = (2.5, 3.0, 3.5), 240.0, 40.0
 RELAXED_BITS, ANEW_BITS = 3.0, (2.25, 4.0)
@@ -46,7 +46,7 @@ AUTOSCHEME = Path(__file__).with_name("autoscheme.json")
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and its candidates. judged: the claims are about it, so it has all methods and twice the text."""
+    """One model and its candidates. judged: the claims are about it, so it has all methods and three times the text."""
 
     model: str
     folder: Path
@@ -204,12 +204,19 @@ class Bench:
                 seconds = sum(chosen["seconds"].values())
                 self.cell(f"AutoScheme {chosen['auto_round']}", float(bits), lambda w=widths: w, seconds)
 
-    def gamma_per_budget(self, budgets: Sequence[float]) -> None:
-        lab, (gamma, seconds) = self.lab, self.scores("gamma")
+    def gamma_starts(self, budgets: Sequence[float]) -> Iterator[tuple[float, Scores, list[int], float]]:
+        """By budget the scores of gamma, their plan, and the CPU seconds that learning took."""
+        scores, seconds = self.scores("gamma")
         for bits in budgets:
-            start = self.cell("gamma", bits, lambda bits=bits: lab.solve_scores(gamma, bits), seconds)
-            self.cell("gamma relearned", bits, lambda b=bits, s=start: relearn(lab, gamma, s, b), seconds)
-            self.cell("gamma refined", bits, lambda b=bits, s=start: self.refined(gamma, s, b), seconds)
+            yield bits, scores, self.cell("gamma", bits, partial(self.lab.solve_scores, scores, bits), seconds), seconds
+
+    def gamma_relearned(self, budgets: Sequence[float]) -> None:
+        for bits, scores, start, seconds in self.gamma_starts(budgets):
+            self.cell("gamma relearned", bits, partial(relearn, self.lab, scores, start, bits), seconds)
+
+    def gamma_refined(self, budgets: Sequence[float]) -> None:
+        for bits, scores, start, seconds in self.gamma_starts(budgets):
+            self.cell("gamma refined", bits, partial(self.refined, scores, start, bits), seconds)
 
     def evolutionary(self, _: Sequence[float]) -> None:
         for bits in SEARCH_BITS:
@@ -240,7 +247,8 @@ ROWS: dict[str, Callable[[Bench, Sequence[float]], None]] = {
     "autoscheme": Bench.autoscheme,
     "block-errors": Bench.block_errors,
     "relaxed-anew": Bench.relaxed_anew,
-    "gamma-per-budget": Bench.gamma_per_budget,
+    "gamma-relearned": Bench.gamma_relearned,
+    "gamma-refined": Bench.gamma_refined,
     "measured": _learned("measured"),
     "gradient": Bench.gradient,
     "evolutionary": Bench.evolutionary,

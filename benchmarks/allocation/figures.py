@@ -48,7 +48,7 @@ def draw_judged(rows: Sequence[Row], path: Path) -> None:
 
 def draw_settings(rows: Sequence[Row], settings: Sequence[str], path: Path) -> None:
     """One panel a setting: KL by that of gamma."""
-    present = [s for s in settings if any(r["setting"] == s for r in rows)]
+    present = [s for s in settings if any((r["setting"], r["method"]) == (s, "gamma") for r in rows)]
     columns = min(4, len(present))
     figure = new_figure(2.6 * columns + 1.5, 2.5 * -(-len(present) // columns))
     panels = figure.subplots(-(-len(present) // columns), columns, squeeze=False, sharey=True).ravel()
