@@ -32,14 +32,16 @@ from allocator.pipeline import CandidateSettings, learn  # noqa: E402
 from allocator.refining import refine  # noqa: E402
 from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402
 from benchmarks.allocation.laboratory import Laboratory  # noqa: E402
+from benchmarks.allocation.more_text import learn_on  # noqa: E402
 from benchmarks.allocation.relearn import relearn  # noqa: E402
-from benchmarks.allocation.report import JUDGED, UNIFORM_3, write_report  # noqa: E402
+from benchmarks.allocation.report import JUDGED, MORE, UNIFORM_3, write_report  # noqa: E402
 from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
 
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
 SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 16, 256, 0
 HELD_OUT = (64, 16)
 SEARCH_BITS, SEARCH_SECONDS, REFINE_SECONDS = (2.5, 3.0, 3.5), 240.0, 40.0
+MORE_TEXT = 4
 RELAXED_BITS, ANEW_BITS = 3.0, (2.25, 4.0)
 AUTOSCHEME = Path(__file__).with_name("autoscheme.json")
 
@@ -119,6 +121,7 @@ class Bench:
                 for file, count in zip(files[1], HELD_OUT, strict=True)
             ]
         self.lab = Laboratory(setting.folder, self.work / "bank", calibration, held_out)
+        self.files = None if files is None else files[0]
 
     def scores(self, method: str, training_bits: float = RELAXED_BITS) -> tuple[Scores, float]:
         """Scores by the product's own command and the CPU seconds it took, candidates not counted."""
@@ -147,13 +150,22 @@ class Bench:
             "method": method, "bits": bits, "plan": found, "nbytes": spent, "budget_bytes": budget,
             "learning_seconds": learning_seconds, "seconds": seconds,
         }  # fmt: skip
-        record["held_out"] = [
+        record["held_out"] = self.known(found) or [
             {"kl": losses.kl.tolist(), "nll": losses.nll.tolist()} for losses in self.lab.report(found)
         ]
         write_atomically(path, json.dumps(record))
         print(f"{self.setting.name} {method} {bits}: KL {torch.tensor(record['held_out'][0]['kl']).mean():.5f}, "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
         return found
+
+    def known(self, plan: list[int]) -> list[dict[str, Any]] | None:
+        """The losses on held-out text of a cell that has the same plan, if there is one."""
+        for path in self.work.glob("*-[0-9]*.json"):
+            cell: dict[str, Any] = json.loads(path.read_text())
+            if cell.get("plan") == plan and "held_out" in cell:
+                losses: list[dict[str, Any]] = cell["held_out"]
+                return losses
+        return None
 
     def run(self, rows: Sequence[str]) -> None:
         """Those of ROWS that this setting has, at every budget that its candidates allow."""
@@ -194,6 +206,21 @@ class Bench:
         for bits in ANEW_BITS:
             scores, seconds = self.scores("relaxed", bits)
             self.cell("relaxed anew", bits, partial(self.lab.solve_scores, scores, bits), seconds)
+
+    def more_text(self, budgets: Sequence[float]) -> None:
+        """Scores of `gamma` from as much text as takes the time of `measured`, which has a quarter of it."""
+        if self.files is None:
+            return
+        kept, record = self.work / "scores-gamma-more-text.json", self.work / "scores-gamma-more-text.seconds"
+        if not record.exists():
+            count = MORE_TEXT * self.setting.sequences
+            tokens = calibration_from_text(self.setting.folder, self.files, count, LENGTH, SEED).token_ids
+            start = time.process_time()
+            learn_on(self.lab, tokens, LearningSettings(seed=SEED)).write(kept)
+            record.write_text(str(time.process_time() - start))
+        scores, seconds = Scores.read(kept), float(record.read_text())
+        for bits in budgets:
+            self.cell(MORE, bits, partial(self.lab.solve_scores, scores, bits), seconds)
 
     def autoscheme(self, _: Sequence[float]) -> None:
         chosen = json.loads(AUTOSCHEME.read_text()) if AUTOSCHEME.exists() else {"setting": None}
@@ -244,6 +271,7 @@ def _learned(method: str) -> Callable[[Bench, Sequence[float]], None]:
 ROWS: dict[str, Callable[[Bench, Sequence[float]], None]] = {
     "uniform": Bench.uniform,
     **{method: _learned(method) for method in ("fisher", "deltaloss", "relaxed", "gamma")},
+    "gamma-more-text": Bench.more_text,
     "autoscheme": Bench.autoscheme,
     "block-errors": Bench.block_errors,
     "relaxed-anew": Bench.relaxed_anew,

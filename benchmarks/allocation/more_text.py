@@ -1,0 +1,21 @@
+"""Scores of candidates from more text than they were made with: what a cheap method does with the time it saves."""
+
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from allocator.blocks.hidden import HiddenStates
+from allocator.contract.scores import Scores
+from allocator.learning import LearningSettings, learn_scores
+from benchmarks.allocation.laboratory import Laboratory
+
+__all__ = ["learn_on"]
+
+
+def learn_on(lab: Laboratory, token_ids: Tensor, settings: LearningSettings) -> Scores:
+    """Scores of the candidates of `lab` on the text `token_ids`, int64 `[S, T]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = HiddenStates(Path(folder), *token_ids.shape, lab.inventory.config["hidden_size"])
+        lab.stream.fill(hidden, token_ids)
+        return learn_scores(lab.inventory, lab.stream, lab.bank, token_ids, hidden, settings)
