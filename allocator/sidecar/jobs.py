@@ -74,9 +74,7 @@ class Jobs:
         if identity in self._here and self._here[identity].state in ("queued", "running"):
             return self._here[identity]
         record = await asyncio.to_thread(self._files.read, identity)
-        if record is not None and record.job.state == "succeeded" and self._whole(manifest_digest):
-            return record.job
-        if record is not None and record.job.state == "running" and not record.abandoned:
+        if record is not None and self._stands(record):
             return record.job
         active = sum(job.state in ("queued", "running") for job in self._here.values())
         if active >= self._most:
@@ -86,7 +84,15 @@ class Jobs:
         record = await asyncio.to_thread(self._files.read, identity)
         if record is None:
             raise ApiError(503, "the store does not keep the job; try again", headers={"Retry-After": _RETRY_AFTER})
+        if self._stands(record):  # another service was quicker
+            return record.job
         return self._enqueue(record)
+
+    def _stands(self, record: JobRecord) -> bool:
+        """Whether the job needs nobody: it is being made, or is made and still there."""
+        if record.job.state == "running":
+            return not record.abandoned
+        return record.job.state == "succeeded" and self._whole(record.request.manifest)
 
     async def get(self, identity: str) -> Job:
         """Raises ApiError 404."""

@@ -1,5 +1,6 @@
 """Checkpoint jobs when things go wrong: killed services, full disks, two services over one store."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,10 @@ from allocator.contract.errors import ContractError, GammaError
 from allocator.contract.scores import Scores
 from allocator.sidecar.entry import Source
 from allocator.sidecar.job_files import JobFiles, JobRequest, Owner
+from allocator.sidecar.jobs import Jobs
+from allocator.sidecar.logs import Log
 from allocator.sidecar.materialise import materialise
+from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.publish import publish
 from allocator.sidecar.store import Store
 from allocator.solving import SolveSettings, solve_scores
@@ -202,6 +207,31 @@ def test_a_claim_is_taken_over_only_from_the_dead(tmp_path: Path) -> None:
     elsewhere = JobFiles(store, Owner("elsewhere", "b", "n", 1, "1"))
     assert not elsewhere.read(request.identity).open  # cannot be seen from there, and was claimed just now
     assert os.getpid() == me.pid
+
+
+def test_a_job_that_another_service_takes_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking for a job and asking for it, another service may have begun: no second attempt is made."""
+    store, digest = Store(str(tmp_path / "store")), "sha256:" + "1" * 64
+    monkeypatch.setattr(store, "manifest", lambda _: SimpleNamespace(scores_digest=digest, tensor_bytes=1))
+    jobs = Jobs(store, tmp_path / "checkpoints", 4, Metrics(), Log())
+    me = Owner.me()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        started = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        theirs = JobFiles(store, Owner(me.host, me.boot, me.namespace, sleeper.pid, started))
+        create = JobFiles.create
+
+        def create_and_lose(files: JobFiles, request: JobRequest) -> None:
+            create(files, request)
+            assert theirs.claim(request.identity, 1)
+
+        monkeypatch.setattr(JobFiles, "create", create_and_lose)
+        job = asyncio.run(jobs.submit(digest))
+        assert (job.state, job.attempt) == ("running", 1)
+        assert asyncio.run(jobs.get(job.id)).state == "running"
+        assert jobs._waiting.empty()
+        sleeper.kill()
 
 
 def test_objects_in_the_store_outlive_the_service(own_store: Path, tmp_path: Path) -> None:
