@@ -3,7 +3,7 @@
 The lm_head is a linear module: its inputs are what the final norm makes of the last states, and an error w of one of
 its rows costs what w^T H w says, H being their second moment. An embedding multiplies nothing, but an error e of a row
 costs e^T F e / 2 to second order, F being the Fisher matrix of the embedding's output: the second moment of the
-gradients of -log p(y) there (see `blocks.gradients`). So gradients take the place of inputs. With gptq the KL that the
+random gradients there (see `blocks.gradients`). So gradients take the place of inputs. With gptq the KL that the
 embedding causes is 3 to 8 times below what it is with all columns alike (two small models, 2 to 4 bits). A row of one
 module for both is met as often by a gradient, where its token is read, as by an input, where it is predicted: its cost
 is the sum of the two, and so is what the quantizer is told. The KL of the tied module is 15 to 35 % below what it is
