@@ -44,12 +44,17 @@ AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 @dataclass(frozen=True)
 class CandidateSettings:
-    """What the bank holds, and the calibration text that learning runs on (`None`: see `--calibration`)."""
+    """What the bank holds, and the calibration text that learning runs on (`None`: see `--calibration`).
+
+    `channel_blocks`: into how many pieces gate_proj and up_proj are cut (`--granularity channel-block`), None for
+    whole modules.
+    """
 
     quantizer: str = "gptq"
     widths: Sequence[int] = WIDTHS
     group_size: int = 128
     symmetric: bool = False
+    channel_blocks: int | None = None
     calibration: Sequence[Path] | None = None
     sequences: int = 128
     sequence_length: int = 2048
@@ -103,22 +108,21 @@ def learn(
 
     from allocator.blocks import BlockStream
     from allocator.blocks.hidden import HiddenStates
-    from allocator.candidates import BankReader, build_bank, make_servable
+    from allocator.candidates import BankReader, build_bank, find_channel_order, make_servable
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
-    from allocator.inventory import read_inventory
+    from allocator.inventory import channel_layout, cut_unsorted, read_inventory, with_channel_blocks
     from allocator.learning import learn_scores
     from allocator.quantizers import get_quantizer
     from allocator.running import RunFingerprint, WorkFolder, team_from_environment, versions
 
     inventory = read_inventory(model)
     quantizer = get_quantizer(candidates.quantizer)
+    cut = cut_unsorted(inventory, candidates.channel_blocks)
     formats = {
         m.name: [
-            f
-            for f in inventory.formats(m, candidates.widths, candidates.group_size, candidates.symmetric)
-            if f.quantized
+            f for f in cut.formats(m, candidates.widths, candidates.group_size, candidates.symmetric) if f.quantized
         ]
-        for m in inventory.modules
+        for m in cut.modules
     }
     if not any(formats.values()):
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
@@ -142,7 +146,7 @@ def learn(
         "widths": [w for w in candidates.widths if w < 16],
         "group_size": candidates.group_size,
         "symmetric": candidates.symmetric,
-    }
+    } | ({} if candidates.channel_blocks is None else {"channel_blocks": candidates.channel_blocks})
     fingerprint = RunFingerprint(
         model=reference,
         calibration={"source": calibration.source, "digest": calibration.digest},
@@ -186,6 +190,16 @@ def learn(
     _check_room(work, [folder.hidden, folder.bank], state_bytes + (0 if same_bank else bank_bytes))
     stream = BlockStream(inventory, device)
     states = folder.journal.section("states")
+    order = bank.channel_order if same_bank and bank is not None else None
+    if order is None and candidates.channel_blocks is not None:
+        layout = channel_layout(inventory, candidates.channel_blocks)
+        order = find_channel_order(
+            stream, calibration.token_ids, hidden, layout, candidates.group_size, progress, states,
+            folder.journal.section("channels"),
+        )  # fmt: skip
+    if order is not None:
+        inventory = with_channel_blocks(inventory, order)
+        stream = BlockStream(inventory, device)
     if same_bank:
         stream.fill(hidden, calibration.token_ids, progress, states)
     else:
@@ -242,12 +256,12 @@ def export(
     from allocator.exporting import check_declarable, export_checkpoint
     from allocator.inventory import read_inventory
 
-    inventory = read_inventory(model)
-    check_declarable(manifest, inventory, declaration)
+    inventory, bank = read_inventory(model), BankReader(bank_folder)
+    check_declarable(manifest, bank.arranged(inventory), declaration)
     if digest is None:
         digest = _model_digest(inventory, bank_folder.parent, progress)
     return export_checkpoint(
-        manifest, inventory, digest, BankReader(bank_folder), out,
+        manifest, bank.arranged(inventory), digest, bank, out,
         declaration=declaration, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -272,7 +286,7 @@ def fit(
     drawn anew.
     """
     from allocator.exporting import check_target
-    from allocator.inventory import read_inventory
+    from allocator.inventory import cut_unsorted, read_inventory
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
@@ -280,14 +294,15 @@ def fit(
             "then `gamma fit` with the same --work and without it"
         )
     inventory = read_inventory(model)
-    low, high = inventory.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
+    cut = cut_unsorted(inventory, candidates.channel_blocks)
+    low, high = cut.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
     if solving.budget is not None and parse_budget(solving.budget) < low:
         raise InfeasibleBudgetError(
             f"budget {solving.budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
             f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"
         )
     if plan is not None:
-        _check_plan(plan, inventory, candidates)
+        _check_plan(plan, cut, candidates)
     check_target(out, low, overwrite)
     result = learn(model, work, candidates, learning, progress, resume)
     if plan is None:
@@ -319,7 +334,8 @@ def _verified(
     longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
     length = min(candidates.sequence_length, longest)
     text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
-    student = Student(BlockStream(inventory, _device()), BankReader(learned.bank_folder), text.token_ids)
+    bank = BankReader(learned.bank_folder)
+    student = Student(BlockStream(bank.arranged(inventory), _device()), bank, text.token_ids)
     rules = Rules(solving.pins, solving.ceilings, solving.floors)
     return verify(manifest, learned.scores, student, rules, None if plan is None else plan.residency)
 

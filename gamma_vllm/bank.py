@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
@@ -75,15 +76,27 @@ def mappings(mapper: WeightsMapper) -> dict[str, Any]:
 def _chosen(served: ServedBank, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The stream of a checkpoint, given that of the source model."""
     for name, tensor in weights:
-        module_name, _, kind = name.rpartition(".")
-        module = served.manifest.modules.get(module_name) if kind == "weight" else None
+        source_name, _, kind = name.rpartition(".")
         if name in served.dropped:
             continue
-        if module is None or not module.quantized:
+        for module_name in served.made_of(source_name) if kind == "weight" else ():
+            module = served.manifest.modules[module_name]
+            if not module.quantized:
+                yield f"{module_name}.weight", _arranged(served, module_name, tensor)
+                continue
+            prefix = f"w{module.num_bits}."
+            with safe_open(served.file(module_name), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    if key.startswith(prefix):
+                        yield f"{module_name}.{key.removeprefix(prefix)}", file.get_tensor(key)
+        if kind != "weight" or not served.made_of(source_name):
             yield name, tensor
-            continue
-        prefix = f"w{module.num_bits}."
-        with safe_open(served.file(module_name), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if key.startswith(prefix):
-                    yield f"{module_name}.{key.removeprefix(prefix)}", file.get_tensor(key)
+
+
+def _arranged(served: ServedBank, module: str, tensor: Tensor) -> Tensor:
+    """The part of a tensor of the source that is `module`, as the bank's order of channels says."""
+    order = served.bank.channel_order
+    rows, columns = (None, None) if order is None else (order.rows(module), order.columns(module))
+    if rows is not None:
+        return tensor[torch.tensor(rows)]
+    return tensor if columns is None else tensor[:, torch.tensor(columns)]

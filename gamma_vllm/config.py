@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from allocator.contract.channels import piece_name
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
@@ -24,6 +25,7 @@ from gamma_vllm.compatibility import require_weight_mapper
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
+from gamma_vllm.pieces import GammaPiecesMethod
 from gamma_vllm.rescue import Foreign, ForeignMapper, is_foreign, read_foreign
 from gamma_vllm.shards import Module
 
@@ -156,6 +158,8 @@ class GammaConfig(QuantizationConfig):
             return None
         if (isinstance(layer, GateLinear) and prefix not in self.modules) or not self._declares_any_of(prefix):
             return UnquantizedLinearMethod()  # routers and vision towers are copied, they are no modules of the program
+        if self.checkpoint.channel_blocks is not None and (pieces := self._pieces_of(prefix)):
+            return GammaPiecesMethod(pieces, self.checkpoint.channel_blocks, self.checkpoint.dtype)
         modules = self._modules_of(prefix)
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
@@ -180,6 +184,17 @@ class GammaConfig(QuantizationConfig):
                 "module needs one, also at 16 bits; export the checkpoint again"
             )
         return [self.modules[name] for name in names]
+
+    def _pieces_of(self, prefix: str) -> list[list[Module]]:
+        """The modules that vLLM joins into the layer `prefix`, piece by piece; empty if they are not cut."""
+        parent, _, leaf = prefix.rpartition(".")
+        whole = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
+        if self.checkpoint.channel_blocks is None or piece_name(whole[0], 0) not in self.modules:
+            return []
+        pieces = [
+            [piece_name(name, number) for name in whole] for number in range(self.checkpoint.channel_blocks.blocks)
+        ]
+        return [[self.modules[name] for name in names] for names in pieces]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
         leaves = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name]

@@ -84,15 +84,15 @@ class GammaLinearMethod(LinearMethodBase):
         """
         found = {part: getattr(layer, part, None) for part in PARTS}
         flat = {part: value for part, value in found.items() if isinstance(value, FlatParameter)}
-        if "weight_packed" not in flat:
+        if not flat:
             return  # already in the kernel's form
         check_loaded(list(flat.values()), self.expects_load)
-        packed = flat["weight_packed"]
+        device = next(iter(flat.values())).device
         for part in flat:
             delattr(layer, part)
         for number, segment in enumerate(self.segments):
             self._keep(layer, number, segment, segment_tensors(segment, flat))
-        empty = torch.empty(0, dtype=packed.dtype, device=packed.device)
+        empty = torch.empty(0, dtype=torch.int32, device=device)
         layer.register_parameter("weight_packed", nn.Parameter(empty, requires_grad=False))
 
     def _keep(self, layer: nn.Module, number: int, segment: Segment, tensors: dict[str, Tensor]) -> None:
@@ -104,12 +104,15 @@ class GammaLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]` of this rank, in the dtype of `x`."""
-        tensors = [
+        output = self.kernel.layer(self.segments, self.held(layer), x)
+        return output if bias is None else output.add_(bias)
+
+    def held(self, layer: nn.Module) -> list[dict[str, Tensor]]:
+        """What the kernel multiplies with, segment by segment."""
+        return [
             {name: getattr(layer, parameter_name(i, name)) for name in held_tensors(self.kernel, segment)}
             for i, segment in enumerate(self.segments)
         ]
-        output = self.kernel.layer(self.segments, tensors, x)
-        return output if bias is None else output.add_(bias)
 
 
 def register_held(layer: nn.Module, kernel: Kernel, name: str, registered: str, tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Reads single tensors of a safetensors folder, and writes files of them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,22 +10,36 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allocator.contract.safetensors_file import StoredTensor
+from allocator.inventory import ArrangedTensor
 
 __all__ = ["read_rows", "read_tensor", "torch_dtype", "write_safetensors"]
 
 
 def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Tensor:
-    """One tensor as it is stored."""
+    """One tensor as it is stored, its rows or columns arranged as it says."""
+    if isinstance(stored, ArrangedTensor):
+        whole = read_tensor(stored.source)
+        if stored.rows is not None:
+            whole = whole[torch.tensor(stored.rows)]
+        if stored.columns is not None:
+            whole = whole[:, torch.tensor(stored.columns)]
+        return whole.to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         tensor: Tensor = file.get_tensor(stored.name)
     return tensor
 
 
 def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "cpu") -> Tensor:
-    """Some rows of one tensor as it is stored; the others are not read."""
+    """Some rows of `read_tensor`; the others are not read."""
+    if isinstance(stored, ArrangedTensor):
+        if stored.rows is not None:
+            stored = replace(stored, rows=stored.rows[rows])
+            return read_tensor(stored, device)
+        part = read_rows(stored.source, rows)
+        return (part if stored.columns is None else part[:, torch.tensor(stored.columns)]).to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
-        part: Tensor = file.get_slice(stored.name)[rows]
-    return part
+        found: Tensor = file.get_slice(stored.name)[rows]
+    return found
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.source import read_tensor
-from allocator.blocks.structure import as_stored
+from allocator.blocks.structure import as_stored, cut_rows
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
 from allocator.running import ALONE, Journal, Team
@@ -80,6 +80,8 @@ class BlockStream:
         stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         # On meta: structure without memory.
         layer = as_stored(copy.deepcopy(self._backbone.layers[index]), stored)
+        if self.inventory.channels is not None:
+            cut_rows(layer, self.inventory.channels)
         state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
@@ -127,12 +129,14 @@ class BlockStream:
         recorded: Sequence[str] = (),
         see: InputObserver | None = None,
         team: Team = ALONE,
+        block: nn.Module | None = None,
     ) -> None:
         """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`.
 
-        With a team, each process runs its own sequences and `see` is shown the inputs of those.
+        With a team, each process runs its own sequences and `see` is shown the inputs of those. `block` is that of
+        `block(index)` where it is at hand.
         """
-        block = self.block(index)
+        block = self.block(index) if block is None else block
         with torch.inference_mode():
             for _, batch in team.share(batches(hidden.shape)):
                 with record_inputs(block, recorded, see):

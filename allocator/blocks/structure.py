@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "as_stored"]
+from allocator.contract.channels import CUT, ChannelBlocks
+
+__all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows"]
 
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -28,6 +30,35 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
             parent, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(parent), attribute, Experts(module, names))
     return layer
+
+
+def cut_rows(model: nn.Module, layout: ChannelBlocks) -> None:
+    """Put `RowBlocks` in the place of the linear modules of `model` that are cut into channel blocks (in place)."""
+    for name, module in list(model.named_modules()):
+        if f".{name}".endswith(tuple(f".{local}" for local in CUT)) and isinstance(module, nn.Linear):
+            model.set_submodule(name, RowBlocks(module, layout))
+
+
+class RowBlocks(nn.Module):
+    """A linear module in pieces `rows.0`, `rows.1`, ...: blocks of its output channels (see `contract.channels`).
+
+    `linear` gives sizes, dtype and device; its weight is not taken over.
+    """
+
+    def __init__(self, linear: nn.Linear, layout: ChannelBlocks) -> None:
+        super().__init__()
+        width = linear.out_features // layout.blocks
+        weight = linear.weight
+        self._chunks = layout.chunks
+        self.rows = nn.ModuleList(
+            nn.Linear(linear.in_features, width, bias=False, device=weight.device, dtype=weight.dtype)
+            for _ in range(layout.blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`, the channels in the order of the layout."""
+        pieces = torch.stack([piece(x).unflatten(-1, (self._chunks, -1)) for piece in self.rows], -2)
+        return pieces.flatten(-3)
 
 
 def _rename_mlp(layer: nn.Module, name: str) -> None:

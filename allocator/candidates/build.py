@@ -70,6 +70,7 @@ def build_bank(
         group_size=group_size,
         symmetric=symmetric,
         calibration_digest=calibration.digest,
+        channel_order=inventory.channels,
         modules=modules,
     )
     if team.leads:

@@ -12,6 +12,7 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, dequantize_rows
 from allocator.contract.safetensors_file import read_header
+from allocator.inventory import Inventory, with_channel_blocks
 
 __all__ = ["BankReader", "stripes"]
 
@@ -38,6 +39,11 @@ class BankReader:
                     )
             if extra := stored.keys() - expected.keys():
                 raise ContractError(f"{folder / module.file}: {name}: unknown tensor {sorted(extra)[0]}")
+
+    def arranged(self, inventory: Inventory) -> Inventory:
+        """The model as the bank's modules are of it: cut into channel blocks, in their order, if they are."""
+        order = self.bank.channel_order
+        return inventory if order is None else with_channel_blocks(inventory, order)
 
     def formats(self, name: str) -> list[ModuleFormat]:
         """The candidates of module `name`: the stored ones, and last the source at 16 bits."""

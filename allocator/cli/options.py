@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+_CHANNEL_BLOCKS = 8
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -139,6 +142,19 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     bank.add_argument("--widths", type=_widths, default=WIDTHS, help="default: 2,3,4,5,6,8,16")
     bank.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
     bank.add_argument("--symmetric", action="store_true", help="no zero points (default: asymmetric)")
+    bank.add_argument(
+        "--granularity",
+        choices=["module", "channel-block"],
+        default="module",
+        help="what gets a width: whole modules (default), or in an MLP blocks of output channels of gate_proj and "
+        "up_proj, sorted by importance; such checkpoints are served by the plugin only",
+    )
+    bank.add_argument(
+        "--channel-blocks",
+        type=int,
+        metavar="P",
+        help="with --granularity channel-block: how many blocks a module (default 8); it must divide the module",
+    )
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -217,11 +233,17 @@ def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
     from allocator.pipeline import CandidateSettings
 
     _positive(args, "sequences", "sequence_length")
+    blocks: int | None = args.channel_blocks
+    if args.granularity == "channel-block":
+        blocks = _CHANNEL_BLOCKS if blocks is None else blocks
+    elif blocks is not None:
+        raise InputError(f"--channel-blocks {blocks} counts only with --granularity channel-block; give both or none")
     return CandidateSettings(
         quantizer=args.quantizer,
         widths=args.widths,
         group_size=args.group_size,
         symmetric=args.symmetric,
+        channel_blocks=blocks,
         calibration=args.calibration,
         sequences=args.sequences,
         sequence_length=args.sequence_length,

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from allocator.contract.channels import ChannelOrder
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, TensorSpec, module_tensors
 
@@ -43,6 +44,7 @@ class Bank(Document):
     group_size: int
     symmetric: bool
     calibration_digest: Digest | None = None
+    channel_order: ChannelOrder | None = None
     modules: dict[str, BankModule]
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from allocator.contract import compressed_tensors
+from allocator.contract.channels import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Strict, explain, parse_json, read_text_limited
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
@@ -30,7 +31,13 @@ class CheckpointConfig(Strict):
     model_digest: Digest
     manifest_digest: Digest
     dtype: Dtype16
+    channel_blocks: ChannelBlocks | None = None
     modules: dict[str, ModuleFormat]
+
+    @model_validator(mode="after")
+    def _pieces_are_whole(self) -> "CheckpointConfig":
+        check_pieces({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
+        return self
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str = "quantization_config") -> Self:
@@ -54,6 +61,7 @@ class CheckpointConfig(Strict):
             model_digest=manifest.model.digest,
             manifest_digest=manifest.digest,
             dtype=manifest.dtype,
+            channel_blocks=manifest.channel_blocks,
             modules=manifest.modules,
         )
 

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
+from allocator.contract.channels import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
@@ -87,10 +88,16 @@ class Manifest(Document):
     tensor_bytes: int
     other_bytes: int = Field(ge=0)
     module_bytes: dict[str, int]
+    channel_blocks: ChannelBlocks | None = None
     modules: dict[str, ModuleFormat]
     proof: Proof | None = None
     verification: Verification | None = None
     refinement: Refinement | None = None
+
+    @model_validator(mode="after")
+    def _pieces_are_whole(self) -> "Manifest":
+        check_pieces({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
+        return self
 
     @model_validator(mode="after")
     def _bytes_add_up(self) -> "Manifest":

@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
+from allocator.contract.channels import parent_of, piece_name, piece_of
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, ModuleFormat
@@ -303,13 +304,16 @@ class Residency(Strict):
     def _layers(self, names: Iterable[str]) -> list[list[str]]:
         layers: dict[str, list[str]] = {}
         for name in names:
-            fused = self.fused.get(kind_name(name))
-            layers.setdefault(name if fused is None else name.rpartition(".")[0] + "+" + fused, []).append(name)
+            whole, piece = parent_of(name), piece_of(name)
+            fused = self.fused.get(kind_name(whole))
+            layer = name if fused is None else whole.rpartition(".")[0] + "+" + fused
+            # Pieces of one number are packed together, as if they were a layer of their own.
+            layers.setdefault(layer if piece is None else piece_name(layer, piece[1]), []).append(name)
         order = {kind: place for place, kind in enumerate(self.fused)}
-        return [sorted(layer, key=lambda n: order.get(kind_name(n), 0)) for layer in layers.values()]
+        return [sorted(layer, key=lambda n: order.get(kind_name(parent_of(n)), 0)) for layer in layers.values()]
 
     def _split(self, name: str) -> Split:
-        split = self.splits.get(kind_name(name))
+        split = self.splits.get(kind_name(parent_of(name)))
         if split is None:
             raise InputError(f"{name}: the plan has no such module; it is of another model")
         return split

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
+from allocator.contract.channels import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
@@ -75,8 +76,16 @@ class Scores(Document):
     unit: str
     settings: dict[str, Any]
     other_bytes: int = Field(ge=0)
+    channel_blocks: ChannelBlocks | None = None
     modules: dict[str, ScoredModule]
     interactions: Interactions | None = None
+
+    @model_validator(mode="after")
+    def _pieces_are_whole(self) -> "Scores":
+        check_pieces(
+            {name: module.candidates[0].format.shape for name, module in self.modules.items()}, self.channel_blocks
+        )
+        return self
 
     @model_validator(mode="after")
     def _a_number_for_each_pair(self) -> "Scores":

@@ -5,9 +5,11 @@ links to them) under their own names, and a `model.safetensors.index.json` that 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from allocator.contract.bank import BANK_NAME, Bank, candidate_tensors
+from allocator.contract.channels import parent_of, whole_shapes
 from allocator.contract.digest import digest_file
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import ContractError
@@ -29,6 +31,17 @@ class ServedBank:
     bank: Bank
     manifest: Manifest
     dropped: frozenset[str]
+
+    @cached_property
+    def _made_of(self) -> dict[str, list[str]]:
+        made: dict[str, list[str]] = {}
+        for name in self.manifest.modules:
+            made.setdefault(parent_of(name), []).append(name)
+        return made
+
+    def made_of(self, module: str) -> list[str]:
+        """The manifest's modules that module `module` of the source becomes: itself, or its pieces; none for others."""
+        return self._made_of.get(module, [])
 
     def file(self, name: str) -> Path:
         """The file with the candidates of module `name`."""
@@ -98,9 +111,10 @@ def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
 
 def _check_source(folder: Path, source: tuple[dict[str, StoredTensor], set[str]], manifest: Manifest) -> frozenset[str]:
     tensors, indexed = source
-    weights = {f"{name}.weight": name for name in manifest.modules}
+    shapes = whole_shapes({name: module.shape for name, module in manifest.modules.items()})
+    weights = {f"{name}.weight": name for name in shapes}
     for tensor_name, name in weights.items():
-        found, shape = tensors.get(tensor_name), manifest.modules[name].shape
+        found, shape = tensors.get(tensor_name), shapes[name]
         if found is None or found.shape != shape or found.dtype not in _SOURCE_DTYPES:
             shown = f"{found.dtype} {list(found.shape)}" if found else "missing"
             raise ContractError(f"{folder}: {tensor_name} is {shown} in the model, the manifest says {list(shape)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from allocator.candidates import BankReader
+from allocator.contract.channels import parent_of
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.evaluation.divergence import Divergence, measure_divergence
@@ -36,12 +37,23 @@ class AssignmentMeter:
         with torch.no_grad():
             for name, form in assignment.items():
                 if self._set.get(name) != form:
-                    self._weight(self._student, name).copy_(self._weight_of(name, form))
+                    self._put(name, form)
                     self._set[name] = form
         return measure_divergence(self._original, self._student, self._token_ids)
 
-    def _weight_of(self, name: str, form: ModuleFormat) -> Tensor:
-        return self._bank.dequantized(name, form) if form.quantized else self._weight(self._original, name)
+    def _put(self, name: str, form: ModuleFormat) -> None:
+        """Set the student's weight of `name`: only the rows of a piece, and columns where the model has them."""
+        parent, order = parent_of(name), self._bank.bank.channel_order
+        weight, original = self._weight(self._student, parent), self._weight(self._original, parent)
+        rows = None if order is None else order.rows(name)
+        columns = None if order is None else order.columns(name)
+        if rows is not None:
+            at = torch.tensor(rows)
+            weight[at] = self._bank.dequantized(name, form) if form.quantized else original[at]
+        elif columns is not None and form.quantized:
+            weight[:, torch.tensor(columns)] = self._bank.dequantized(name, form)
+        else:
+            weight.copy_(self._bank.dequantized(name, form) if form.quantized else original)
 
     def _weight(self, model: Any, name: str) -> Tensor:
         try:

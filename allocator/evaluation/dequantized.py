@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from allocator.blocks.source import read_tensor
+from allocator.contract.channels import ChannelBlocks, parent_of, piece_of
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.packing import dequantize
 from allocator.contract.safetensors_file import read_folder_headers
@@ -35,12 +36,31 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"), module.num_bits
         ).to(dtype)
     state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
+    if declared.channel_blocks is not None:
+        state = joined_pieces(state, declared.channel_blocks)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"{folder}: transformers wants {missing} and does not know {unexpected}")
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def joined_pieces(weights: dict[str, torch.Tensor], layout: ChannelBlocks) -> dict[str, torch.Tensor]:
+    """`weights`, by tensor name, with the pieces of a module as one `[N, K]`, rows in the order of the layout."""
+    whole: dict[str, torch.Tensor] = {}
+    for tensor_name, weight in weights.items():
+        name, _, kind = tensor_name.rpartition(".")
+        piece = piece_of(name)
+        if piece is None:
+            whole[tensor_name] = weight
+            continue
+        rows, columns = weight.shape
+        of_parent = f"{parent_of(name)}.{kind}"
+        if of_parent not in whole:
+            whole[of_parent] = weight.new_empty(rows * layout.blocks, columns)
+        whole[of_parent][layout.channels(piece[1], rows)] = weight
+    return whole
 
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")

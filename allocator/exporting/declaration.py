@@ -18,6 +18,11 @@ def check_declarable(manifest: Manifest, inventory: Inventory, declaration: Decl
     """Raises InputError, with the names, when stock vLLM cannot load the manifest's widths."""
     if declaration == "gamma":
         return
+    if manifest.channel_blocks is not None:
+        raise InputError(
+            f"the manifest cuts modules into {manifest.channel_blocks.blocks} channel blocks, which only the plugin "
+            "serves; export with --format gamma, or learn and solve with --granularity module"
+        )
     for module in inventory.modules:
         stored = manifest.modules[module.name]
         if module.role == "embedding" and stored.quantized:

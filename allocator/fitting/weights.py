@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from allocator.contract.channels import whole_shapes
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
 from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage, kind_name
@@ -86,14 +87,13 @@ def check_formats(shape: ModelShape, formats: Mapping[str, ModuleFormat]) -> Non
         for block in kind.blocks or (0,):
             for expert in range(kind.experts or 1):
                 expected[_numbered(kind, block, expert)] = kind.shape
-    if odd := sorted(expected.keys() ^ formats.keys()):
-        where = "config.json has no such module" if odd[0] in formats else "the checkpoint has no entry"
+    found = whole_shapes({name: form.shape for name, form in formats.items()})
+    if odd := sorted(expected.keys() ^ found.keys()):
+        where = "config.json has no such module" if odd[0] in found else "the checkpoint has no entry"
         raise InputError(f"{odd[0]}: {where}; it belongs to another model")
-    for name, form in formats.items():
-        if form.shape != expected[name]:
-            raise InputError(
-                f"{name}: shape {list(form.shape)} in the checkpoint, {list(expected[name])} in config.json"
-            )
+    for name, stored in found.items():
+        if stored != expected[name]:
+            raise InputError(f"{name}: shape {list(stored)} in the checkpoint, {list(expected[name])} in config.json")
 
 
 def _numbered(kind: ModuleKind, block: int, expert: int) -> str:

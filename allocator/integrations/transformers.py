@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from allocator.blocks.structure import cut_rows
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
@@ -114,6 +115,8 @@ class GammaHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
         checkpoint = self.quantization_config.checkpoint
+        if checkpoint.channel_blocks is not None:
+            cut_rows(model, checkpoint.channel_blocks)
         modules = dict(model.named_modules())
         for name, module in checkpoint.modules.items():
             if not module.quantized:

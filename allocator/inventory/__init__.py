@@ -1,5 +1,6 @@
 """What is in a model, read from config.json and the safetensors headers: no weights, no torch."""
 
+from allocator.inventory.channels import ArrangedTensor, channel_layout, cut_unsorted, with_channel_blocks
 from allocator.inventory.config import find_config
 from allocator.inventory.digest import model_digest
 from allocator.inventory.digest_cache import DIGEST_CACHE_NAME, cached_model_digest
@@ -8,12 +9,16 @@ from allocator.inventory.shape import ModelShape, read_shape
 
 __all__ = [
     "DIGEST_CACHE_NAME",
+    "ArrangedTensor",
     "Inventory",
     "ModelShape",
     "Module",
     "cached_model_digest",
+    "channel_layout",
+    "cut_unsorted",
     "find_config",
     "model_digest",
     "read_inventory",
     "read_shape",
+    "with_channel_blocks",
 ]

@@ -25,6 +25,8 @@ def model_digest(inventory: Inventory, progress: Progress | None = None) -> str:
     Tensors that a checkpoint drops (a tied lm_head stored twice) do not count, nor does the cut into files.
     Raises ContractError when a file is shorter than its header says.
     """
+    if inventory.channels is not None:
+        raise ValueError("the digest of a model is that of its own tensors, before they are cut into channel blocks")
     tensors = [*(m.tensor for m in inventory.modules), *inventory.others]
     config = {key: value for key, value in inventory.config.items() if key not in VOLATILE_CONFIG_KEYS}
     return digest_model(_contents(tensors, progress), config)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from allocator.contract.channels import ChannelOrder
 from allocator.contract.errors import InputError
 from allocator.contract.layout import (
     GROUP_SIZES,
@@ -56,7 +57,8 @@ class Inventory:
 
     `dtype` is that of 16-bit weights and of scales in a checkpoint: the source's if it has 16 bits, else
     BF16. `others` are copied bit for bit. `dropped` are tensors that a checkpoint leaves out: the second copy
-    of a tied lm_head.
+    of a tied lm_head. `channels` is the order of the MLPs' channels where these are cut into pieces (see
+    `allocator.inventory.channels`).
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Inventory:
     dropped: tuple[StoredTensor, ...]
     blocks: int
     shape: ModelShape
+    channels: ChannelOrder | None = None
 
     @cached_property
     def _by_name(self) -> dict[str, StoredTensor]:

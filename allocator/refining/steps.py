@@ -30,7 +30,9 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     inventory = read_inventory(model)
     longest = inventory.config.get("max_position_embeddings") or length
     tokens = calibration_from_text(model, texts, sequences, min(length, longest), seed).token_ids
-    return Student(BlockStream(inventory, "cuda" if torch.cuda.is_available() else "cpu"), BankReader(bank), tokens)
+    candidates = BankReader(bank)
+    stream = BlockStream(candidates.arranged(inventory), "cuda" if torch.cuda.is_available() else "cpu")
+    return Student(stream, candidates, tokens)
 
 
 def verify(

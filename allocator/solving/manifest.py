@@ -22,6 +22,7 @@ def make_manifest(
         scores_digest=scores.digest,
         method=scores.method,
         dtype=scores.dtype,
+        channel_blocks=scores.channel_blocks,
         budget=Budget(
             requested=requested,
             nbytes=budget_bytes,

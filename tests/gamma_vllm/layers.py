@@ -20,8 +20,11 @@ def declare(rows, columns, num_bits, group_size=32, symmetric=True):
     return ModuleFormat(shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric)
 
 
-def gamma_config(modules):
-    config = GammaConfig(CheckpointConfig(model_digest=DIGEST, manifest_digest=DIGEST, dtype="BF16", modules=modules))
+def gamma_config(modules, channel_blocks=None):
+    checkpoint = CheckpointConfig(
+        model_digest=DIGEST, manifest_digest=DIGEST, dtype="BF16", channel_blocks=channel_blocks, modules=modules
+    )
+    config = GammaConfig(checkpoint)
     config.packed_modules_mapping.update(FUSED)
     return config
 

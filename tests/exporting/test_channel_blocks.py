@@ -1,0 +1,151 @@
+"""`--granularity channel-block` from the model to the checkpoint: the same function, the exact bytes."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import allocator.integrations.transformers as integration
+from allocator.blocks import BlockStream
+from allocator.candidates import BankReader
+from allocator.candidates.channels import laid_out
+from allocator.contract.channels import ChannelBlocks, piece_of
+from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.errors import InputError
+from allocator.contract.manifest import Manifest
+from allocator.contract.safetensors_file import read_folder_headers
+from allocator.evaluation import load_dequantized
+from allocator.evaluation.assignments import AssignmentMeter
+from allocator.inventory import channel_layout, read_inventory
+from allocator.learning import LearningSettings
+from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, export, learn, solve_scores
+from allocator.student import Student
+
+SMALL = CandidateSettings(
+    quantizer="gptq", group_size=32, sequences=4, sequence_length=32, widths=(2, 3, 4, 8, 16), channel_blocks=4
+)
+TOKENS = torch.arange(48).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def learned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> LearnResult:
+    return learn(model, tmp_path_factory.mktemp("work"), SMALL, LearningSettings(draws=2))
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, learned: LearnResult, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Path]:
+    manifest = solve_scores(learned.scores, SolveSettings(average_bits=4.0))
+    out = tmp_path_factory.mktemp("checkpoint") / "gamma"
+    report = export(manifest, model, learned.bank_folder, out)
+    assert report.predicted == report.written
+    return manifest, out
+
+
+def test_the_model_cut_and_sorted_computes_the_same(model: Path, learned: LearnResult) -> None:
+    plain = read_inventory(model)
+    arranged = BankReader(learned.bank_folder).arranged(plain)
+    assert sum(m.parameters for m in arranged.modules) == sum(m.parameters for m in plain.modules)
+    states = torch.randn(2, 16, 64)
+    for index in range(plain.blocks):
+        outputs = []
+        for inventory in (plain, arranged):
+            stream = BlockStream(inventory)
+            outputs.append(stream.run(stream.block(index), states))
+        assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+        order = BankReader(learned.bank_folder).bank.channel_order
+        assert order is not None
+        assert list(order.order(f"model.layers.{index}.mlp")) != list(range(96))
+
+
+def test_widths_differ_inside_a_module_and_all_bytes_are_predicted(exported: tuple[Manifest, Path]) -> None:
+    manifest, out = exported
+    widths = {n: f.num_bits for n, f in manifest.modules.items() if piece_of(n) is not None}
+    assert len(widths) == 2 * 2 * 4
+    assert len({widths[n] for n in widths if n.startswith("model.layers.0.mlp.gate_proj")}) > 1
+    declared, _ = check_checkpoint(out)
+    assert declared.channel_blocks == ChannelBlocks(blocks=4, chunks=8)
+    assert sum(t.nbytes for t in read_folder_headers(out).values()) == manifest.tensor_bytes
+
+
+def test_transformers_serves_what_was_measured(
+    model: Path, learned: LearnResult, exported: tuple[Manifest, Path]
+) -> None:
+    manifest, out = exported
+    packed = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert isinstance(packed.model.layers[0].mlp.gate_proj.rows[0], integration.PackedLinear)
+    with torch.inference_mode():
+        judged = load_dequantized(out)(TOKENS).logits
+        assert torch.allclose(packed(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
+    # The bank's candidates in the original model, its channels where they were, make the same model.
+    bank = BankReader(learned.bank_folder)
+    meter = AssignmentMeter(model, bank, TOKENS)
+    meter.measure(manifest.modules)
+    with torch.inference_mode():
+        assert torch.allclose(meter._student(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
+    student = Student(BlockStream(bank.arranged(read_inventory(model))), bank, TOKENS)
+    kl = float(student.losses(manifest.modules).kl.mean())
+    assert kl == pytest.approx(meter.measure(manifest.modules).kl, rel=1e-3)
+
+
+def test_at_16_bits_the_checkpoint_gives_the_original_logits(model: Path, learned: LearnResult, tmp_path: Path) -> None:
+    _, high = learned.scores.feasible_bytes()
+    manifest = solve_scores(learned.scores, SolveSettings(budget=str(high)))
+    assert {f.num_bits for f in manifest.modules.values()} == {16}
+    export(manifest, model, learned.bank_folder, tmp_path / "gamma")
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "gamma", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.allclose(same(TOKENS).logits, original(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_again_all_is_used_again_and_other_numbers_of_blocks_are_not(
+    model: Path, learned: LearnResult, tmp_path: Path
+) -> None:
+    shutil.copytree(learned.scores_path.parent, tmp_path / "work")
+    again = learn(model, tmp_path / "work", SMALL, LearningSettings(draws=2))
+    assert again.reused == ["bank", "scores"]
+    whole = learn(
+        model,
+        tmp_path / "work",
+        CandidateSettings(**(vars(SMALL) | {"channel_blocks": None})),
+        LearningSettings(draws=2),
+    )
+    assert whole.reused == []
+    assert not any(piece_of(name) for name in whole.scores.modules)
+    assert whole.scores.channel_blocks is None
+
+
+def test_the_dearest_channels_are_in_the_first_piece_and_spread_over_chunks() -> None:
+    losses = torch.tensor([0.0, 7.0, 1.0, 6.0, 2.0, 5.0, 3.0, 4.0])
+    assert laid_out(losses, ChannelBlocks(blocks=2, chunks=2)).tolist() == [1, 3, 6, 4, 5, 7, 2, 0]
+
+
+def test_compressed_tensors_cannot_declare_it(
+    model: Path, learned: LearnResult, exported: tuple[Manifest, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="4 channel blocks, which only the plugin serves"):
+        export(exported[0], model, learned.bank_folder, tmp_path / "out", declaration="compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "reason"),
+    [
+        ("qwen3", 5, "does not divide the intermediate size 96; possible are 2, 3, 4, 6"),
+        ("qwen3", 1, "cut into 2 pieces or more"),
+        ("qwen3_moe", 4, "experts are not cut"),
+        ("phi3", 4, "has no mlp.gate_proj, mlp.up_proj and mlp.down_proj in every block"),
+    ],
+)
+def test_models_that_cannot_be_cut_are_refused(
+    tiny_model: Callable[[str], Path], kind: str, blocks: int, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        channel_layout(read_inventory(tiny_model(kind)), blocks)
