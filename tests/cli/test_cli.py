@@ -55,6 +55,13 @@ def test_inspect_is_complete(tiny_model: Callable[[str], Path]) -> None:
     assert "feasible budgets" in gamma("inspect", tiny_model("llama")).stdout
 
 
+def test_a_number_of_channel_blocks_needs_the_granularity(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    command = ["learn", tiny_model("llama"), "--out", tmp_path / "work", "--channel-blocks", 4]
+    assert "counts only with --granularity channel-block" in gamma(*command, code=2).stderr
+    done = gamma(*command[:-2], "--granularity", "channel-block", "--channel-blocks", 7, code=2)
+    assert "--channel-blocks 7 does not divide the intermediate size 96" in done.stderr
+
+
 def test_the_four_steps_and_the_one_step_give_the_same_checkpoint(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -51,11 +51,11 @@ def serving():
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory, trained_model, exported, serving):
+def checkpoints(tmp_path_factory, trained_model, exported, learned_cut, serving):
     """Model name -> (gamma checkpoint, the same model as float32 weights for transformers).
 
-    "exported" is the demo model through `learn`, `solve` and `export`; the others are written by the tests, with
-    every neighbourhood of widths.
+    "exported" is the demo model through `learn`, `solve` and `export`, "cut" the same with channel blocks; the others
+    are written by the tests, with every neighbourhood of widths.
     """
     from tests.e2e.make_checkpoint import make_checkpoint, widen_heads, write_dequantized
 
@@ -64,8 +64,8 @@ def checkpoints(tmp_path_factory, trained_model, exported, serving):
 
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
-            if name == "exported":
-                gamma = exported(3.5)[1]
+            if name in ("exported", "cut"):
+                gamma = exported(3.5)[1] if name == "exported" else learned_cut[2]
                 made[name] = gamma, _dequantized(gamma, tmp_path_factory.mktemp(name))
                 return made[name]
             model = DEMO if name == "demo" else trained_model(name)
@@ -91,6 +91,23 @@ def learned(tmp_path_factory):
     candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
     learn(DEMO, work, candidates, LearningSettings(batch_tokens=256))
     return work
+
+
+@pytest.fixture(scope="session")
+def learned_cut(tmp_path_factory):
+    """The same with channel blocks, solved and exported: (bank, manifest file, checkpoint)."""
+    from allocator.learning import LearningSettings
+    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+
+    work = tmp_path_factory.mktemp("learned-cut")
+    candidates = CandidateSettings(
+        quantizer="rtn", group_size=64, sequences=4, sequence_length=64, widths=(2, 3, 5, 16), channel_blocks=4
+    )
+    result = learn(DEMO, work, candidates, LearningSettings(batch_tokens=256))
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=3.7, pins={"*.0.mlp.up_proj.rows.3": 16}))
+    manifest.write(work / "manifest.json")
+    export(manifest, DEMO, result.bank_folder, work / "gamma")
+    return result.bank_folder, work / "manifest.json", work / "gamma"
 
 
 @pytest.fixture(scope="session")

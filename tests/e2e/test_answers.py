@@ -18,7 +18,13 @@ from tests.e2e.conftest import succeeded  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-MODELS = ["demo", "exported", "babyllama105", "stories260K"]  # Qwen3, and two Llamas; in_features 172 stays at 16 bits
+MODELS = [
+    "demo",
+    "exported",
+    "cut",
+    "babyllama105",
+    "stories260K",
+]  # three of Qwen3, two Llamas; in_features 172: 16 bits
 TEXT = (
     "Once upon a time there was a little girl named Lily. She liked to play in the park with her friends, and one "
     "day they found a small red ball under the old tree. She said that it was the best day of her life."
@@ -70,7 +76,7 @@ def adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, run_engines):
+def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, learned_cut, exported, run_engines):
     """All engines of this file, one after the other in one process."""
     folder = tmp_path_factory.mktemp("answers")
     jobs = []
@@ -79,7 +85,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, 
         jobs.append({"name": name, "model": str(model), "steps": steps} | job)
 
     for model in MODELS:
-        if model not in ("demo", "exported") and not (TRAINED / model).is_dir():
+        if model not in ("demo", "exported", "cut") and not (TRAINED / model).is_dir():
             continue
         gamma, dequantized = checkpoints(model)
         text, beginnings = prompts(model)
@@ -114,6 +120,17 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, exported, 
             changed = ["generate", {"prompts": beginnings, "tokens": TOKENS, "lora": str(adapter)}]
             options = {"enable_lora": True, "max_lora_rank": 8}
             add(f"{model} lora", gamma, [generate, changed], kernel="ark", options=options)
+        if model == "cut":
+            generate = ["generate", {"prompts": beginnings, "tokens": TOKENS}]
+            parameters = ["parameters", {}]
+            steps = [generate, parameters, ["zero", {}], generate, ["reload", {}], generate, parameters]
+            environment = {"GAMMA_MANIFEST": str(learned_cut[1])}
+            bank = {"options": {"quantization": "gamma"}, "environment": environment}
+            add("cut bank, reloaded", learned_cut[0], steps, kernel="torch", **bank)
+            options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+            two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+            add("cut two ranks", gamma, [generate], kernel="ark", options=options, environment=two)
+            add("cut lora", gamma, [generate], kernel="torch", options={"enable_lora": True})
         if model == "exported":
             second, checkpoint = exported(2.7)
             generate = ["generate", {"prompts": beginnings, "tokens": TOKENS}]
@@ -227,6 +244,19 @@ def test_lora_adapters_go_on_top(answers):
     assert changed != base
 
 
+def test_channel_blocks_are_served_from_the_bank_and_reloaded(answers):
+    before, parameters, _, without, _, after, reloaded = answers("cut bank, reloaded")
+    assert before == answers("cut torch")[0]
+    assert without != before
+    assert after == before
+    assert reloaded == parameters
+
+
+def test_adapters_are_refused_where_channels_are_sorted(answers):
+    assert "its channels are sorted, and LoRA adapters are for their original order" in answers.error("cut lora")
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPU cores")
-def test_two_tensor_parallel_ranks_answer_like_one(answers):
-    assert answers("demo two ranks") == [answers("demo ark")[0]]
+@pytest.mark.parametrize("model", ["demo", "cut"])
+def test_two_tensor_parallel_ranks_answer_like_one(answers, model):
+    assert answers(f"{model} two ranks") == [answers(f"{model} ark")[0]]

@@ -19,9 +19,13 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import read_folder_headers
 from allocator.evaluation import load_dequantized
 from allocator.evaluation.assignments import AssignmentMeter
-from allocator.inventory import channel_layout, read_inventory
+from allocator.fitting.request import PlanRequest
+from allocator.fitting.weights import check_formats, residency_of
+from allocator.inventory import channel_layout, read_inventory, read_shape
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, export, learn, solve_scores
+from allocator.reporting.grid import grid_of
+from allocator.solving import solve_resident
 from allocator.student import Student
 
 SMALL = CandidateSettings(
@@ -133,6 +137,35 @@ def test_compressed_tensors_cannot_declare_it(
 ) -> None:
     with pytest.raises(InputError, match="4 channel blocks, which only the plugin serves"):
         export(exported[0], model, learned.bank_folder, tmp_path / "out", declaration="compressed-tensors")
+
+
+def test_tied_fusion_gives_both_modules_of_a_piece_one_width(learned: LearnResult) -> None:
+    manifest = solve_scores(learned.scores, SolveSettings(average_bits=4.5, fusion="tied"))
+    for name, form in manifest.modules.items():
+        if ".gate_proj.rows." in name:
+            assert manifest.modules[name.replace("gate_proj", "up_proj")].num_bits == form.num_bits
+
+
+def test_planned_bytes_pack_the_two_modules_of_a_piece_and_no_others(model: Path, learned: LearnResult) -> None:
+    shape = read_shape(read_inventory(model).config)
+    residency = residency_of(shape, PlanRequest(max_model_len=64, max_num_seqs=1, kernel="humming"))
+    budget = 500_000
+    manifest = solve_resident(learned.scores, SolveSettings(fusion="tied"), residency, budget, "a rank")
+    check_formats(shape, manifest.modules)
+    assert manifest.budget.resident_bytes == max(residency.stage_bytes(manifest.modules))
+    # humming pads to 256 rows: both modules of a piece, 24 rows each, are padded together, once for each piece.
+    pieces = [s for s in residency.segments(manifest.modules) if s[1] == 48]
+    assert len(pieces) == 2 * 4
+    many = residency.model_copy(update={"tensor_parallel_size": 16})
+    with pytest.raises(InputError, match="laid out in 8 chunks, which tensor_parallel_size 16 does not divide"):
+        solve_resident(learned.scores, SolveSettings(), many, budget, "a rank")
+
+
+def test_tables_have_a_column_for_a_module_and_no_more(exported: tuple[Manifest, Path]) -> None:
+    grid = grid_of({name: form.num_bits for name, form in exported[0].modules.items()})
+    assert "mlp.gate_proj" in grid.kinds
+    assert not any("rows" in kind for kind in grid.kinds)
+    assert len(grid.cells[0]["mlp.gate_proj"]) == 4
 
 
 @pytest.mark.parametrize(

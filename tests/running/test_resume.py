@@ -65,6 +65,17 @@ def test_a_run_that_is_killed_again_and_again_gets_there(learned: Learned, tmp_p
     assert bytes_of(tmp_path / "work") == learned.left
 
 
+@pytest.mark.slow
+def test_channel_blocks_have_the_same_order_after_a_kill(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    command = ["learn", tiny_model("llama"), *SMALL, "--granularity", "channel-block", "--channel-blocks", "4"]
+    log = tmp_path / "log"
+    assert gamma(*command, "--out", tmp_path / "whole", log=log) == ENDED
+    for point in (9, 14, renames(log) // 2):  # among the orders, and among the candidates
+        assert gamma(*command, "--out", tmp_path / "work", die_at=point) == KILLED
+    assert gamma(*command, "--out", tmp_path / "work") == ENDED
+    assert bytes_of(tmp_path / "work") == bytes_of(tmp_path / "whole")
+
+
 def test_sigterm_finishes_the_step_and_the_same_command_goes_on(learned: Learned, tmp_path: Path) -> None:
     work, log = tmp_path / "work", tmp_path / "log"
     for point in (learned.kill_points // 3, learned.kill_points // 3):
