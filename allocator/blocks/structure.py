@@ -49,7 +49,7 @@ class RowBlocks(nn.Module):
         super().__init__()
         width = linear.out_features // layout.blocks
         weight = linear.weight
-        self._chunks = layout.chunks
+        self.layout = layout
         self.rows = nn.ModuleList(
             nn.Linear(linear.in_features, width, bias=False, device=weight.device, dtype=weight.dtype)
             for _ in range(layout.blocks)
@@ -57,7 +57,7 @@ class RowBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, the channels in the order of the layout."""
-        pieces = torch.stack([piece(x).unflatten(-1, (self._chunks, -1)) for piece in self.rows], -2)
+        pieces = torch.stack([piece(x).unflatten(-1, (self.layout.chunks, -1)) for piece in self.rows], -2)
         return pieces.flatten(-3)
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.channels import has_channel_error, piece_error, record_mlp_inputs
 from allocator.blocks.experts import expert_error, is_expert, record_routes
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import BlockCandidates
@@ -14,9 +15,10 @@ from allocator.learning.objective import errors_along
 
 __all__ = ["Batch", "measure_swaps"]
 
-_EXPERT_BATCHES = 8
+_BATCHES_TOGETHER = 8
 
 Found = TypeVar("Found")
+Recorded = TypeVar("Recorded")
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,15 @@ def measure_swaps(
     source itself, are 0.
 
     Batches are read anew for each candidate: one candidate's weight and one batch of states are in memory at a time.
-    Experts are measured on the tokens that chose them, on a few batches at a time.
+    Experts are measured on the tokens that chose them, and channel blocks by their own channels, on a few batches at a
+    time.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
     experts = [name for name in candidates.formats if is_expert(block, name)]
+    pieces = [name for name in candidates.formats if has_channel_error(block, name)]
     with torch.inference_mode():
         for name, formats in candidates.formats.items():
-            if name in experts:
+            if name in experts or name in pieces:
                 continue
             of_module: dict[int, list[Tensor]] = {number: [] for number in batches}
             for index in range(len(formats) - 1):
@@ -62,32 +66,37 @@ def measure_swaps(
             for number, errors in of_module.items():
                 found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
         if experts:
-            _swap_experts(stream, block, candidates, batches, experts, reduce, found)
+            _swap_parts(stream, block, candidates, batches, experts, record_routes, expert_error, reduce, found)
+        if pieces:
+            _swap_parts(stream, block, candidates, batches, pieces, record_mlp_inputs, piece_error, reduce, found)
     # In the order of the candidates, whichever way they were measured.
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
 
 
-def _swap_experts(
+def _swap_parts(
     stream: BlockStream,
     block: nn.Module,
     candidates: BlockCandidates,
     batches: Mapping[int, Callable[[], Batch]],
-    experts: list[str],
+    names: list[str],
+    record: Callable[[BlockStream, nn.Module, Tensor], Recorded],
+    error_of: Callable[[nn.Module, str, Tensor, Recorded], tuple[Tensor, Tensor]],
     reduce: Callable[[Tensor], Found],
     found: dict[int, dict[str, Found]],
 ) -> None:
-    """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
+    """Put into `found` what `measure_swaps` returns for the modules `names`, whose errors are had without running the
+    block: `error_of` gives tokens and their errors from what `record` has seen of a batch, once for all of them."""
     numbers = list(batches)
-    for start in range(0, len(numbers), _EXPERT_BATCHES):
-        together = {number: batches[number]() for number in numbers[start : start + _EXPERT_BATCHES]}
-        routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
-        for name in experts:
+    for start in range(0, len(numbers), _BATCHES_TOGETHER):
+        together = {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
+        recorded = {number: record(stream, block, batch.states) for number, batch in together.items()}
+        for name in names:
             count = len(candidates.formats[name])
             along = {n: torch.zeros(count, *batch.gradients.shape[:1], batch.tokens) for n, batch in together.items()}
             for index in range(count - 1):
                 weight = candidates.weight(name, index)
                 for number, batch in together.items():
-                    tokens, errors = expert_error(block, name, weight, routes[number])
+                    tokens, errors = error_of(block, name, weight, recorded[number])
                     gradients = batch.gradients.flatten(1, 2)[:, tokens]
                     along[number][index][:, tokens.cpu()] = torch.einsum("kd,skd->sk", errors, gradients).cpu()
             for number, batch in together.items():
