@@ -20,8 +20,8 @@ def check_declarable(manifest: Manifest, inventory: Inventory, declaration: Decl
         return
     if manifest.channel_blocks is not None:
         raise InputError(
-            f"the manifest cuts modules into {manifest.channel_blocks.blocks} channel blocks, which only the plugin "
-            "serves; export with --format gamma, or learn and solve with --granularity module"
+            f"the manifest cuts modules into {manifest.channel_blocks.blocks} channel blocks, which compressed-tensors "
+            "cannot say; export with --format gamma, or learn and solve with --granularity module"
         )
     for module in inventory.modules:
         stored = manifest.modules[module.name]

@@ -135,7 +135,7 @@ def test_the_dearest_channels_are_in_the_first_piece_and_spread_over_chunks() ->
 def test_compressed_tensors_cannot_declare_it(
     model: Path, learned: LearnResult, exported: tuple[Manifest, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="4 channel blocks, which only the plugin serves"):
+    with pytest.raises(InputError, match="4 channel blocks, which compressed-tensors cannot say"):
         export(exported[0], model, learned.bank_folder, tmp_path / "out", declaration="compressed-tensors")
 
 
