@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from allocator.blocks.channels import has_channel_error, piece_error, record_mlp_inputs
+from allocator.blocks.channels import errors_of_piece, measurable_piece, record_mlp_inputs
 from allocator.blocks.experts import expert_error, is_expert, record_routes
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import BlockCandidates
@@ -18,7 +18,6 @@ __all__ = ["Batch", "measure_swaps"]
 _BATCHES_TOGETHER = 8
 
 Found = TypeVar("Found")
-Recorded = TypeVar("Recorded")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def measure_swaps(
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
     experts = [name for name in candidates.formats if is_expert(block, name)]
-    pieces = [name for name in candidates.formats if has_channel_error(block, name)]
+    pieces = {name: piece for name in candidates.formats if (piece := measurable_piece(block, name)) is not None}
     with torch.inference_mode():
         for name, formats in candidates.formats.items():
             if name in experts or name in pieces:
@@ -66,39 +65,63 @@ def measure_swaps(
             for number, errors in of_module.items():
                 found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
         if experts:
-            _swap_parts(stream, block, candidates, batches, experts, record_routes, expert_error, reduce, found)
+            _swap_experts(stream, block, candidates, batches, experts, reduce, found)
         if pieces:
-            _swap_parts(stream, block, candidates, batches, pieces, record_mlp_inputs, piece_error, reduce, found)
+            _swap_pieces(stream, block, candidates, batches, pieces, reduce, found)
     # In the order of the candidates, whichever way they were measured.
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
 
 
-def _swap_parts(
+def _swap_experts(
     stream: BlockStream,
     block: nn.Module,
     candidates: BlockCandidates,
     batches: Mapping[int, Callable[[], Batch]],
-    names: list[str],
-    record: Callable[[BlockStream, nn.Module, Tensor], Recorded],
-    error_of: Callable[[nn.Module, str, Tensor, Recorded], tuple[Tensor, Tensor]],
+    experts: list[str],
     reduce: Callable[[Tensor], Found],
     found: dict[int, dict[str, Found]],
 ) -> None:
-    """Put into `found` what `measure_swaps` returns for the modules `names`, whose errors are had without running the
-    block: `error_of` gives tokens and their errors from what `record` has seen of a batch, once for all of them."""
+    """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
     numbers = list(batches)
     for start in range(0, len(numbers), _BATCHES_TOGETHER):
         together = {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
-        recorded = {number: record(stream, block, batch.states) for number, batch in together.items()}
-        for name in names:
+        routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
+        for name in experts:
             count = len(candidates.formats[name])
             along = {n: torch.zeros(count, *batch.gradients.shape[:1], batch.tokens) for n, batch in together.items()}
             for index in range(count - 1):
                 weight = candidates.weight(name, index)
                 for number, batch in together.items():
-                    tokens, errors = error_of(block, name, weight, recorded[number])
+                    tokens, errors = expert_error(block, name, weight, routes[number])
                     gradients = batch.gradients.flatten(1, 2)[:, tokens]
                     along[number][index][:, tokens.cpu()] = torch.einsum("kd,skd->sk", errors, gradients).cpu()
             for number, batch in together.items():
                 by_sequence = along[number].reshape(*along[number].shape[:2], *batch.states.shape[:2]).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
+
+
+def _swap_pieces(
+    stream: BlockStream,
+    block: nn.Module,
+    candidates: BlockCandidates,
+    batches: Mapping[int, Callable[[], Batch]],
+    pieces: Mapping[str, int],
+    reduce: Callable[[Tensor], Found],
+    found: dict[int, dict[str, Found]],
+) -> None:
+    """Put into `found` what `measure_swaps` returns, for channel blocks and their numbers: gate and up together."""
+    numbers = list(batches)
+    for start in range(0, len(numbers), _BATCHES_TOGETHER):
+        together = {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
+        inputs = {number: record_mlp_inputs(stream, block, batch.states) for number, batch in together.items()}
+        for piece in sorted(set(pieces.values())):
+            weights = {
+                name: [candidates.weight(name, index) for index in range(len(candidates.formats[name]) - 1)]
+                for name, of_piece in pieces.items()
+                if of_piece == piece
+            }
+            for number, batch in together.items():
+                errors = errors_of_piece(block, piece, weights, inputs[number], batch.gradients.flatten(1, 2))
+                for name, along in errors.items():
+                    by_sequence = along.view(*along.shape[:2], *batch.states.shape[:2]).transpose(1, 2).flatten(1).cpu()
+                    found[number][name] = reduce(torch.cat([by_sequence, torch.zeros_like(by_sequence[:1])]))
