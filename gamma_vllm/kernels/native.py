@@ -40,10 +40,8 @@ _CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx5
 
 _FEW_TOKENS = 24
 """Up to so many activations are multiplied code by code: the fastest way for them (measured, Zen 5, one core)."""
-_MANY_TOKENS = 80
-"""Up to so many in bfloat16 are multiplied with panels of dequantized rows; more with pieces of the whole weight."""
 _SPACE_WEIGHTS = 1 << 22
-"""Weights dequantized at a time; 8 MiB in bfloat16 stay allocated in each process for them."""
+"""Weights dequantized at a time for activations in float16 and float32; 16 MiB stay allocated for them."""
 
 
 def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
@@ -181,18 +179,19 @@ def _layer(
     num_bits: list[int],
 ) -> Tensor:
     """`x` `[..., columns]` times each weight (packed, or `[rows, columns]` at 16 bits), joined along the rows."""
+    # Once a layer and token: each line here is a measurable part of a small model's time.
     if x.shape[-1] != columns:
         raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
-    flat = x.reshape(-1, columns).contiguous()
+    flat = x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, columns).contiguous()
     segments = list(zip(weights, scales, zeros, rows, group_sizes, num_bits, strict=True))
     tokens, total = flat.shape[0], sum(rows)
     if tokens <= _FEW_TOKENS:
         product = _few(flat, segments, total)
-    elif x.dtype == torch.bfloat16 and tokens <= _MANY_TOKENS:
+    elif x.dtype == torch.bfloat16:
         product = _many(flat, segments, total)
     else:
-        product = _dequantized(flat, segments, total)
-    return product.to(x.dtype).view(*x.shape[:-1], total)
+        product = _dequantized(flat, segments, total).to(x.dtype)
+    return product if flat is x else product.view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
@@ -211,39 +210,36 @@ def _described(segments: Sequence[_Held], columns: int) -> "array[int]":
 
 
 def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in bfloat16, or float32 if `x` is wider."""
+    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in the dtype of `x`."""
     tokens, columns = x.shape
-    parts = _as_bfloat16(x)
-    to_bfloat16 = x.dtype == torch.bfloat16
-    output = torch.empty(parts.shape[0], total, dtype=torch.bfloat16 if to_bfloat16 else torch.float32)
-    start = first = 0  # runs of quantized segments are one call
-    for end, (weight, _, _, rows, _, bits) in enumerate([*segments, _END]):
+    parts, to_bfloat16 = _as_bfloat16(x), x.dtype == torch.bfloat16
+    output = parts.new_empty((parts.shape[0], total), dtype=torch.bfloat16 if to_bfloat16 else torch.float32)
+    item, start, first = output.element_size(), 0, 0
+    for end, (weight, _, _, rows, _, bits) in enumerate([*segments, _END]):  # runs of quantized segments are one call
         if bits != 16:
             continue
-        run = segments[first:end]
+        run = segments if end - first == len(segments) else segments[first:end]
         if run:
-            place = output[:, start:]
             described = _described(run, columns)
             _library().gamma_multiply_few(
-                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0], place.data_ptr(), total,
-                to_bfloat16,
+                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0],
+                output.data_ptr() + start * item, total, to_bfloat16,
             )  # fmt: skip
-            start += sum(held[3] for held in run)
         if rows:
+            start += sum(held[3] for held in run)
             place = output.narrow(1, start, rows)
             place[:tokens].copy_(F.linear(x, weight))
             place[tokens:].zero_()
             start += rows
         first = end + 1
-    return output if parts.shape[0] == tokens else output.view(-1, tokens, total).sum(0)
+    return output if parts.shape[0] == tokens else output.view(-1, tokens, total).sum(0).to(x.dtype)
 
 
 _END: _Held = (torch.empty(0), torch.empty(0), torch.empty(0), 0, 0, 16)
 
 
 def _many(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Some tens of activations `[tokens, columns]` in bfloat16, with weights rounded to bfloat16 a few rows at a time:
-    `[tokens, total]` in bfloat16."""
+    """Many activations `[tokens, columns]` in bfloat16, with weights rounded to bfloat16: `[tokens, total]`."""
     tokens, columns = x.shape
     output = x.new_empty(tokens, total)
     described = _described(segments, columns)
@@ -254,12 +250,11 @@ def _many(x: Tensor, segments: list[_Held], total: int) -> Tensor:
 
 
 def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Many activations: the weight dequantized to their dtype (float16: to float32), and one product for as many rows
-    as the work space holds."""
+    """Many activations of another dtype: the weight dequantized to float32, and one product for as many rows as the
+    work space holds. `[tokens, total]` in float32."""
     tokens, columns = x.shape
-    dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    x, space = x.to(dtype), _work_space(dtype, columns)
-    output = None if total <= space.shape[0] else torch.empty(tokens, total, dtype=dtype)
+    x, space = x.float(), _work_space(columns)
+    output = x.new_empty(tokens, total)
     done = filled = 0
     for weight, scale, zero, rows, group_size, bits in segments:
         first = 0
@@ -271,16 +266,12 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
                 described = _described([held], columns)
-                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr(), dtype == torch.bfloat16)
+                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr(), False)
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:
-                product = torch.mm(x, space[:filled].t())
-                if output is None:
-                    return product
-                output.narrow(1, done, filled).copy_(product)
+                output.narrow(1, done, filled).copy_(torch.mm(x, space[:filled].t()))
                 done, filled = done + filled, 0
-    assert output is not None
     return output
 
 
@@ -298,16 +289,15 @@ def dequantize_rows(packed: Tensor, scale: Tensor, zeros: Tensor | None, num_bit
     return output.to(dtype)
 
 
-_spaces: dict[torch.dtype, Tensor] = {}
+_space: list[Tensor] = []
 
 
-def _work_space(dtype: torch.dtype, columns: int) -> Tensor:
+def _work_space(columns: int) -> Tensor:
     """Rows of `columns` for dequantized weights, kept for the next call: fresh pages would cost more than unpacking."""
-    space = _spaces.get(dtype)
-    if space is None or space.numel() < columns:
-        space = _spaces[dtype] = torch.empty(max(_SPACE_WEIGHTS, columns), dtype=dtype)
-    rows = space.numel() // columns
-    return space[: rows * columns].view(rows, columns)
+    if not _space or _space[0].numel() < columns:
+        _space[:] = [torch.empty(max(_SPACE_WEIGHTS, columns))]
+    rows = _space[0].numel() // columns
+    return _space[0][: rows * columns].view(rows, columns)
 
 
 def _as_bfloat16(x: Tensor) -> Tensor:

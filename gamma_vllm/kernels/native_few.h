@@ -153,7 +153,7 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
             __m512 part[R][M];
             for (int r = 0; r < R; r++) {
                 const long at = r * row_bytes + k * BITS / 8;
-                _mm_prefetch((const char*)begin + at + 1536, _MM_HINT_T0);
+                _mm_prefetch((const char*)begin + at + 8192, _MM_HINT_T0);
                 windows[r] = step.template windows<BOUNDED>(begin + at, row_bytes - k * BITS / 8);
                 for (int m = 0; m < M; m++) part[r][m] = _mm512_setzero_ps();
             }

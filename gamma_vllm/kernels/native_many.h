@@ -1,93 +1,123 @@
-// Products with some tens of activations: a few rows of the weight are dequantized into a panel that stays in the first
-// caches, and the panel is multiplied with all activations in tiles of registers. The panel is in bfloat16, which rounds
-// each weight once, as a dequantized checkpoint in bfloat16 does.
+// Products with many activations: rows of the weight are dequantized into panels that stay in the second cache, and each
+// panel is multiplied with all activations in tiles of registers. Panels are in bfloat16, which rounds each weight once,
+// as a dequantized checkpoint in bfloat16 does.
 
 #pragma once
+
+#include <omp.h>
 
 #include "native_weight.h"
 
 namespace {
 
-constexpr int kPanelRows = 8;
-constexpr long kPanelColumns = 2048;
-constexpr int kTileRows = 4;    // of the weight
-constexpr int kTileTokens = 6;  // 24 sums, 4 weights and an activation of the 32 registers
+constexpr int kVector = 16;                // sums in a register, one for each row of the weight
+constexpr int kPanelRows = 2 * kVector;    // a panel is [columns/2, kPanelRows, 2]: neighbouring columns side by side
+constexpr int kTileTokens = 12;            // 24 sums, 2 weights and an activation of the 32 registers
+constexpr int kGroup = 128;                // columns dequantized at a time; groups have at most so many
+constexpr long kChunkBytes = 384L << 10;   // of panels at a time, in a second cache of 1 MiB or more
+constexpr long kChunkRows = 4 * kPanelRows;
 
-// The sums of four vectors.
-inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+// from [16 rows, 32 columns] to [16 pairs of columns, 16 rows, 2], with a stride of kPanelRows pairs.
+inline void transpose(const uint16_t* from, long stride, uint16_t* to) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // a[4i+j] has pair 4l+j of rows 4i to 4i+3 in its lane l.
+    const auto put = [to](int pair, __m512i value) { _mm512_storeu_si512(to + pair * 2 * kPanelRows, value); };
+    for (int j = 0; j < 4; j++) {
+        const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xDD);
+        const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xDD);
+        put(j, _mm512_shuffle_i32x4(even, even2, 0x88));
+        put(8 + j, _mm512_shuffle_i32x4(even, even2, 0xDD));
+        put(4 + j, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+        put(12 + j, _mm512_shuffle_i32x4(odd, odd2, 0xDD));
+    }
 }
 
-// sums [M, kPanelRows] += x [M, columns] times panel [kTileRows, columns].
-template <int M>
-void multiply_tile(const uint16_t* panel, long panel_stride, const uint16_t* x, long x_stride, long columns, float* sums) {
-    __m512 total[M][kTileRows];
-    for (int m = 0; m < M; m++) {
-        for (int r = 0; r < kTileRows; r++) total[m][r] = _mm512_setzero_ps();
-    }
-    for (long k = 0; k < columns; k += kBlock) {
-        __m512bh weight[kTileRows];
-        for (int r = 0; r < kTileRows; r++) weight[r] = as_bf16(_mm512_loadu_si512(panel + r * panel_stride + k));
-        for (int m = 0; m < M; m++) {
-            const __m512bh activation = as_bf16(_mm512_loadu_si512(x + m * x_stride + k));
-            for (int r = 0; r < kTileRows; r++) total[m][r] = _mm512_dpbf16_ps(total[m][r], weight[r], activation);
+// Rows [row, row + kPanelRows) as a panel. Behind the last row the last one is repeated, and nobody reads the result.
+template <typename Fill>
+void fill_panel(const Weight& w, const Fill& fill, long row, uint16_t* panel) {
+    constexpr long kStride = kGroup + kBlock;  // not all rows at the same places of the cache
+    alignas(64) uint16_t rows[kVector * kStride];
+    const long step = w.bits == 16 ? kGroup : w.group_size;
+    for (int half = 0; half < kPanelRows; half += kVector) {
+        for (long begin = 0; begin < w.columns; begin += step) {
+            const long end = std::min(w.columns, begin + step);
+            for (long r = 0; r < kVector; r++) fill(std::min(row + half + r, w.rows - 1), begin, end, rows + r * kStride);
+            for (long k = begin; k < end; k += kBlock) {
+                transpose(rows + k - begin, kStride, panel + k * kPanelRows + 2 * half);
+            }
         }
     }
+}
+
+// x [M, columns] times a panel: out [M, kPanelRows], of which `rows` are wanted.
+template <int M>
+void multiply_tile(const uint16_t* panel, const uint16_t* x, long columns, int rows, uint16_t* out, long out_stride) {
+    __m512 sums[M][2];
+    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+    for (long k = 0; k < columns; k += 2) {
+        const __m512bh first = as_bf16(_mm512_loadu_si512(panel + k * kPanelRows));
+        const __m512bh second = as_bf16(_mm512_loadu_si512(panel + k * kPanelRows + 2 * kVector));
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++) {
+            int32_t pair;
+            std::memcpy(&pair, x + m * columns + k, 4);
+            const __m512bh activation = as_bf16(_mm512_set1_epi32(pair));
+            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], first, activation);
+            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], second, activation);
+        }
+    }
+    const __mmask32 wanted = rows >= kPanelRows ? ~__mmask32(0) : (__mmask32(1) << rows) - 1;
     for (int m = 0; m < M; m++) {
-        float* to = sums + m * kPanelRows;
-        const __m128 here = sums_of(total[m][0], total[m][1], total[m][2], total[m][3]);
-        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), here));
+        _mm512_mask_storeu_epi16(out + m * out_stride, wanted, (__m512i)_mm512_cvtne2ps_pbh(sums[m][1], sums[m][0]));
     }
 }
 
-inline void multiply_tile(int tokens, const uint16_t* panel, long panel_stride, const uint16_t* x, long x_stride,
-                          long columns, float* sums) {
-    switch (tokens) {
-        case 1: return multiply_tile<1>(panel, panel_stride, x, x_stride, columns, sums);
-        case 2: return multiply_tile<2>(panel, panel_stride, x, x_stride, columns, sums);
-        case 3: return multiply_tile<3>(panel, panel_stride, x, x_stride, columns, sums);
-        case 4: return multiply_tile<4>(panel, panel_stride, x, x_stride, columns, sums);
-        case 5: return multiply_tile<5>(panel, panel_stride, x, x_stride, columns, sums);
-        default: return multiply_tile<6>(panel, panel_stride, x, x_stride, columns, sums);
-    }
+inline void multiply_tile(int tokens, const uint16_t* panel, const uint16_t* x, long columns, int rows, uint16_t* out,
+                          long out_stride) {
+    constexpr decltype(&multiply_tile<1>) kTiles[] = {
+        multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
+        multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>,
+    };
+    kTiles[tokens - 1](panel, x, columns, rows, out, out_stride);
 }
 
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows] in bfloat16. Within a parallel region, by all.
 // fill(row, begin, end, to) gives columns [begin, end) of a row in bfloat16.
 template <typename Fill>
 void multiply_many(const Weight& w, const Fill& fill, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
-    const long pieces = (w.columns + kPanelColumns - 1) / kPanelColumns;
-    const long width = ((w.columns + pieces - 1) / pieces + 127) / 128 * 128;  // groups have at most 128
+    const long threads = omp_get_num_threads(), panel_size = w.columns * kPanelRows;
+    // Activations of a tile are read once a chunk; but each thread should have two chunks, or they finish apart.
+    const long fit = std::max(1L, kChunkBytes / long(panel_size * sizeof(uint16_t))) * kPanelRows;
+    const long share = (w.rows / (2 * threads) + kPanelRows - 1) / kPanelRows * kPanelRows;
+    const long chunk = std::max<long>(kPanelRows, std::min({kChunkRows, fit, share}));
+    const long chunks = (w.rows + chunk - 1) / chunk;
+    // More threads than panels: each chunk is dequantized for some of the tokens.
     const long tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    // An odd stride in cache lines, else the rows of a panel compete for the same places of the cache.
-    const long stride = width + kBlock;
-    std::vector<uint16_t> panel(kPanelRows * stride + kBlock);
-    std::vector<float> sums(tokens * kPanelRows);
+    const long blocks = std::max(1L, std::min(threads / chunks, tiles / 4));
+    std::vector<uint16_t> space((chunk * w.columns) + kBlock);
+    uint16_t* const panels = (uint16_t*)((uintptr_t(space.data()) + 63) & ~uintptr_t(63));
 #pragma omp for schedule(static) nowait
-    for (long row = 0; row < w.rows; row += kPanelRows) {
-        const long rows = std::min<long>(kPanelRows, w.rows - row);
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (long begin = 0; begin < w.columns; begin += width) {
-            const long end = std::min(w.columns, begin + width);
-            for (long r = 0; r < rows; r++) fill(row + r, begin, end, panel.data() + r * stride);
-            for (long tile = 0; tile < tiles; tile++) {
-                const long first = tile * tokens / tiles, count = (tile + 1) * tokens / tiles - first;
-                for (long r = 0; r < rows; r += kTileRows) {
-                    multiply_tile(int(count), panel.data() + r * stride, stride, x + first * w.columns + begin, w.columns,
-                                  end - begin, sums.data() + first * kPanelRows + r);
-                }
+    for (long item = 0; item < chunks * blocks; item++) {
+        const long row = item / blocks * chunk, end = std::min(w.rows, row + chunk), block = item % blocks;
+        for (long r = row; r < end; r += kPanelRows) fill_panel(w, fill, r, panels + (r - row) * w.columns);
+        for (long tile = block * tiles / blocks; tile < (block + 1) * tiles / blocks; tile++) {
+            const long first = tile * tokens / tiles, count = (tile + 1) * tokens / tiles - first;
+            for (long r = row; r < end; r += kPanelRows) {
+                multiply_tile(int(count), panels + (r - row) * w.columns, x + first * w.columns, w.columns,
+                              int(end - r), out + first * out_stride + r, out_stride);
             }
-        }
-        for (long token = 0; token < tokens; token++) {
-            const __m256 all = _mm256_loadu_ps(sums.data() + token * kPanelRows);
-            const __m128i rounded = (__m128i)_mm256_cvtneps_pbh(all);
-            _mm_mask_storeu_epi16(out + token * out_stride + row, __mmask8((1 << rows) - 1), rounded);
         }
     }
 }

@@ -84,7 +84,7 @@ def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
     if NativeKernel.why_not(CPU) is not None:
         pytest.skip("native kernel cannot run")
     monkeypatch.setattr(native, "_SPACE_WEIGHTS", 128 * 7)
-    monkeypatch.setattr(native, "_spaces", {})
+    monkeypatch.setattr(native, "_space", [])
     segment, tensors, weight = make_segment(50, 128, 6, 32, False)
     dense = Segment((1,), 16, None, None, 9, 128)
     parts = [kernel.pack(segment, tensors), {"weight": torch.randn(9, 128)}]
