@@ -33,13 +33,13 @@ __all__ = ["NativeKernel", "build", "dequantize_rows", "resident_bytes"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+    "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
     "-mavx512vbmi", "-mavx512bf16", "-mfma", "-mf16c",
 )  # fmt: skip
 _CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16", "fma", "f16c")
 
 _FEW_TOKENS = 24
-"""Up to so many activations are multiplied code by code: the fastest way for them (measured, Zen 5, one core)."""
+"""Up to so many activations in float16 or float32 are multiplied code by code, as native.cpp does in bfloat16."""
 _SPACE_WEIGHTS = 1 << 22
 """Weights dequantized at a time for activations in float16 and float32; 16 MiB stay allocated for them."""
 
@@ -79,13 +79,17 @@ class NativeKernel:
 
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
         """One operator a layer: products go straight to their place."""
-        empty = next(iter(tensors[0].values())).new_empty(0)
-        return torch.ops.gamma.native_layer(
-            x,
-            [held["packed" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)],
-            [held.get("scale", empty) for held in tensors],
-            [held.get("zeros", empty) for held in tensors],
-            segments[0].columns,
+        columns = segments[0].columns
+        if x.shape[-1] != columns:
+            raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+        operator = torch.ops.gamma.native_layer if x.dtype == torch.bfloat16 else torch.ops.gamma.native_wide_layer
+        weights = [held["packed" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)]
+        return operator(
+            x.contiguous(),
+            weights,
+            [held.get("scale", weight) for held, weight in zip(tensors, weights, strict=True)],
+            [held.get("zeros", weight) for held, weight in zip(tensors, weights, strict=True)],
+            columns,
             [s.rows for s in segments],
             [s.group_size or 0 for s in segments],
             [s.num_bits for s in segments],
@@ -118,7 +122,7 @@ def build() -> Path:
     from vllm import envs
 
     sources = b"".join(path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("native_*.h"))))
-    key = hashlib.sha256(sources + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + " ".join((*_FLAGS, torch.__version__)).encode()).hexdigest()[:16]
     target = Path(envs.VLLM_CACHE_ROOT) / "gamma" / f"native-{key}.so"
     if target.exists():
         return target
@@ -132,7 +136,10 @@ def build() -> Path:
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(descriptor)
     try:
-        done = subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", temporary], capture_output=True, text=True)
+        torch_folder = Path(torch.__file__).parent
+        torch_flags = (f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+        command = [compiler, *_FLAGS, str(_SOURCE), *torch_flags, "-o", temporary]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
         os.replace(temporary, target)
@@ -145,8 +152,7 @@ def build() -> Path:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.gamma_multiply_few.argtypes = [pointer, number, pointer, number, pointer, number, ctypes.c_int]
-    library.gamma_multiply_many.argtypes = [pointer, number, pointer, number, pointer, number]
+    library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
     library.gamma_dequantize.argtypes = [pointer, pointer, ctypes.c_int]
     return library
 
@@ -168,7 +174,7 @@ def _self_test() -> float:
     return float((kernel.linear(segment, kernel.pack(segment, tensors), x) - expected).norm() / expected.norm())
 
 
-def _layer(
+def _wide_layer(
     x: Tensor,
     weights: list[Tensor],
     scales: list[Tensor],
@@ -178,75 +184,44 @@ def _layer(
     group_sizes: list[int],
     num_bits: list[int],
 ) -> Tensor:
-    """`x` `[..., columns]` times each weight (packed, or `[rows, columns]` at 16 bits), joined along the rows."""
-    # Once a layer and token: each line here is a measurable part of a small model's time.
-    if x.shape[-1] != columns:
-        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
-    flat = x if x.dim() == 2 and x.is_contiguous() else x.reshape(-1, columns).contiguous()
+    """What `_fake_layer` says, for activations in float16 and float32."""
+    flat, total = x.reshape(-1, columns), sum(rows)
     segments = list(zip(weights, scales, zeros, rows, group_sizes, num_bits, strict=True))
-    tokens, total = flat.shape[0], sum(rows)
-    if tokens <= _FEW_TOKENS:
-        product = _few(flat, segments, total)
-    elif x.dtype == torch.bfloat16:
-        product = _many(flat, segments, total)
-    else:
-        product = _dequantized(flat, segments, total).to(x.dtype)
-    return product if flat is x else product.view(*x.shape[:-1], total)
+    multiply = _few if flat.shape[0] <= _FEW_TOKENS else _dequantized
+    return multiply(flat, segments, total).to(x.dtype).view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
 """A segment: weight, scale, zero points, rows, group size, bits."""
 
 
-def _described(segments: Sequence[_Held], columns: int) -> "array[int]":
-    """The segments as `struct Weight` of native_weight.h, one after the other."""
-    fields = array("q")
-    for weight, scale, zero, rows, group_size, bits in segments:
-        bfloat16 = scale.dtype == torch.bfloat16
-        fields.extend(
-            (weight.data_ptr(), scale.data_ptr(), zero.data_ptr(), bfloat16, rows, columns, group_size or columns, bits)
-        )
-    return fields
+def _described(held: _Held, columns: int) -> "array[int]":
+    """A segment as `struct Weight` of native_weight.h."""
+    weight, scale, zero, rows, group_size, bits = held
+    zeros = zero.data_ptr() if zero.dtype == torch.uint8 else 0
+    bfloat16 = scale.dtype == torch.bfloat16
+    return array("q", (weight.data_ptr(), scale.data_ptr(), zeros, bfloat16, rows, columns, group_size, bits))
 
 
 def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in the dtype of `x`."""
+    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
-    parts, to_bfloat16 = _as_bfloat16(x), x.dtype == torch.bfloat16
-    output = parts.new_empty((parts.shape[0], total), dtype=torch.bfloat16 if to_bfloat16 else torch.float32)
-    item, start, first = output.element_size(), 0, 0
-    for end, (weight, _, _, rows, _, bits) in enumerate([*segments, _END]):  # runs of quantized segments are one call
-        if bits != 16:
-            continue
-        run = segments if end - first == len(segments) else segments[first:end]
-        if run:
-            described = _described(run, columns)
-            _library().gamma_multiply_few(
-                described.buffer_info()[0], len(run), parts.data_ptr(), parts.shape[0],
-                output.data_ptr() + start * item, total, to_bfloat16,
-            )  # fmt: skip
-        if rows:
-            start += sum(held[3] for held in run)
-            place = output.narrow(1, start, rows)
+    parts = _as_bfloat16(x)
+    output = torch.empty(parts.shape[0], total)
+    start = 0
+    for held in segments:
+        weight, rows, bits = held[0], held[3], held[5]
+        place = output.narrow(1, start, rows)
+        if bits == 16:
             place[:tokens].copy_(F.linear(x, weight))
             place[tokens:].zero_()
-            start += rows
-        first = end + 1
-    return output if parts.shape[0] == tokens else output.view(-1, tokens, total).sum(0).to(x.dtype)
-
-
-_END: _Held = (torch.empty(0), torch.empty(0), torch.empty(0), 0, 0, 16)
-
-
-def _many(x: Tensor, segments: list[_Held], total: int) -> Tensor:
-    """Many activations `[tokens, columns]` in bfloat16, with weights rounded to bfloat16: `[tokens, total]`."""
-    tokens, columns = x.shape
-    output = x.new_empty(tokens, total)
-    described = _described(segments, columns)
-    _library().gamma_multiply_many(
-        described.buffer_info()[0], len(segments), x.data_ptr(), tokens, output.data_ptr(), total
-    )
-    return output
+        else:
+            described = _described(held, columns)
+            _library().gamma_multiply_few(
+                described.buffer_info()[0], parts.data_ptr(), parts.shape[0], place.data_ptr(), total
+            )
+        start += rows
+    return output.view(-1, tokens, total).sum(0) if tokens else output
 
 
 def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
@@ -265,7 +240,7 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
                 place.copy_(weight[piece])
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
-                described = _described([held], columns)
+                described = _described(held, columns)
                 _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr(), False)
             first += count
             filled += count
@@ -282,9 +257,9 @@ def dequantize_rows(packed: Tensor, scale: Tensor, zeros: Tensor | None, num_bit
     """
     rows, columns = packed.shape[0], packed.shape[1] * 32 // num_bits
     output = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    zeros = scale.new_empty(0) if zeros is None else zeros.contiguous()
-    group_size = columns // scale.shape[1]
-    described = _described([(packed.contiguous(), scale.contiguous(), zeros, rows, group_size, num_bits)], columns)
+    packed, scale = packed.contiguous(), scale.contiguous()
+    zeros = packed if zeros is None else zeros.contiguous()
+    described = _described((packed, scale, zeros, rows, columns // scale.shape[1], num_bits), columns)
     _library().gamma_dequantize(described.buffer_info()[0], output.data_ptr(), dtype == torch.bfloat16)
     return output.to(dtype)
 
@@ -305,8 +280,6 @@ def _as_bfloat16(x: Tensor) -> Tensor:
 
     float16 is two parts exactly, float32 three up to its last bit.
     """
-    if x.dtype == torch.bfloat16:
-        return x
     parts, rest = [], x.to(torch.float32)
     for _ in range(2 if x.dtype == torch.float16 else 3):
         parts.append(rest.to(torch.bfloat16))
@@ -314,16 +287,17 @@ def _as_bfloat16(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _fake(x: Tensor, *others: Any) -> Tensor:
-    """What `_layer` gives, by shape: its arguments."""
-    _weights, _scales, _zeros, _columns, rows = others[:5]
-    return x.new_empty((*x.shape[:-1], sum(rows)))
+def _fake_layer(x: Tensor, *others: Any) -> Tensor:
+    """By shape, `x` `[..., columns]` times each weight (packed; `[rows, columns]` at 16 bits), joined along the rows.
+
+    others: weights, scales, zeros (bytes; any other tensor for none), columns; rows, group size, bits of each weight.
+    """
+    return x.new_empty((*x.shape[:-1], sum(others[4])))
 
 
-define(
-    "native_layer",
+_ARGUMENTS = (
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] zeros, int columns, int[] rows, int[] group_sizes, "
-    "int[] num_bits) -> Tensor",
-    _layer,
-    _fake,
+    "int[] num_bits) -> Tensor"
 )
+define("native_layer", _ARGUMENTS, None, _fake_layer)  # native.cpp has the implementation
+define("native_wide_layer", _ARGUMENTS, _wide_layer, _fake_layer)
