@@ -207,7 +207,7 @@ def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
     """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
     parts = _as_bfloat16(x)
-    output = torch.empty(parts.shape[0], total)
+    output = torch.empty(parts.shape[0], total, dtype=torch.float32)
     start = 0
     for held in segments:
         weight, rows, bits = held[0], held[3], held[5]
@@ -270,7 +270,7 @@ _space: list[Tensor] = []
 def _work_space(columns: int) -> Tensor:
     """Rows of `columns` for dequantized weights, kept for the next call: fresh pages would cost more than unpacking."""
     if not _space or _space[0].numel() < columns:
-        _space[:] = [torch.empty(max(_SPACE_WEIGHTS, columns))]
+        _space[:] = [torch.empty(max(_SPACE_WEIGHTS, columns), dtype=torch.float32)]
     rows = _space[0].numel() // columns
     return _space[0][: rows * columns].view(rows, columns)
 

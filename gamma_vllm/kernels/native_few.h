@@ -107,7 +107,18 @@ template <int BITS>
 struct ScaleOrder {
     alignas(64) int32_t lanes[16 * 128 / Step<BITS>::kColumns][16];  // groups have at most 128 columns
 
-    explicit ScaleOrder(long group_size) {
+    // The order of the group size that this thread had last: most models have one, and to make it takes microseconds.
+    static const ScaleOrder& of(long group_size) {
+        static thread_local ScaleOrder order;
+        if (order.group_size != group_size) order.fill(group_size);
+        return order;
+    }
+
+  private:
+    long group_size = 0;
+
+    void fill(long size) {
+        group_size = size;
         for (long step = 0; step < 16 * group_size / Step<BITS>::kColumns; step++) {
             for (int lane = 0; lane < 16; lane++) {
                 lanes[step][lane] = int32_t((step * Step<BITS>::kColumns + lane * 2 * Step<BITS>::kCodes) / group_size);
@@ -188,8 +199,8 @@ template <int BITS, int M, typename Out>
 void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, Out* out,
                   long out_stride) {
     constexpr int R = 2;
-    const Step<BITS> step;
-    const ScaleOrder<BITS> order(w.group_size);
+    static const Step<BITS> step;
+    const ScaleOrder<BITS>& order = ScaleOrder<BITS>::of(w.group_size);
     // From the rows behind `safe` a whole load could reach behind the weight.
     const long row_bytes = w.columns * BITS / 8, last_step = (w.columns - 1) / step.kColumns * step.kBytes;
     const long over = last_step + 64 - row_bytes;

@@ -93,6 +93,20 @@ def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
     assert relative_error(kernel.layer([segment, dense], parts, x), expected) < 1e-4
 
 
+@needs_native
+def test_the_default_dtype_does_not_matter(monkeypatch):
+    segment, tensors, weight = make_segment(48, 128, 3, 32, False)
+    packed = kernel.pack(segment, tensors)
+    monkeypatch.setattr(native, "_space", [])
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it makes a model
+    try:
+        for tokens in (3, 40):
+            x = torch.randn(tokens, 128, dtype=torch.float32)
+            assert relative_error(kernel.linear(segment, packed, x), x @ weight.T) < 1e-4
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_it_says_why_it_cannot_run(monkeypatch, tmp_path):
     assert "CPUs" in NativeKernel.why_not(torch.device("cuda"))
     monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512f", "fma"}))
