@@ -22,13 +22,14 @@ CASES = [
     *((kind, kernel, 1, False) for kind in ("llama", "qwen3", "qwen3_moe") for kernel in ("torch", "ark")),
     ("phi3", "ark", 1, False),
     ("mixtral", "ark", 1, False),
+    ("cut", "ark", 1, False),
     ("llama", "torch", 2, False),
     ("qwen3", "ark", 2, False),
     ("qwen3_moe", "ark", 2, False),
     ("qwen3_moe", "torch", 2, True),
 ]
-"""Kind of model (llama has a head of its own, qwen3 a tied one, phi3 is fused on disk, two have experts),
-kernel, ranks, and whether experts are dealt out."""
+"""Kind of model (llama has a head of its own, qwen3 a tied one, phi3 is fused on disk, two have experts,
+"cut" is a qwen3 with channel blocks), kernel, ranks, and whether experts are dealt out."""
 if NativeKernel.why_not(torch.device("cpu")) is None:
     CASES.append(("qwen3", "native", 1, False))
 CASES = [case for case in CASES if case[2] <= (os.cpu_count() or 1)]
@@ -46,6 +47,19 @@ def random_choice(seed, kind):
     return choose
 
 
+def write_cut(model, target):
+    """A checkpoint with channel blocks; in some pieces gate and up are of one kind and are packed together."""
+    from allocator.learning import LearningSettings
+    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+
+    candidates = CandidateSettings(
+        quantizer="rtn", group_size=32, sequences=2, sequence_length=16, widths=(2, 3, 5, 16), channel_blocks=4
+    )
+    work = target.with_name("work-of-cut")
+    learned = learn(model, work, candidates, LearningSettings(draws=2))
+    export(solve_scores(learned.scores, SolveSettings(average_bits=4.0)), model, learned.bank_folder, target)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, serving, run_engines):
     """Case -> (bytes predicted for each stage, bytes counted on each rank); all engines in one process."""
@@ -58,8 +72,11 @@ def measured(tmp_path_factory, serving, run_engines):
         kind, kernel, ranks, dealt = case
         plain, gamma = folder / kind, folder / f"{number}"
         if not plain.exists():
-            make_model(kind, plain)
-        make_checkpoint(plain, gamma, random_choice(number, kind))
+            make_model("qwen3" if kind == "cut" else kind, plain)
+        if kind == "cut":
+            write_cut(plain, gamma)
+        else:
+            make_checkpoint(plain, gamma, random_choice(number, kind))
         shape = read_shape(json.loads((plain / "config.json").read_text()))
         request = PlanRequest(tensor_parallel_size=ranks, expert_parallel=dealt, kernel=kernel)
         predicted[case] = residency_of(shape, request).stage_bytes(Manifest.read(gamma / "gamma_manifest.json").modules)
