@@ -12,6 +12,7 @@ from tests.running.processes import gamma
 
 # Two batches of states, four of learning: each process has some of each.
 SMALL = ["--group-size", "32", "--sequences", "64", "--sequence-length", "128"]
+CUT = ["--granularity", "channel-block", "--channel-blocks", "4"]
 
 
 def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -31,11 +32,11 @@ def bytes_of(work: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+@pytest.mark.parametrize("options", [["gptq"], ["rtn", *CUT]], ids=["gptq", "rtn, channel blocks"])
 def test_two_processes_give_the_scores_of_one(
-    quantizer: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    options: list[str], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", quantizer]
+    command = ["learn", tiny_model("llama"), *SMALL, "--quantizer", *options]
     assert gamma(*command, "--out", tmp_path / "one") == 0
     done = torchrun(2, *command, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
