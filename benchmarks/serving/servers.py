@@ -103,7 +103,7 @@ def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str]
         "--port", str(port), *flags,
     ]  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= {"VLLM_LOGGING_LEVEL": "INFO"}
     environment |= variables or {}
     environment.pop("OMP_WAIT_POLICY", None)  # threads wait as vLLM's do by default, whatever the Makefile says
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
