@@ -61,7 +61,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 saved.write_text(json.dumps(run(Path(work))))
         if saved.exists():
-            rows[part] = json.loads(saved.read_text())
+            found = json.loads(saved.read_text())
+            # Cells of cuts that were made before others were dropped have those too.
+            rows[part] = [row for row in found if not part.startswith("cuts") or row["granularity"] in CUTS]
     missing = [part for part in parts if part not in rows]
     if missing:
         print("not done yet:", ", ".join(missing))
@@ -108,11 +110,11 @@ def _of_decode(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _of_cuts(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
     scanned = [row for part, of_part in rows.items() if part.startswith("cuts") for row in of_part]
-    whole = {(r["model"], r["quantizer"], r["bits"]): r["kl"] for r in scanned if r["cut"] == "module"}
+    whole = {(r["model"], r["quantizer"], r["bits"]): r["kl"] for r in scanned if r["granularity"] == "module"}
     claims = []
     for cut in list(CUTS)[1:]:
         for model in sorted({r["model"] for r in scanned}):
-            of_cut = [r for r in scanned if (r["cut"], r["model"]) == (cut, model)]
+            of_cut = [r for r in scanned if (r["granularity"], r["model"]) == (cut, model)]
             ratios = [r["kl"] / whole[r["model"], r["quantizer"], r["bits"]] for r in of_cut]
             mean = float(torch.tensor(ratios).log().mean().exp())
             quantizers = " and ".join(sorted({r["quantizer"] for r in of_cut}))

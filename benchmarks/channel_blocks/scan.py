@@ -204,7 +204,7 @@ def scan(name: str, folder: Path, quantizer: str, text: Path | None, work: Path)
                 student.get_parameter(f"{piece.module}.weight").data[piece.rows, columns] = source[piece.rows, columns]
             kl = measure_divergence(original, student, held_out).kl
             rows.append({
-                "model": name, "quantizer": quantizer, "bits": bits, "cut": cut,
+                "model": name, "quantizer": quantizer, "bits": bits, "granularity": cut,
                 "pieces": len(pieces), "nbytes": nbytes, "kl": kl,
             })  # fmt: skip
             print(f"  {name} {quantizer} {bits} {cut}: KL {kl:.4f}, {nbytes:,} bytes", flush=True)
