@@ -1,5 +1,8 @@
 // Products with a few activations, code by code: codes are exact in bfloat16, each group's sum in float32 is multiplied
 // by its scale, so nothing is rounded but the sums.
+//
+// Up to 7 bits a code becomes the bfloat16 value 128 + code by writing it into the mantissa of 128; what that adds to a
+// group's sum is 128 times the sum of its activations, and is taken off with the zero point. 8 bits are two looked-up parts.
 
 #pragma once
 
@@ -16,6 +19,9 @@ struct Step {
     static constexpr int kCodes = BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
     static constexpr int kColumns = 32 * kCodes;
     static constexpr int kBytes = kColumns * BITS / 8;
+    static constexpr bool kInMantissa = BITS <= 7;
+    static constexpr int kAdded = kInMantissa ? 128 : -(1 << (BITS - 1));  // what a value is beyond its code
+    static constexpr bool kInPlace = BITS * kCodes == 16;  // a lane's codes are its own bits
     __m512i bytes, shifts[kCodes];
     const Unpacker<BITS> table;
 
@@ -36,7 +42,7 @@ struct Step {
 
     // BOUNDED: nothing behind the `readable` bytes may be read, for they end the module.
     template <bool BOUNDED>
-    __m512i windows(const uint8_t* from, long readable) const {
+    GAMMA_INNER __m512i windows(const uint8_t* from, long readable) const {
         __m512i raw;
         if (BOUNDED) {
             raw = _mm512_maskz_loadu_epi8(readable >= 64 ? ~__mmask64(0) : (__mmask64(1) << readable) - 1, from);
@@ -45,7 +51,14 @@ struct Step {
         } else {
             raw = _mm512_loadu_si512(from);
         }
-        return _mm512_permutexvar_epi8(bytes, raw);
+        return kInPlace ? raw : _mm512_permutexvar_epi8(bytes, raw);
+    }
+
+    // 32 values in bfloat16, of codes in the lowest bits of their lanes.
+    GAMMA_INNER __m512bh values(__m512i lanes) const {
+        if (!kInMantissa) return as_bf16(table.values(lanes));
+        const __m512i code = _mm512_set1_epi16((1 << BITS) - 1), one_hundred_twenty_eight = _mm512_set1_epi16(0x4300);
+        return as_bf16(_mm512_ternarylogic_epi32(lanes, code, one_hundred_twenty_eight, 0xEA));  // (a & b) | c
     }
 };
 
@@ -74,10 +87,10 @@ struct Activations {
     std::vector<float> sums;
     long stride, groups;
 
-    Activations(const uint16_t* x, long tokens, long columns, long group_size, int codes, bool want_sums)
+    Activations(const uint16_t* x, long tokens, long columns, long group_size, int codes)
         : stride((columns + 32 * codes - 1) / (32 * codes) * (32 * codes)), groups((columns / group_size + 15) / 16 * 16) {
         values.resize(tokens * stride + 32);
-        if (want_sums) sums.resize(tokens * groups);
+        sums.resize(tokens * groups);
         for (long token = 0; token < tokens; token++, x += columns) {
             uint16_t* to = values.data() + token * stride;
             const long step = 32 * codes;
@@ -90,7 +103,6 @@ struct Activations {
                     reorder(last, codes, to + k);
                 }
             }
-            if (!want_sums) continue;
             for (long group = 0; group < columns / group_size; group++) {
                 __m512 sum = _mm512_setzero_ps();
                 for (long k = group * group_size; k < (group + 1) * group_size; k += 16) {
@@ -107,18 +119,14 @@ template <int BITS>
 struct ScaleOrder {
     alignas(64) int32_t lanes[16 * 128 / Step<BITS>::kColumns][16];  // groups have at most 128 columns
 
-    // The order of the group size that this thread had last: most models have one, and to make it takes microseconds.
+    // Made once: it takes microseconds. Groups have 32, 64, 96 or 128 columns.
     static const ScaleOrder& of(long group_size) {
-        static thread_local ScaleOrder order;
-        if (order.group_size != group_size) order.fill(group_size);
-        return order;
+        static const ScaleOrder orders[] = {ScaleOrder(32), ScaleOrder(64), ScaleOrder(96), ScaleOrder(128)};
+        return orders[group_size / 32 - 1];
     }
 
   private:
-    long group_size = 0;
-
-    void fill(long size) {
-        group_size = size;
+    explicit ScaleOrder(long group_size) {
         for (long step = 0; step < 16 * group_size / Step<BITS>::kColumns; step++) {
             for (int lane = 0; lane < 16; lane++) {
                 lanes[step][lane] = int32_t((step * Step<BITS>::kColumns + lane * 2 * Step<BITS>::kCodes) / group_size);
@@ -149,10 +157,12 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         for (int r = 0; r < R; r++) {
             const __m256i halves = _mm256_maskz_loadu_epi16(mask, w.scale + (row + r) * groups + group);
             scale[r] = w.scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves);
-            if (!w.zeros) continue;
-            const __m128i zeros = _mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * groups + group);
-            const __m512 middle = _mm512_set1_ps(float(1 << (BITS - 1)));
-            const __m512 shift = _mm512_sub_ps(middle, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros)));
+            // A symmetric module has its zero point in the middle.
+            __m512i zeros = _mm512_set1_epi32(1 << (BITS - 1));
+            if (w.zeros) {
+                zeros = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * groups + group));
+            }
+            const __m512 shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(-step.kAdded), zeros));
             const __m512 scaled = _mm512_mul_ps(shift, scale[r]);  // zero behind the last group, as the scale is
             for (int m = 0; m < M; m++) {
                 total[r][m] = _mm512_fmadd_ps(scaled, _mm512_loadu_ps(sums + m * all.groups + group), total[r][m]);
@@ -175,9 +185,9 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
                 for (int m = 0; m < M; m++) activation[m] = as_bf16(_mm512_loadu_si512(column + m * all.stride));
                 for (int r = 0; r < R; r++) {
                     const __m512i lanes = _mm512_srlv_epi16(windows[r], step.shifts[code]);
-                    const __m512bh value = as_bf16(step.table.values(lanes));
+                    const __m512bh value = step.values(lanes);
                     for (int m = 0; m < M; m++) part[r][m] = _mm512_dpbf16_ps(part[r][m], value, activation[m]);
-                    if (step.table.kTwoParts) {
+                    if (!step.kInMantissa) {
                         const __m512bh upper = as_bf16(step.table.upper(lanes));
                         for (int m = 0; m < M; m++) part[r][m] = _mm512_dpbf16_ps(part[r][m], upper, activation[m]);
                     }
@@ -199,7 +209,8 @@ template <int BITS, int M, typename Out>
 void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, Out* out,
                   long out_stride) {
     constexpr int R = 2;
-    static const Step<BITS> step;
+    static const Step<BITS> made;
+    const Step<BITS> step = made;  // a copy of its own stays in registers
     const ScaleOrder<BITS>& order = ScaleOrder<BITS>::of(w.group_size);
     // From the rows behind `safe` a whole load could reach behind the weight.
     const long row_bytes = w.columns * BITS / 8, last_step = (w.columns - 1) / step.kColumns * step.kBytes;
@@ -219,10 +230,10 @@ void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, co
 // by all.
 template <int BITS, typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
-    const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes, w.zeros != nullptr);
+    const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes);
     for (long done = 0; done < tokens;) {
         const uint16_t* rows = all.values.data() + done * all.stride;
-        const float* sums = w.zeros ? all.sums.data() + done * all.groups : nullptr;
+        const float* sums = all.sums.data() + done * all.groups;
         Out* place = out + done * out_stride;
         const long left = tokens - done;
         if (left >= kMaxFew) {

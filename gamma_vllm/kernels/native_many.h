@@ -50,9 +50,12 @@ void fill_panel(const Weight& w, const Fill& fill, long row, uint16_t* panel) {
     constexpr long kStride = kGroup + kBlock;  // not all rows at the same places of the cache
     alignas(64) uint16_t rows[kVector * kStride];
     const long step = w.bits == 16 ? kGroup : w.group_size;
+    const long row_bytes = w.columns * w.bits / 8, step_bytes = kVector * row_bytes * step / w.columns;
     for (int half = 0; half < kPanelRows; half += kVector) {
-        for (long begin = 0; begin < w.columns; begin += step) {
+        const uint8_t* next = w.packed + (row + half + kVector) * row_bytes;
+        for (long begin = 0; begin < w.columns; begin += step, next += step_bytes) {
             const long end = std::min(w.columns, begin + step);
+            for (long at = 0; at < step_bytes; at += 64) _mm_prefetch((const char*)next + at, _MM_HINT_T0);
             for (long r = 0; r < kVector; r++) fill(std::min(row + half + r, w.rows - 1), begin, end, rows + r * kStride);
             for (long k = begin; k < end; k += kBlock) {
                 transpose(rows + k - begin, kStride, panel + k * kPanelRows + 2 * half);

@@ -13,6 +13,9 @@
 #include <cstring>
 #include <vector>
 
+// What stands in the innermost loops: by itself a compiler stops inlining when there are many widths.
+#define GAMMA_INNER [[gnu::always_inline]] inline
+
 namespace {
 
 constexpr int kBlock = 32;  // codes in a vector of 16-bit lanes
@@ -30,9 +33,9 @@ inline uint16_t to_bf16(float value) {
     return uint16_t((word + 0x7FFF + ((word >> 16) & 1)) >> 16);  // round to nearest even
 }
 
-inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
+GAMMA_INNER __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
-inline __m512 widen(__m256i halves) {  // 16 of bfloat16
+GAMMA_INNER __m512 widen(__m256i halves) {  // 16 of bfloat16
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
@@ -87,16 +90,16 @@ struct Unpacker {
     }
 
     // 32 lanes, each with a code in its lowest bits.
-    __m512i lanes(const uint8_t* from) const {
+    GAMMA_INNER __m512i lanes(const uint8_t* from) const {
         const __m512i raw = _mm512_permutexvar_epi8(bytes, _mm512_maskz_loadu_epi8(kMask, from));
         return BITS == 8 ? raw : _mm512_srlv_epi16(raw, shifts);
     }
 
     // 32 values code - 2^(bits-1) in bfloat16; in two parts, the lower one, and `upper` gives the rest.
-    __m512i values(__m512i lanes) const { return look_up(lanes, low, high); }
-    __m512i upper(__m512i lanes) const { return _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4), high); }
+    GAMMA_INNER __m512i values(__m512i lanes) const { return look_up(lanes, low, high); }
+    GAMMA_INNER __m512i upper(__m512i lanes) const { return _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4), high); }
 
-    static __m512i look_up(__m512i lanes, __m512i low, __m512i high) {
+    GAMMA_INNER static __m512i look_up(__m512i lanes, __m512i low, __m512i high) {
         if (BITS == 6) return _mm512_permutex2var_epi16(low, lanes, high);
         return _mm512_permutexvar_epi16(lanes, low);
     }
