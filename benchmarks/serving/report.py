@@ -37,8 +37,11 @@ PREFILL = (
 LOADS = DECODE + PREFILL
 
 WHY = {
-    "decode": "what vLLM itself does a token does not shrink with the weights; see docs/kernels.md",
-    "prefill": "weights are unpacked anew for each prefill",
+    "decode": (
+        "vLLM computes on one of the two cores, where a step at 3 bits is bound by unpacking and multiplying, not by "
+        "memory; and what vLLM itself does a token does not shrink with the weights; see docs/kernels.md"
+    ),
+    "prefill": "weights are dequantized anew for each prefill, and oneDNN's product has them packed",
     "load": "see load_seconds of the rows",
     "fusion": "a layer of several widths is multiplied width by width",
 }
