@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from safetensors.torch import save_file
 from vllm.model_executor.models.utils import WeightsMapper
 
+from allocator.contract.served_bank import ServedBank
 from gamma_vllm.bank import BankMapper
 from tests.gamma_vllm.layers import declare
 
@@ -19,9 +20,9 @@ from tests.gamma_vllm.layers import declare
 def served(tmp_path):
     file = tmp_path / "a.q_proj.safetensors"
     save_file({f"w{b}.weight_packed": torch.full((2,), b) for b in (2, 3)}, file)
-    modules = {"a.q_proj": declare(64, 64, 3), "a.k_proj": declare(64, 64, 16)}
-    manifest = SimpleNamespace(modules=modules)
-    return SimpleNamespace(manifest=manifest, file=lambda name: file, dropped=frozenset({"lm_head.weight"}))
+    manifest = SimpleNamespace(modules={"a.q_proj": declare(64, 64, 3), "a.k_proj": declare(64, 64, 16)})
+    bank = SimpleNamespace(modules={"a.q_proj": SimpleNamespace(file=file.name)}, channel_order=None)
+    return ServedBank(tmp_path, bank, manifest, frozenset({"lm_head.weight"}))
 
 
 SOURCE = [(name, torch.zeros(1)) for name in ("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "lm_head.weight")]
