@@ -83,7 +83,7 @@ def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
     gamma = {name: row for name, row in by_name.items() if name.startswith("gamma")}
 
     busy = bf16.get("load_average_before", 0.0)
-    shared = f"; other work ran on the machine (load average {busy} before)" if busy >= 1 else ""
+    shared = f"; the load average before was {busy}, of the piece before or of other work" if busy >= 1 else ""
 
     def at_least(text: str, value: float, limit: float, why: str) -> None:
         holds, why = value >= limit, why + shared
