@@ -1,6 +1,6 @@
 """One decoder block with the candidates of its modules: what each of them, swapped in alone, does to the output."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -72,6 +72,13 @@ def measure_swaps(
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
 
 
+def _few_at_a_time(batches: Mapping[int, Callable[[], Batch]]) -> Iterator[dict[int, Batch]]:
+    """The batches by number, as many as are in memory together."""
+    numbers = list(batches)
+    for start in range(0, len(numbers), _BATCHES_TOGETHER):
+        yield {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
+
+
 def _swap_experts(
     stream: BlockStream,
     block: nn.Module,
@@ -82,9 +89,7 @@ def _swap_experts(
     found: dict[int, dict[str, Found]],
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
-    numbers = list(batches)
-    for start in range(0, len(numbers), _BATCHES_TOGETHER):
-        together = {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
+    for together in _few_at_a_time(batches):
         routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
         for name in experts:
             count = len(candidates.formats[name])
@@ -110,9 +115,7 @@ def _swap_pieces(
     found: dict[int, dict[str, Found]],
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for channel blocks and their numbers: gate and up together."""
-    numbers = list(batches)
-    for start in range(0, len(numbers), _BATCHES_TOGETHER):
-        together = {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
+    for together in _few_at_a_time(batches):
         inputs = {number: record_mlp_inputs(stream, block, batch.states) for number, batch in together.items()}
         for piece in sorted(set(pieces.values())):
             weights = {
