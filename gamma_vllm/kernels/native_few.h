@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; more would not stay in registers
+constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, half a microsecond or so
 
 // A step of multiplication: 32 lanes of 16 bits, each with the window of `codes` neighbouring codes. The lanes are
 // shifted `codes` times, so the activations are wanted in the order [codes, 32] instead of [32, codes].
@@ -81,18 +82,24 @@ inline void reorder(const uint16_t* from, int codes, uint16_t* to) {
     }
 }
 
-// Activations as the steps want them, padded with zeros to whole steps, and their sums over each group.
-struct Activations {
-    std::vector<uint16_t> values;
+// Activations as the steps want them, padded with zeros to whole steps, and their sums over each group. A vector that lies
+// across two lines of the cache takes twice as long to load, and these are loaded for each row of the weight.
+class Activations {
+    struct alignas(64) Line {
+        uint16_t values[32];
+    };
+    std::vector<Line> lines;
     std::vector<float> sums;
-    long stride, groups;
+
+  public:
+    const long stride, groups;
 
     Activations(const uint16_t* x, long tokens, long columns, long group_size, int codes)
         : stride((columns + 32 * codes - 1) / (32 * codes) * (32 * codes)), groups((columns / group_size + 15) / 16 * 16) {
-        values.resize(tokens * stride + 32);
+        lines.resize(tokens * stride / 32);
         sums.resize(tokens * groups);
         for (long token = 0; token < tokens; token++, x += columns) {
-            uint16_t* to = values.data() + token * stride;
+            uint16_t* to = lines[token * stride / 32].values;
             const long step = 32 * codes;
             for (long k = 0; k < columns; k += step) {
                 if (k + step <= columns) {
@@ -112,6 +119,9 @@ struct Activations {
             }
         }
     }
+
+    const uint16_t* of(long token) const { return lines[token * stride / 32].values; }
+    const float* sums_of(long token) const { return sums.data() + token * groups; }
 };
 
 // For each step of 16 groups, which of their scales each of the 16 sums takes.
@@ -138,13 +148,35 @@ struct ScaleOrder {
 inline void put(float* to, float value) { *to = value; }
 inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
 
-// R neighbouring rows of the weight times M activations, to out[M, rows].
+// The sums of the lanes of each of four vectors.
+GAMMA_INNER __m128 sums_of_lanes(const __m512* v) {
+    const auto pairs = [](__m512 a, __m512 b) {
+        return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    };
+    const __m512d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Asks for `bytes` from an address that is used kAhead later.
+GAMMA_INNER void ask_for(const void* from, long bytes) {
+    for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, _MM_HINT_T0);
+}
+
+// R neighbouring rows of the weight times M activations from `token` on, to out[M, rows].
 template <int BITS, int M, int R, bool BOUNDED, typename Out>
-void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row, const uint16_t* x,
-                   const Activations& all, const float* sums, Out* out, long out_stride) {
+void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row, const Activations& all,
+                   long token, Out* out, long out_stride) {
     constexpr int kCodes = Step<BITS>::kCodes, kColumns = Step<BITS>::kColumns;
     const long row_bytes = w.columns * BITS / 8, groups = w.groups();
     const uint8_t* const begin = w.packed + row * row_bytes;
+    const uint16_t* const x = all.of(token);
+    const float* const sums = all.sums_of(token);
+    // They are few, but each would be waited for.
+    ask_for((const uint8_t*)(w.scale + row * groups) + kAhead / 8, 2 * R * groups);
+    if (w.zeros) ask_for(w.zeros + row * groups + kAhead / 8, R * groups);
     __m512 total[R][M];
     for (int r = 0; r < R; r++) {
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
@@ -170,11 +202,12 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         }
         const int32_t(*of_lanes)[16] = order.lanes;
         for (const long end = std::min(w.columns, (group + 16) * w.group_size); k < end; k += kColumns, of_lanes++) {
+            // In the order of memory, so that the caches' own prefetchers see one stream.
+            ask_for(begin + kAhead + k * R * BITS / 8, R * Step<BITS>::kBytes);
             __m512i windows[R];
             __m512 part[R][M];
             for (int r = 0; r < R; r++) {
                 const long at = r * row_bytes + k * BITS / 8;
-                _mm_prefetch((const char*)begin + at + 8192, _MM_HINT_T0);
                 windows[r] = step.template windows<BOUNDED>(begin + at, row_bytes - k * BITS / 8);
                 for (int m = 0; m < M; m++) part[r][m] = _mm512_setzero_ps();
             }
@@ -199,16 +232,23 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
             }
         }
     }
+    alignas(16) float of_rows[R][M];
+    for (int i = 0; i < R * M; i += 4) {
+        if (R * M % 4 == 0) {
+            _mm_store_ps(&of_rows[0][0] + i, sums_of_lanes(&total[0][0] + i));
+        } else {
+            for (int j = i; j < R * M; j++) (&of_rows[0][0])[j] = _mm512_reduce_add_ps((&total[0][0])[j]);
+        }
+    }
     for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, _mm512_reduce_add_ps(total[r][m]));
+        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r][m]);
     }
 }
 
-// M activations, within a parallel region: each thread takes its rows and does not wait for the others.
+// M activations from `token` on, within a parallel region: each thread takes its rows and does not wait for the others.
 template <int BITS, int M, typename Out>
-void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, const float* sums, Out* out,
-                  long out_stride) {
-    constexpr int R = 2;
+void multiply_all(const Weight& w, const Activations& all, long token, Out* out, long out_stride) {
+    constexpr int R = M == 1 ? 4 : 2;
     static const Step<BITS> made;
     const Step<BITS> step = made;  // a copy of its own stays in registers
     const ScaleOrder<BITS>& order = ScaleOrder<BITS>::of(w.group_size);
@@ -218,11 +258,11 @@ void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, co
     const long safe = std::max(0L, w.rows - (over > 0 ? (over + row_bytes - 1) / row_bytes : 0)) / R * R;
 #pragma omp for schedule(static) nowait
     for (long row = 0; row < safe; row += R) {
-        multiply_rows<BITS, M, R, false>(w, step, order, row, x, all, sums, out, out_stride);
+        multiply_rows<BITS, M, R, false>(w, step, order, row, all, token, out, out_stride);
     }
 #pragma omp for schedule(static) nowait
     for (long row = safe; row < w.rows; row++) {
-        multiply_rows<BITS, M, 1, true>(w, step, order, row, x, all, sums, out, out_stride);
+        multiply_rows<BITS, M, 1, true>(w, step, order, row, all, token, out, out_stride);
     }
 }
 
@@ -231,20 +271,18 @@ void multiply_all(const Weight& w, const uint16_t* x, const Activations& all, co
 template <int BITS, typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
     const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes);
-    for (long done = 0; done < tokens;) {
-        const uint16_t* rows = all.values.data() + done * all.stride;
-        const float* sums = all.sums.data() + done * all.groups;
-        Out* place = out + done * out_stride;
-        const long left = tokens - done;
+    for (long token = 0; token < tokens;) {
+        Out* place = out + token * out_stride;
+        const long left = tokens - token;
         if (left >= kMaxFew) {
-            multiply_all<BITS, kMaxFew>(w, rows, all, sums, place, out_stride);
-            done += kMaxFew;
+            multiply_all<BITS, kMaxFew>(w, all, token, place, out_stride);
+            token += kMaxFew;
         } else if (left >= 2) {
-            multiply_all<BITS, 2>(w, rows, all, sums, place, out_stride);
-            done += 2;
+            multiply_all<BITS, 2>(w, all, token, place, out_stride);
+            token += 2;
         } else {
-            multiply_all<BITS, 1>(w, rows, all, sums, place, out_stride);
-            done += 1;
+            multiply_all<BITS, 1>(w, all, token, place, out_stride);
+            token += 1;
         }
     }
 }
