@@ -17,7 +17,7 @@ constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, 
 // shifted `codes` times, so the activations are wanted in the order [codes, 32] instead of [32, codes].
 template <int BITS>
 struct Step {
-    static constexpr int kCodes = BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
+    static constexpr int kCodes = BITS == 2 ? 8 : BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
     static constexpr int kColumns = 32 * kCodes;
     static constexpr int kBytes = kColumns * BITS / 8;
     static constexpr bool kInMantissa = BITS <= 7;
@@ -70,15 +70,15 @@ inline void reorder(const uint16_t* from, int codes, uint16_t* to) {
         return;
     }
     alignas(64) uint16_t order[32];
-    for (int code = 0; code < codes; code++) {
+    const int count = 64 / codes;  // of each code in two vectors
+    const __mmask32 mask = ~__mmask32(0) >> (32 - count);
+    for (int code = 0; code < codes; code++, to += 32) {
         for (int i = 0; i < 32; i++) order[i] = uint16_t((i * codes + code) & 63);
         const __m512i every = _mm512_load_si512(order);
-        const auto pick = [&](const uint16_t* at) {
-            return _mm512_permutex2var_epi16(_mm512_loadu_si512(at), every, _mm512_loadu_si512(at + 32));
-        };
-        const __m512i first = pick(from);
-        const __m512i all = codes == 2 ? first : _mm512_inserti64x4(first, _mm512_castsi512_si256(pick(from + 64)), 1);
-        _mm512_storeu_si512(to + code * 32, all);
+        for (int i = 0; i < codes / 2; i++) {
+            const __m512i first = _mm512_loadu_si512(from + 64 * i), second = _mm512_loadu_si512(from + 64 * i + 32);
+            _mm512_mask_storeu_epi16(to + i * count, mask, _mm512_permutex2var_epi16(first, every, second));
+        }
     }
 }
 
@@ -105,7 +105,7 @@ class Activations {
                 if (k + step <= columns) {
                     reorder(x + k, codes, to + k);
                 } else {
-                    uint16_t last[128] = {0};
+                    uint16_t last[256] = {0};
                     std::memcpy(last, x + k, (columns - k) * sizeof(uint16_t));
                     reorder(last, codes, to + k);
                 }
@@ -211,7 +211,7 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
                 windows[r] = step.template windows<BOUNDED>(begin + at, row_bytes - k * BITS / 8);
                 for (int m = 0; m < M; m++) part[r][m] = _mm512_setzero_ps();
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int code = 0; code < kCodes; code++) {
                 const uint16_t* column = x + k + code * 32;
                 __m512bh activation[M];
