@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.channel_blocks.product import compare, paired  # noqa: E402
-from benchmarks.channel_blocks.scan import CUTS, scan  # noqa: E402
+from benchmarks.channel_blocks.scan import scan  # noqa: E402
 from benchmarks.channel_blocks.speed import measure_decode  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
@@ -61,15 +61,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 saved.write_text(json.dumps(run(Path(work))))
         if saved.exists():
-            found = json.loads(saved.read_text())
-            # Cells of cuts that were made before others were dropped have those too.
-            rows[part] = [row for row in found if not part.startswith("cuts") or row["granularity"] in CUTS]
+            rows[part] = json.loads(saved.read_text())
     missing = [part for part in parts if part not in rows]
     if missing:
         print("not done yet:", ", ".join(missing))
         if not args.partial:
             return
-    claims = _of_product(rows) + _of_decode(rows.get("decode", [])) + _of_cuts(rows)
+    claims = _of_product(rows) + _of_decode(rows.get("decode", []))
     for c in claims:
         print(c)
     command = "make bench-channel-blocks" + (f" (partial: without {', '.join(missing)})" if missing else "")
@@ -105,21 +103,6 @@ def _of_decode(rows: list[Row]) -> list[dict[str, Any]]:
             text = f"decode, one layer {row['layer']}: CPU time by that of the same weights in whole modules"
             why = None if ratio <= COSTS else "each piece has a start of its own"
             claims.append(claim(text, ratio, f"<= {COSTS}", ratio <= COSTS, why))
-    return claims
-
-
-def _of_cuts(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
-    scanned = [row for part, of_part in rows.items() if part.startswith("cuts") for row in of_part]
-    whole = {(r["model"], r["quantizer"], r["bits"]): r["kl"] for r in scanned if r["granularity"] == "module"}
-    claims = []
-    for cut in list(CUTS)[1:]:
-        for model in sorted({r["model"] for r in scanned}):
-            of_cut = [r for r in scanned if (r["granularity"], r["model"]) == (cut, model)]
-            ratios = [r["kl"] / whole[r["model"], r["quantizer"], r["bits"]] for r in of_cut]
-            mean = float(torch.tensor(ratios).log().mean().exp())
-            quantizers = " and ".join(sorted({r["quantizer"] for r in of_cut}))
-            text = f"{model}, {quantizers}: {cut}, to first order, KL over that of whole modules, mean over budgets"
-            claims.append(claim(text, mean, "for comparison", True))
     return claims
 
 

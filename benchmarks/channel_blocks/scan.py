@@ -184,7 +184,7 @@ def scan(name: str, folder: Path, quantizer: str, text: Path | None, work: Path)
     found = measure(stream, bank, hidden, gradients)
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = []
+    rows, of_whole = [], 1.0
     for bits in BUDGETS:
         for cut, pieces in found.items():
             if cut == "blocks of 64 columns" and quantizer == "gptq":
@@ -203,9 +203,11 @@ def scan(name: str, folder: Path, quantizer: str, text: Path | None, work: Path)
                 columns = slice(None) if piece.columns is None else piece.columns
                 student.get_parameter(f"{piece.module}.weight").data[piece.rows, columns] = source[piece.rows, columns]
             kl = measure_divergence(original, student, held_out).kl
+            if cut == "module":
+                of_whole = kl
             rows.append({
                 "model": name, "quantizer": quantizer, "bits": bits, "granularity": cut,
-                "pieces": len(pieces), "nbytes": nbytes, "kl": kl,
+                "pieces": len(pieces), "nbytes": nbytes, "kl": kl, "kl_by_whole_modules": kl / of_whole,
             })  # fmt: skip
             print(f"  {name} {quantizer} {bits} {cut}: KL {kl:.4f}, {nbytes:,} bytes", flush=True)
     return rows
