@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     request = plan_request(args)
     device = device_of(args, request.tensor_parallel_size)
     model = read_model(args.model, args.revision)
+    model.check_ranks(request.tensor_parallel_size)
     common = {"group_size": args.group_size, "symmetric": args.symmetric, "formats": model.formats}
     if device is None:
         plans = plans_of_catalogue(model.shape, catalogue_of(args), request, model=model.name, **common)

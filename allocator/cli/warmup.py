@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
     from allocator.fitting.segments import distinct_segments
     from allocator.reporting.warmup import segments_table
 
-    segments = distinct_segments(read_model(args.checkpoint, args.revision), args.tensor_parallel_size)
+    model = read_model(args.checkpoint, args.revision)
+    model.check_ranks(args.tensor_parallel_size)
+    segments = distinct_segments(model, args.tensor_parallel_size)
     document = {"dtype": args.dtype, "segments": [segment.model_dump() for segment in segments]}
     if not args.list:
         command = [sys.executable, "-m", "gamma_vllm.warmup"]

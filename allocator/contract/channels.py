@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field, model_validator
 
 from allocator.contract.documents import Strict
+from allocator.contract.errors import InputError
 
 __all__ = [
     "CUT",
@@ -63,6 +64,16 @@ class ChannelBlocks(Strict):
 
     blocks: int = Field(ge=2, le=1024)
     chunks: int = Field(ge=1, le=64)
+
+    def check_ranks(self, tensor_parallel_size: int) -> None:
+        """Raises InputError unless every rank can have its share of each piece."""
+        if self.chunks % tensor_parallel_size:
+            possible = [size for size in range(1, self.chunks + 1) if self.chunks % size == 0]
+            raise InputError(
+                f"channel blocks are laid out in {self.chunks} chunks, which tensor_parallel_size "
+                f"{tensor_parallel_size} does not divide; possible are {possible}, and any with --granularity module in "
+                "gamma learn"
+            )
 
     def channels(self, piece: int, width: int) -> list[int]:
         """Where the rows of piece `piece`, which has `width` of them, stand among all channels of the layout."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from allocator.contract.errors import InfeasibleBudgetError, InputError
+from allocator.contract.errors import InfeasibleBudgetError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.manifest import Manifest
 from allocator.contract.resident import Residency
@@ -40,12 +40,8 @@ def solve_resident(
     `settings` give pins, ceilings, floors, fusion and solver; their budget does not count. `requested` names the budget
     for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
     """
-    layout, ranks = scores.channel_blocks, residency.tensor_parallel_size
-    if layout is not None and layout.chunks % ranks:
-        raise InputError(
-            f"the scores are of channel blocks laid out in {layout.chunks} chunks, which tensor_parallel_size {ranks} "
-            f"does not divide; plan for a divisor, or learn with --granularity module"
-        )
+    if scores.channel_blocks is not None:
+        scores.channel_blocks.check_ranks(residency.tensor_parallel_size)
     allowed, best = budget_bytes, None
     for _ in range(_MOST_CORRECTIONS):
         try:

@@ -12,6 +12,7 @@ import allocator.integrations.transformers as integration
 from allocator.blocks import BlockStream
 from allocator.candidates import BankReader
 from allocator.candidates.channels import laid_out
+from allocator.cli.main import main
 from allocator.contract.channels import ChannelBlocks, piece_of
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import InputError
@@ -159,6 +160,14 @@ def test_planned_bytes_pack_the_two_modules_of_a_piece_and_no_others(model: Path
     many = residency.model_copy(update={"tensor_parallel_size": 16})
     with pytest.raises(InputError, match="laid out in 8 chunks, which tensor_parallel_size 16 does not divide"):
         solve_resident(learned.scores, SolveSettings(), many, budget, "a rank")
+
+
+def test_a_checkpoint_is_planned_only_for_ranks_that_can_share_it(
+    exported: tuple[Manifest, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(exported[1]), "--gpu", "rtx4090", "--tensor-parallel-size", "3"]) == 2
+    assert "laid out in 8 chunks, which tensor_parallel_size 3 does not divide" in capsys.readouterr().err
+    assert main(["plan", str(exported[1]), "--gpu", "rtx4090", "--max-model-len", "64"]) == 0
 
 
 def test_tables_have_a_column_for_a_module_and_no_more(exported: tuple[Manifest, Path]) -> None:
