@@ -71,8 +71,8 @@ class ChannelBlocks(Strict):
             possible = [size for size in range(1, self.chunks + 1) if self.chunks % size == 0]
             raise InputError(
                 f"channel blocks are laid out in {self.chunks} chunks, which tensor_parallel_size "
-                f"{tensor_parallel_size} does not divide; possible are {possible}, and any with --granularity module in "
-                "gamma learn"
+                f"{tensor_parallel_size} does not divide; possible are {possible}, and any with --granularity module "
+                "in gamma learn"
             )
 
     def channels(self, piece: int, width: int) -> list[int]:
