@@ -52,6 +52,8 @@ from benchmarks.serving.report import BF16, LOADS, STOCK, Load, claims_of  # noq
 from benchmarks.serving.servers import Server, start  # noqa: E402
 
 OUT = ROOT / "bench-out" / "serving"
+REFERENCE = ROOT.parent / "shared" / "data" / "models" / "ref-7m"
+"""A small model that was trained, where there is one."""
 MAX_MODEL_LEN = 2304
 
 Rows = list[dict[str, Any]]
@@ -80,9 +82,10 @@ class Piece:
     compiled: bool
     loads: tuple[Load, ...]
     gamma: tuple[tuple[float, Fusion, Vocabulary], ...]
+    longest: int = MAX_MODEL_LEN
 
     def variants(self) -> Iterator[Variant]:
-        source = write_model(self.model, OUT / self.model)
+        source = REFERENCE if self.model == REFERENCE.name else write_model(self.model, OUT / self.model)
         inventory = read_inventory(source)
         yield Variant(BF16, source, None, 16.0, {})
         stock = uniform(inventory, 4)
@@ -108,6 +111,7 @@ PIECES = (
         ((2.5, "free", "quantized"), THREE, (4.0, "free", "quantized")),
     ),
     Piece("Qwen3-1.7B", "Qwen3-1.7B", True, LOADS, (THREE,)),
+    *([Piece("ref-7m", "ref-7m", True, LOADS[:-1], (THREE,), longest=1024)] if REFERENCE.is_dir() else []),
 )
 ANSWERS = "answers"
 
@@ -161,7 +165,7 @@ def measure(piece: Piece, rounds: int) -> Iterator[Rows]:
         for variant in every:
             log = OUT / f"{_file_name(f'{piece.name} {variant.name}')}.log"
             flags = () if piece.compiled else ("--enforce-eager",)
-            servers[variant.name] = start(variant.folder, log, MAX_MODEL_LEN, variant.variables, *flags)
+            servers[variant.name] = start(variant.folder, log, piece.longest, variant.variables, *flags)
             servers[variant.name].wait_loaded()
             if not piece.compiled:
                 servers[variant.name].wait_ready()
