@@ -23,6 +23,10 @@ RIVALS = ("uniform", "head and tail", "fisher", "deltaloss", "measured", "relaxe
 SEARCHES = ("gradient search", "evolutionary search")
 TEXTS = ("books", "wikitext2")
 RESAMPLES = 2000
+WHY_NOT_RELAXED = (
+    "the method as published, to compare with: what it learns at 3.0 bits says less of widths that are seldom drawn "
+    "there; gamma has no budget that it learns at"
+)
 WHY_NOT_UNIFORM_3 = (
     "with gptq a module of this model loses 5 to 6 times as much at 2 bits as at 3, in every block alike; "
     "an assignment of 2.5 bits has half its weights at 2 bits whatever it is"
@@ -135,13 +139,14 @@ def _claims(cells: Cells, bits: Sequence[float]) -> list[dict[str, Any]]:
         theirs = min(seconds[m, b]["seconds"] for m in SEARCHES for b in at if (m, b) in kl) * len(bits)
         text = f"CPU time of reused GAMMA by that of a search, {len(bits)} budgets"
         claims.append(claim(text, ours / theirs, "<= 0.1", ours / theirs <= 0.1))
-    for reused, anew in (("gamma", "gamma relearned"), ("relaxed", "relaxed anew")):
+    for reused, anew, reason in (("gamma", "gamma relearned", None), ("relaxed", "relaxed anew", WHY_NOT_RELAXED)):
         both = [b for b in bits if (reused, b) in kl and (anew, b) in kl]
         if both:
             worst = max(both, key=lambda b: mean[reused, b] / mean[anew, b])
             ratio, interval = cells.ratio([(kl[reused, worst], kl[anew, worst])])
             text = f"KL of {reused}, learned once, by that of {anew}, worst of {len(both)} budgets ({worst})"
-            claims.append(claim(text, ratio, "<= 1.03", ratio <= 1.03) | {"interval": interval})
+            claims.append(claim(text, ratio, "<= 1.03", ratio <= 1.03, None if ratio <= 1.03 else reason))
+            claims[-1]["interval"] = interval
     three = next((b for m, b in kl if m == UNIFORM_3), None)
     if three is not None and 2.5 in bits:
         ratio, interval = cells.ratio([(kl["gamma", 2.5], kl[UNIFORM_3, three])])
