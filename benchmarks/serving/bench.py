@@ -38,6 +38,8 @@ from allocator.contract.safetensors_file import read_folder_headers  # noqa: E40
 from allocator.fitting import PlanRequest  # noqa: E402
 from allocator.fitting.weights import residency_of  # noqa: E402
 from allocator.inventory import read_inventory, read_shape  # noqa: E402
+from allocator.learning import LearningSettings  # noqa: E402
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.answers import ask  # noqa: E402
 from benchmarks.serving.checkpoints import (  # noqa: E402
@@ -85,7 +87,10 @@ class Piece:
     longest: int = MAX_MODEL_LEN
 
     def variants(self) -> Iterator[Variant]:
-        source = REFERENCE if self.model == REFERENCE.name else write_model(self.model, OUT / self.model)
+        if self.model == REFERENCE.name:
+            yield from _trained()
+            return
+        source = write_model(self.model, OUT / self.model)
         inventory = read_inventory(source)
         yield Variant(BF16, source, None, 16.0, {})
         stock = uniform(inventory, 4)
@@ -114,6 +119,28 @@ PIECES = (
     *([Piece("ref-7m", "ref-7m", True, LOADS[:-1], (THREE,), longest=1024)] if REFERENCE.is_dir() else []),
 )
 ANSWERS = "answers"
+
+
+def _trained() -> Iterator[Variant]:
+    """Of the reference model, quantized in earnest: what random codes write is no text, and would not be streamed."""
+    learned = learn(
+        REFERENCE,
+        OUT / "ref-7m-work",
+        CandidateSettings(quantizer="rtn", symmetric=True, sequences=8, sequence_length=256),
+        LearningSettings(method="fisher", draws=2),
+    )
+    four = {"model.layers.*": 4, "model.embed_tokens": 16}
+    stock = solve_scores(learned.scores, SolveSettings(average_bits=16.0, pins=four))
+    gamma = solve_scores(learned.scores, SolveSettings(average_bits=3.0))
+    folders = OUT / "ref-7m-stock", OUT / "ref-7m-gamma-3.0-bits"
+    if not folders[0].exists():
+        export(stock, REFERENCE, learned.bank_folder, folders[0], declaration="compressed-tensors")
+    if not folders[1].exists():
+        export(gamma, REFERENCE, learned.bank_folder, folders[1])
+    yield Variant(BF16, REFERENCE, None, 16.0, {})
+    yield Variant(STOCK, folders[0], None, average_bits(stock.modules), {"VLLM_PLUGINS": ""})
+    planned = _planned(REFERENCE, gamma)
+    yield Variant("gamma 3.0 bits, free", folders[1], planned, average_bits(gamma.modules), {})
 
 
 def _file_name(text: str) -> str:
