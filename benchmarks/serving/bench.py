@@ -11,7 +11,8 @@ other, since compiled ones load while others compile.
 All variants of a piece are served at once by `vllm serve` processes of their own, in bfloat16. `vllm bench serve` is
 the load generator; it runs inside this process, since importing it takes longer than most of its runs. Each round gives
 every load to every variant in turn; a figure is the least of the rounds, to which other work on the machine can only
-add. Writes benchmarks/results/serving.json.
+add. Writes benchmarks/results/serving.json. Small trained models are left out: at 1 ms a token their servers answer in a
+few pieces, whose times say nothing of a token (0 to 5 ms in rounds of one server).
 """
 
 import argparse
@@ -38,8 +39,6 @@ from allocator.contract.safetensors_file import read_folder_headers  # noqa: E40
 from allocator.fitting import PlanRequest  # noqa: E402
 from allocator.fitting.weights import residency_of  # noqa: E402
 from allocator.inventory import read_inventory, read_shape  # noqa: E402
-from allocator.learning import LearningSettings  # noqa: E402
-from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.answers import ask  # noqa: E402
 from benchmarks.serving.checkpoints import (  # noqa: E402
@@ -54,8 +53,6 @@ from benchmarks.serving.report import BF16, LOADS, STOCK, Load, claims_of  # noq
 from benchmarks.serving.servers import Server, start  # noqa: E402
 
 OUT = ROOT / "bench-out" / "serving"
-REFERENCE = ROOT.parent / "shared" / "data" / "models" / "ref-7m"
-"""A small model that was trained, where there is one."""
 MAX_MODEL_LEN = 2304
 
 Rows = list[dict[str, Any]]
@@ -84,12 +81,8 @@ class Piece:
     compiled: bool
     loads: tuple[Load, ...]
     gamma: tuple[tuple[float, Fusion, Vocabulary], ...]
-    longest: int = MAX_MODEL_LEN
 
     def variants(self) -> Iterator[Variant]:
-        if self.model == REFERENCE.name:
-            yield from _trained()
-            return
         source = write_model(self.model, OUT / self.model)
         inventory = read_inventory(source)
         yield Variant(BF16, source, None, 16.0, {})
@@ -116,31 +109,8 @@ PIECES = (
         ((2.5, "free", "quantized"), THREE, (4.0, "free", "quantized")),
     ),
     Piece("Qwen3-1.7B", "Qwen3-1.7B", True, LOADS, (THREE,)),
-    *([Piece("ref-7m", "ref-7m", True, LOADS[:-1], (THREE,), longest=1024)] if REFERENCE.is_dir() else []),
 )
 ANSWERS = "answers"
-
-
-def _trained() -> Iterator[Variant]:
-    """Of the reference model, quantized in earnest: what random codes write is no text, and would not be streamed."""
-    learned = learn(
-        REFERENCE,
-        OUT / "ref-7m-work",
-        CandidateSettings(quantizer="rtn", symmetric=True, sequences=8, sequence_length=256),
-        LearningSettings(method="fisher", draws=2),
-    )
-    four = {"model.layers.*": 4, "model.embed_tokens": 16}
-    stock = solve_scores(learned.scores, SolveSettings(average_bits=16.0, pins=four))
-    gamma = solve_scores(learned.scores, SolveSettings(average_bits=3.0))
-    folders = OUT / "ref-7m-stock", OUT / "ref-7m-gamma-3.0-bits"
-    if not folders[0].exists():
-        export(stock, REFERENCE, learned.bank_folder, folders[0], declaration="compressed-tensors")
-    if not folders[1].exists():
-        export(gamma, REFERENCE, learned.bank_folder, folders[1])
-    yield Variant(BF16, REFERENCE, None, 16.0, {})
-    yield Variant(STOCK, folders[0], None, average_bits(stock.modules), {"VLLM_PLUGINS": ""})
-    planned = _planned(REFERENCE, gamma)
-    yield Variant("gamma 3.0 bits, free", folders[1], planned, average_bits(gamma.modules), {})
 
 
 def _file_name(text: str) -> str:
@@ -192,7 +162,7 @@ def measure(piece: Piece, rounds: int) -> Iterator[Rows]:
         for variant in every:
             log = OUT / f"{_file_name(f'{piece.name} {variant.name}')}.log"
             flags = () if piece.compiled else ("--enforce-eager",)
-            servers[variant.name] = start(variant.folder, log, piece.longest, variant.variables, *flags)
+            servers[variant.name] = start(variant.folder, log, MAX_MODEL_LEN, variant.variables, *flags)
             servers[variant.name].wait_loaded()
             if not piece.compiled:
                 servers[variant.name].wait_ready()

@@ -36,14 +36,11 @@ PREFILL = (
 )
 LOADS = DECODE + PREFILL
 
-_CACHES = 32 << 20
-
 WHY = {
     "decode": (
         "what vLLM itself does a token, about 4 ms of one core, does not shrink with the weights; nor does a "
         "vocabulary at 16 bits; see docs/kernels.md"
     ),
-    "small": "14 MB of weights stay in the caches, and a step is what vLLM itself does",
     "prefill": (
         "rounds of one server differ by as much: in one process on one core both take the same time (docs/kernels.md)"
     ),
@@ -90,7 +87,6 @@ def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
     piece = bf16["piece"]
     gamma = {name: row for name, row in by_name.items() if name.startswith("gamma")}
 
-    decode = WHY["small" if bf16["checkpoint_bytes"] < _CACHES else "decode"]
     busy = bf16.get("load_average_before", 0.0)
     shared = f"; the load average before was {busy}, of the piece before or of other work" if busy >= 1 else ""
 
@@ -100,8 +96,8 @@ def _speeds(by_name: dict[str, Row]) -> list[dict[str, Any]]:
 
     one = DECODE[0]
     for name, row in gamma.items():
-        at_least(f"{name}: {one.name}, speed over bf16", _ms(bf16, one) / _ms(row, one), 2.5, decode)
-        at_least(f"{name}: {one.name}, speed over stock", _ms(stock, one) / _ms(row, one), 1.0, decode)
+        at_least(f"{name}: {one.name}, speed over bf16", _ms(bf16, one) / _ms(row, one), 2.5, WHY["decode"])
+        at_least(f"{name}: {one.name}, speed over stock", _ms(stock, one) / _ms(row, one), 1.0, WHY["decode"])
         for load in [load for load in PREFILL if load.name in row]:
             best = min(_ms(bf16, load), _ms(stock, load))
             at_least(f"{name}: {load.name}, speed over the better", best / _ms(row, load), 0.95, WHY["prefill"])
