@@ -11,8 +11,8 @@ other, since compiled ones load while others compile.
 All variants of a piece are served at once by `vllm serve` processes of their own, in bfloat16. `vllm bench serve` is
 the load generator; it runs inside this process, since importing it takes longer than most of its runs. Each round gives
 every load to every variant in turn; a figure is the least of the rounds, to which other work on the machine can only
-add. Writes benchmarks/results/serving.json. Small trained models are left out: at 1 ms a token their servers answer in a
-few pieces, whose times say nothing of a token (0 to 5 ms in rounds of one server).
+add. Writes benchmarks/results/serving.json. Small trained models are left out: at 1 ms a token their servers answer in
+a few pieces, whose times say nothing of a token (0 to 5 ms in rounds of one server).
 """
 
 import argparse
