@@ -163,7 +163,8 @@ class Jobs:
             self._update(identity, state="failed", error=message)
             return
         self._log("info", "job started", job=identity, manifest=request.manifest, attempt=attempt)
-        beat = asyncio.create_task(self._beat(identity))
+        ended = asyncio.Event()
+        beat = asyncio.create_task(self._beat(identity, ended))
         try:
             await asyncio.to_thread(self._export, request)
         except asyncio.CancelledError:
@@ -180,7 +181,7 @@ class Jobs:
             self._log("info", "job done", job=identity, checkpoint=folder)
         finally:
             self._process = None
-            beat.cancel()
+            ended.set()  # not cancelled: a write under way would end after that of the result, and undo it
             await asyncio.gather(beat, return_exceptions=True)
 
     def _export(self, request: JobRequest) -> None:
@@ -219,10 +220,11 @@ class Jobs:
     def _update(self, identity: str, **changes: object) -> None:
         self._here[identity] = self._here[identity].model_copy(update=changes | {"updated": now_text(time.time())})
 
-    async def _beat(self, identity: str) -> None:
-        while True:
+    async def _beat(self, identity: str, ended: asyncio.Event) -> None:
+        while not ended.is_set():
             await self._tell(self._here[identity])
-            await asyncio.sleep(_BEAT_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _BEAT_SECONDS)
 
     async def _tell(self, job: Job) -> bool:
         """Write the state of an attempt of ours; False when the store cannot be written."""

@@ -24,6 +24,7 @@ from allocator.sidecar.logs import Log
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.publish import publish
+from allocator.sidecar.schemas import Job
 from allocator.sidecar.store import Store
 from allocator.solving import SolveSettings, solve_scores
 
@@ -232,6 +233,33 @@ def test_a_job_that_another_service_takes_meanwhile_is_left_to_it(
         assert asyncio.run(jobs.get(job.id)).state == "running"
         assert jobs._waiting.empty()
         sleeper.kill()
+
+
+def test_the_result_of_a_job_is_the_last_that_the_store_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the store is still writing that the job runs while it fails."""
+    store, digest = Store(str(tmp_path / "store")), "sha256:" + "1" * 64
+    monkeypatch.setattr(store, "manifest", lambda _: SimpleNamespace(scores_digest=digest, tensor_bytes=1))
+    write = JobFiles.write
+
+    def write_slowly(files: JobFiles, job: Job) -> None:
+        if job.state == "running":
+            time.sleep(0.5)
+        write(files, job)
+
+    monkeypatch.setattr(JobFiles, "write", write_slowly)
+
+    async def made() -> str:
+        jobs = Jobs(store, tmp_path / "checkpoints", 4, Metrics(), Log())
+        job = await jobs.submit(digest)  # of no bank in the store: it fails at once
+        jobs.start()
+        await asyncio.sleep(1.5)
+        state = (await jobs.get(job.id)).state
+        await jobs.close()
+        return state
+
+    assert asyncio.run(made()) == "failed"
 
 
 def test_objects_in_the_store_outlive_the_service(own_store: Path, tmp_path: Path) -> None:
