@@ -233,12 +233,12 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         }
     }
     alignas(16) float of_rows[R][M];
-    for (int i = 0; i < R * M; i += 4) {
-        if (R * M % 4 == 0) {
-            _mm_store_ps(&of_rows[0][0] + i, sums_of_lanes(&total[0][0] + i));
-        } else {
-            for (int j = i; j < R * M; j++) (&of_rows[0][0])[j] = _mm512_reduce_add_ps((&total[0][0])[j]);
-        }
+    float* const flat = &of_rows[0][0];
+    const __m512* const vectors = &total[0][0];
+    if constexpr (R * M % 4 == 0) {
+        for (int i = 0; i < R * M; i += 4) _mm_store_ps(flat + i, sums_of_lanes(vectors + i));
+    } else {
+        for (int i = 0; i < R * M; i++) flat[i] = _mm512_reduce_add_ps(vectors[i]);
     }
     for (int r = 0; r < R; r++) {
         for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r][m]);
