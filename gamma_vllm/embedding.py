@@ -17,11 +17,11 @@ from allocator.contract.layout import Dtype16
 from allocator.contract.packing import unpack_codes
 from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.kernels.library import define
-from gamma_vllm.kernels.native import NativeKernel, dequantize_rows
+from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.linear import GammaLinearMethod, parameter_name, register_held
 from gamma_vllm.shards import Module, Segment, plan_vocabulary
 
-__all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows", "native_gather_rows"]
+__all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
 
 _ROWS = ("packed", "scale", "zero_point")
 
@@ -79,9 +79,10 @@ class GammaVocabularyMethod(GammaLinearMethod):
         """Token numbers `[...]` to rows `[..., hidden_size]` in the model's dtype."""
         packed, scale, zero_point = (getattr(layer, _row_name(name), None) for name in _ROWS)
         bits = self.segments[0].num_bits
-        native = self.kernel.name == NativeKernel.name
-        gather = torch.ops.gamma.native_gather_rows if native else torch.ops.gamma.gather_rows
-        return gather(input_, packed, scale, zero_point, bits, self.params_dtype)
+        if self.kernel.name == NativeKernel.name and self.params_dtype == torch.bfloat16:
+            ids = input_.to(torch.int64).contiguous()
+            return torch.ops.gamma.native_gather_rows(ids, packed, scale, zero_point, bits)
+        return torch.ops.gamma.gather_rows(input_, packed, scale, zero_point, bits, self.params_dtype)
 
 
 class TiedHeadMethod(QuantizeMethodBase):
@@ -127,17 +128,6 @@ def gather_rows(
     return (grouped * scales).reshape(*ids.shape, -1).to(dtype)
 
 
-def native_gather_rows(
-    ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int, dtype: torch.dtype
-) -> Tensor:
-    """What `gather_rows` gives, unpacked by the native kernel."""
-    flat = ids.reshape(-1)
-    if not flat.numel():
-        return _fake(ids, packed, scale, zero_point, num_bits, dtype)
-    zeros = None if zero_point is None else _gather_zero_points(flat, zero_point, num_bits).to(torch.uint8)
-    return dequantize_rows(packed[flat], scale[flat], zeros, num_bits, dtype).reshape(*ids.shape, -1)
-
-
 def _gather_zero_points(rows: Tensor, packed: Tensor, num_bits: int) -> Tensor:
     """Zero points `[len(rows), groups]` out of words packed along the rows; a code may straddle two words."""
     word, shift = rows * num_bits // 32, (rows * num_bits % 32).unsqueeze(-1)
@@ -152,6 +142,10 @@ def _fake(
     return packed.new_empty((*ids.shape, packed.shape[1] * 32 // num_bits), dtype=dtype)
 
 
-_SCHEMA = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero_point, int num_bits, ScalarType dtype) -> Tensor"
-define("gather_rows", _SCHEMA, gather_rows, _fake)
-define("native_gather_rows", _SCHEMA, native_gather_rows, _fake)
+def _fake_bfloat16(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
+    return _fake(ids, packed, scale, zero_point, num_bits, torch.bfloat16)
+
+
+_SCHEMA = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero_point, int num_bits"
+define("gather_rows", f"{_SCHEMA}, ScalarType dtype) -> Tensor", gather_rows, _fake)
+define("native_gather_rows", f"{_SCHEMA}) -> Tensor", None, _fake_bfloat16)  # native.cpp has the implementation

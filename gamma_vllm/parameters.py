@@ -14,6 +14,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
+from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Module, Shard, Window
 
 __all__ = ["FlatParameter", "join_zero_points", "load_flat", "slice_tensor"]
@@ -46,7 +47,7 @@ class FlatParameter(BasevLLMParameter):
     @classmethod
     def empty(cls, part: str, table: Mapping[int, Window], dtype: torch.dtype, prefix: str) -> Self:
         numel = sum(window.numel for window in table.values())
-        return cls(torch.empty(numel, dtype=dtype), part=part, table=table, prefix=prefix)
+        return cls(empty_weight(numel, dtype), part=part, table=table, prefix=prefix)
 
     def window(self, index: int) -> Tensor:
         """View of shard `index` in its shape."""

@@ -1,7 +1,8 @@
 // Products of activations with weights of 2 to 8 bits, read as the checkpoint stores them. For CPUs with AVX-512 VBMI and
-// BF16. Compiled by native.py on first use, against torch's stable interface: torch.ops.gamma.native_layer is called from
-// compiled graphs without Python, which would cost as much as the products of a small layer.
+// BF16. Compiled by native.py on first use, against torch's stable interface: as Python, the operators would cost as much
+// as the products of a small layer.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,37 +43,51 @@ void multiply_many(const Weight& w, const uint16_t* x, long tokens, uint16_t* ou
     });
 }
 
-bool known(long bits) { return (bits >= 2 && bits <= 8) || bits == 16; }
+// The segments of a layer, of which each is rows, group_size, num_bits, symmetric in `kinds` and has `weight` at 16 bits,
+// packed, scale and, if asymmetric, zeros in `tensors`.
+std::vector<Weight> read_segments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds, long columns) {
+    std::vector<Weight> all(kinds.size() / 4);
+    size_t next = 0;
+    const auto take = [&]() -> const Tensor& {
+        STD_TORCH_CHECK(next < tensors.size(), "gamma::native_layer got ", tensors.size(), " tensors, too few");
+        return tensors[next++];
+    };
+    for (size_t i = 0; i < all.size(); i++) {
+        const long rows = kinds[4 * i], group_size = kinds[4 * i + 1], bits = kinds[4 * i + 2];
+        STD_TORCH_CHECK((bits >= 2 && bits <= 8) || bits == 16, "gamma::native_layer knows no ", bits, " bits");
+        Weight& w = all[i] = {(const uint8_t*)take().const_data_ptr(), nullptr, nullptr, 0, rows, columns, columns, bits};
+        if (bits == 16) continue;
+        const Tensor& scale = take();
+        w.scale = (const uint16_t*)scale.const_data_ptr();
+        w.scale_is_bf16 = scale.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+        w.group_size = group_size;
+        if (!kinds[4 * i + 3]) w.zeros = (const uint8_t*)take().const_data_ptr();
+    }
+    return all;
+}
+
+// A new tensor [..., columns] in bfloat16 with the leading sizes of `like`. By way of the dispatcher it takes 1 us longer.
+Tensor new_rows(const Tensor& like, int64_t leading, int64_t columns) {
+    std::vector<int64_t> shape, strides(leading + 1, 1);
+    for (int64_t i = 0; i < leading; i++) shape.push_back(like.size(i));
+    shape.push_back(columns);
+    for (int64_t i = leading; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(leading + 1, shape.data(), strides.data(),
+                                                           aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0,
+                                                           &made));
+    return Tensor(made);
+}
 
 // See `_fake_layer` in native.py.
-Tensor native_layer(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<Tensor> zeros,
-                    int64_t columns, std::vector<int64_t> rows, std::vector<int64_t> group_sizes,
-                    std::vector<int64_t> num_bits) {
-    const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(x.is_contiguous() && x.element_size() == 2 && x.size(last) == columns,
-                    "gamma::native_layer wants contiguous bfloat16 activations with ", columns, " columns");
-    std::vector<Weight> all(weights.size());
+Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
+    const int64_t leading = x.dim() - 1;
+    STD_TORCH_CHECK(x.is_contiguous() && x.element_size() == 2, "gamma::native_layer wants contiguous bfloat16 activations");
+    const std::vector<Weight> all = read_segments(tensors, kinds, x.size(leading));
     long total = 0, tokens = 1;
-    for (size_t i = 0; i < all.size(); i++) {
-        STD_TORCH_CHECK(known(num_bits[i]), "gamma::native_layer knows no ", num_bits[i], " bits");
-        const bool quantized = num_bits[i] != 16, zero_points = zeros[i].element_size() == 1;
-        all[i] = {(const uint8_t*)weights[i].const_data_ptr(),
-                  quantized ? (const uint16_t*)scales[i].const_data_ptr() : nullptr,
-                  zero_points ? (const uint8_t*)zeros[i].const_data_ptr() : nullptr,
-                  quantized && scales[i].scalar_type() == torch::headeronly::ScalarType::BFloat16,
-                  rows[i],
-                  columns,
-                  quantized ? group_sizes[i] : columns,
-                  num_bits[i]};
-        total += rows[i];
-    }
-    std::vector<int64_t> shape;
-    for (int64_t i = 0; i < last; i++) {
-        shape.push_back(x.size(i));
-        tokens *= x.size(i);
-    }
-    shape.push_back(total);
-    Tensor output = torch::stable::new_empty(x, shape);
+    for (const Weight& w : all) total += w.rows;
+    for (int64_t i = 0; i < leading; i++) tokens *= x.size(i);
+    Tensor output = new_rows(x, leading, total);
     if (tokens == 0) return output;
     const uint16_t* from = (const uint16_t*)x.const_data_ptr();
     uint16_t* to = (uint16_t*)output.mutable_data_ptr();
@@ -87,9 +102,52 @@ Tensor native_layer(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> s
     return output;
 }
 
+// Zero point of a row in words packed along the rows, [words, groups]; a code may lie across two words.
+uint8_t zero_point_at(const uint32_t* words, long row, long group, long groups, long bits) {
+    const long at = row * bits, word = at / 32, shift = at % 32;
+    uint64_t both = words[word * groups + group];
+    if (shift + bits > 32) both |= uint64_t(words[(word + 1) * groups + group]) << 32;
+    return uint8_t(both >> shift & ((1 << bits) - 1));
+}
+
+// See `gather_rows` in embedding.py; to bfloat16.
+Tensor native_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t bits) {
+    const long rows = packed.size(0), groups = scale.size(1), columns = packed.size(1) * 32 / bits, count = ids.numel();
+    STD_TORCH_CHECK(ids.is_contiguous() && ids.element_size() == 8, "gamma::native_gather_rows wants contiguous int64 ids");
+    STD_TORCH_CHECK(bits >= 2 && bits <= 8, "gamma::native_gather_rows knows no ", bits, " bits");
+    const int64_t* wanted = (const int64_t*)ids.const_data_ptr();
+    for (long i = 0; i < count; i++) {
+        STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < rows, "row ", wanted[i], " of an embedding of ", rows, " rows");
+    }
+    Tensor output = new_rows(ids, ids.dim(), columns);
+    const uint32_t* words = zero_point ? (const uint32_t*)zero_point->const_data_ptr() : nullptr;
+    const Weight all = {(const uint8_t*)packed.const_data_ptr(), (const uint16_t*)scale.const_data_ptr(), nullptr,
+                        scale.scalar_type() == torch::headeronly::ScalarType::BFloat16, 1, columns, columns / groups, bits};
+    uint16_t* to = (uint16_t*)output.mutable_data_ptr();
+    with_unpacker(bits, [&](const auto& unpacker) {
+#pragma omp parallel for schedule(static) if (count > 1)
+        for (long i = 0; i < count; i++) {
+            const long row = wanted[i];
+            std::vector<uint8_t> zeros(words ? groups : 0);
+            for (size_t group = 0; group < zeros.size(); group++) {
+                zeros[group] = zero_point_at(words, row, group, groups, bits);
+            }
+            Weight w = all;
+            w.packed += row * columns * bits / 8;
+            w.scale += row * groups;
+            w.zeros = words ? zeros.data() : nullptr;
+            unpacker.dequantize(w, 0, 0, columns, to + i * columns);
+        }
+    });
+    return output;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) { m.impl("native_layer", TORCH_BOX(&native_layer)); }
+STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
+    m.impl("native_layer", TORCH_BOX(&native_layer));
+    m.impl("native_gather_rows", TORCH_BOX(&native_gather_rows));
+}
 
 // x [tokens, columns] in bfloat16 to out [tokens, rows] in float32, exact but for sums. 2 to 8 bits.
 extern "C" void gamma_multiply_few(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {
@@ -97,17 +155,11 @@ extern "C" void gamma_multiply_few(const Weight* weight, const uint16_t* x, long
     multiply_few(*weight, x, tokens, out, out_stride);
 }
 
-// The whole weight as [rows, columns] in bfloat16 or float32.
-extern "C" void gamma_dequantize(const Weight* weight, void* out, int to_bfloat16) {
+// The whole weight as [rows, columns] in float32.
+extern "C" void gamma_dequantize(const Weight* weight, float* out) {
     const Weight& w = *weight;
     with_unpacker(w.bits, [&](const auto& unpacker) {
 #pragma omp parallel for schedule(static)
-        for (long row = 0; row < w.rows; row++) {
-            if (to_bfloat16) {
-                unpacker.dequantize(w, row, 0, w.columns, (uint16_t*)out + row * w.columns);
-            } else {
-                unpacker.dequantize(w, row, 0, w.columns, (float*)out + row * w.columns);
-            }
-        }
+        for (long row = 0; row < w.rows; row++) unpacker.dequantize(w, row, 0, w.columns, out + row * w.columns);
     });
 }

@@ -19,7 +19,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,10 @@ from torch import Tensor
 
 from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels.library import define
+from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
 
-__all__ = ["NativeKernel", "build", "dequantize_rows", "resident_bytes"]
+__all__ = ["NativeKernel", "build", "resident_bytes"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
@@ -71,7 +71,8 @@ class NativeKernel:
         """The checkpoint's own codes and scales; zero points as bytes `[rows, groups]`."""
         kept = {"packed": tensors["packed"].contiguous(), "scale": tensors["scale"].contiguous()}
         if not segment.symmetric:
-            kept["zeros"] = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
+            zeros = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
+            kept["zeros"] = empty_weight(zeros.numel(), zeros.dtype).view(zeros.shape).copy_(zeros)
         return kept
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -83,17 +84,16 @@ class NativeKernel:
         if x.shape[-1] != columns:
             raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
         operator = torch.ops.gamma.native_layer if x.dtype == torch.bfloat16 else torch.ops.gamma.native_wide_layer
-        weights = [held["packed" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)]
-        return operator(
-            x.contiguous(),
-            weights,
-            [held.get("scale", weight) for held, weight in zip(tensors, weights, strict=True)],
-            [held.get("zeros", weight) for held, weight in zip(tensors, weights, strict=True)],
-            columns,
-            [s.rows for s in segments],
-            [s.group_size or 0 for s in segments],
-            [s.num_bits for s in segments],
-        )
+        parts = [
+            held[name]
+            for segment, held in zip(segments, tensors, strict=True)
+            for name in (self.tensor_names(segment) if segment.quantized else ("weight",))
+        ]
+        return operator(x.contiguous(), parts, [n for s in segments for n in _kind(s)])
+
+
+def _kind(segment: Segment) -> tuple[int, int, int, int]:
+    return segment.rows, segment.group_size or 0, segment.num_bits, bool(segment.symmetric)
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
-    library.gamma_dequantize.argtypes = [pointer, pointer, ctypes.c_int]
+    library.gamma_dequantize.argtypes = [pointer, pointer]
     return library
 
 
@@ -174,25 +174,22 @@ def _self_test() -> float:
     return float((kernel.linear(segment, kernel.pack(segment, tensors), x) - expected).norm() / expected.norm())
 
 
-def _wide_layer(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    columns: int,
-    rows: list[int],
-    group_sizes: list[int],
-    num_bits: list[int],
-) -> Tensor:
+def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """What `_fake_layer` says, for activations in float16 and float32."""
-    flat, total = x.reshape(-1, columns), sum(rows)
-    segments = list(zip(weights, scales, zeros, rows, group_sizes, num_bits, strict=True))
+    held, segments, total = iter(tensors), [], 0
+    for rows, group_size, bits, symmetric in zip(*[iter(kinds)] * 4, strict=True):
+        weight = next(held)
+        scale = next(held) if bits != 16 else weight
+        zeros = next(held) if bits != 16 and not symmetric else weight
+        segments.append((weight, scale, zeros, rows, group_size, bits))
+        total += rows
+    flat = x.reshape(-1, x.shape[-1])
     multiply = _few if flat.shape[0] <= _FEW_TOKENS else _dequantized
     return multiply(flat, segments, total).to(x.dtype).view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
-"""A segment: weight, scale, zero points, rows, group size, bits."""
+"""A segment: weight, scale, zero points (bytes; any other tensor for none), rows, group size, bits."""
 
 
 def _described(held: _Held, columns: int) -> "array[int]":
@@ -241,27 +238,13 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
                 described = _described(held, columns)
-                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr(), False)
+                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr())
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:
                 output.narrow(1, done, filled).copy_(torch.mm(x, space[:filled].t()))
                 done, filled = done + filled, 0
     return output
-
-
-def dequantize_rows(packed: Tensor, scale: Tensor, zeros: Tensor | None, num_bits: int, dtype: torch.dtype) -> Tensor:
-    """Rows of a module: `[rows, columns]` in `dtype`, rounded once.
-
-    packed: `[rows, columns*bits/32]`. scale, zeros (one byte each, None when symmetric): `[rows, groups]`.
-    """
-    rows, columns = packed.shape[0], packed.shape[1] * 32 // num_bits
-    output = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    packed, scale = packed.contiguous(), scale.contiguous()
-    zeros = packed if zeros is None else zeros.contiguous()
-    described = _described((packed, scale, zeros, rows, columns // scale.shape[1], num_bits), columns)
-    _library().gamma_dequantize(described.buffer_info()[0], output.data_ptr(), dtype == torch.bfloat16)
-    return output.to(dtype)
 
 
 _space: list[Tensor] = []
@@ -287,17 +270,15 @@ def _as_bfloat16(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _fake_layer(x: Tensor, *others: Any) -> Tensor:
-    """By shape, `x` `[..., columns]` times each weight (packed; `[rows, columns]` at 16 bits), joined along the rows.
+def _fake_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
+    """By shape, `x` `[..., columns]` times each segment, joined along the rows.
 
-    others: weights, scales, zeros (bytes; any other tensor for none), columns; rows, group size, bits of each weight.
+    kinds: rows, group size (any at 16 bits), bits, 1 if symmetric, of each segment. tensors: of each `weight` at 16 bits,
+    else packed, scale and, if not symmetric, zeros, as `NativeKernel.pack` gives them.
     """
-    return x.new_empty((*x.shape[:-1], sum(others[4])))
+    return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 
 
-_ARGUMENTS = (
-    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] zeros, int columns, int[] rows, int[] group_sizes, "
-    "int[] num_bits) -> Tensor"
-)
+_ARGUMENTS = "(Tensor x, Tensor[] tensors, int[] kinds) -> Tensor"
 define("native_layer", _ARGUMENTS, None, _fake_layer)  # native.cpp has the implementation
 define("native_wide_layer", _ARGUMENTS, _wide_layer, _fake_layer)

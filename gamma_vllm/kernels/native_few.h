@@ -270,6 +270,7 @@ void multiply_all(const Weight& w, const Activations& all, long token, Out* out,
 // by all.
 template <int BITS, typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
+    ask_for(w.packed, kAhead);  // meanwhile the activations are made ready
     const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes);
     for (long token = 0; token < tokens;) {
         Out* place = out + token * out_stride;

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.embedding import TiedHeadMethod, gather_rows
+from gamma_vllm.kernels.native import NativeKernel
 from tests.gamma_vllm.layers import declare, gamma_config, load
 
 FORMATS = {"symmetric": (5, 32, True), "asymmetric, words straddled": (3, 64, False), "8 bits": (8, 64, False)}
@@ -120,3 +121,19 @@ def test_gathered_rows_are_those_of_the_whole(num_bits, rows, symmetric, data):
     ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64)
     given_rows = gather_rows(ids, packed, scale, zero_point, num_bits, torch.float32)
     assert torch.equal(given_rows, dequantize(packed, scale, zero_point, num_bits)[ids])
+
+
+@pytest.mark.skipif(NativeKernel.why_not(torch.device("cpu")) is not None, reason="native kernel cannot run")
+@settings(deadline=None)
+@given(st.integers(2, 8), st.integers(1, 90), st.booleans(), st.data())
+def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data):
+    generator = torch.Generator().manual_seed(rows)
+    packed = pack_codes(torch.randint(0, 1 << num_bits, (rows, 96), generator=generator), num_bits)
+    scale = torch.rand(rows, 3, generator=generator).to(torch.bfloat16)
+    zeros = pack_zero_points(torch.randint(0, 1 << num_bits, (rows, 3), generator=generator), num_bits)
+    zero_point = None if symmetric else zeros
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64).reshape(1, -1)
+    gathered = torch.ops.gamma.native_gather_rows(ids, packed, scale, zero_point, num_bits)
+    assert torch.equal(gathered, gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
+    with pytest.raises(RuntimeError, match=f"row {rows} of an embedding of {rows} rows"):
+        torch.ops.gamma.native_gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)
