@@ -24,32 +24,37 @@ _SMALL = 4096
 class _Mapping(mmap.mmap):
     """Memory that lives as long as a tensor in it. `used` is counted in bytes from its begin."""
 
+    part: str
     used: int
 
 
 _mappings: list["weakref.ref[_Mapping]"] = []
 
 
-def empty_weight(numel: int, dtype: torch.dtype) -> Tensor:
-    """A tensor `[numel]` on the default device, with a storage of its own and unknown values."""
+def empty_weight(part: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """A tensor `[numel]` on the default device, with a storage of its own and unknown values.
+
+    part: what it is of a layer ("weight_packed"). Those of one part lie in the order in which they are made, so that
+    what a kernel asks for ahead, behind the end of one, is the beginning of the next.
+    """
     size = numel * dtype.itemsize
     if torch.get_default_device().type != "cpu" or size < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(numel, dtype=dtype)
-    mapping = _with_room(size)
+    mapping = _with_room(part, size)
     tensor = torch.frombuffer(mapping, dtype=dtype, count=numel, offset=mapping.used)
     mapping.used += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
     return tensor
 
 
-def _with_room(size: int) -> _Mapping:
+def _with_room(part: str, size: int) -> _Mapping:
     alive = [mapping for mapping in (reference() for reference in _mappings) if mapping is not None]
-    found = next((mapping for mapping in alive if len(mapping) - mapping.used >= size), None)
+    found = next((m for m in alive if m.part == part and len(m) - m.used >= size), None)
     if found is None:
         length = math.ceil(max(size, _MAPPING) / _HUGE_PAGE) * _HUGE_PAGE
         found = _Mapping(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             found.madvise(mmap.MADV_HUGEPAGE)
-        found.used = 0
+        found.part, found.used = part, 0
         alive.append(found)
     _mappings[:] = [weakref.ref(mapping) for mapping in alive]
     return found

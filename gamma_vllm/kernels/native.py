@@ -72,7 +72,7 @@ class NativeKernel:
         kept = {"packed": tensors["packed"].contiguous(), "scale": tensors["scale"].contiguous()}
         if not segment.symmetric:
             zeros = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
-            kept["zeros"] = empty_weight(zeros.numel(), zeros.dtype).view(zeros.shape).copy_(zeros)
+            kept["zeros"] = empty_weight("zeros", zeros.numel(), zeros.dtype).view(zeros.shape).copy_(zeros)
         return kept
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -273,8 +273,8 @@ def _as_bfloat16(x: Tensor) -> Tensor:
 def _fake_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """By shape, `x` `[..., columns]` times each segment, joined along the rows.
 
-    kinds: rows, group size (any at 16 bits), bits, 1 if symmetric, of each segment. tensors: of each `weight` at 16 bits,
-    else packed, scale and, if not symmetric, zeros, as `NativeKernel.pack` gives them.
+    kinds: rows, group size (any at 16 bits), bits, 1 if symmetric, of each segment. tensors: each its `weight` at 16
+    bits, else packed, scale and, if not symmetric, zeros, as `NativeKernel.pack` gives them.
     """
     return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 
