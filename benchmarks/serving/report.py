@@ -38,13 +38,13 @@ LOADS = DECODE + PREFILL
 
 WHY = {
     "decode": (
-        "what vLLM itself does a token, about 4 ms of one core, does not shrink with the weights; nor does a "
+        "what vLLM itself does a token, about 6 ms of one core, does not shrink with the weights; nor does a "
         "vocabulary at 16 bits; see docs/kernels.md"
     ),
     "prefill": (
         "rounds of one server differ by as much: in one process on one core both take the same time (docs/kernels.md)"
     ),
-    "fusion": "a layer of several widths is multiplied width by width",
+    "fusion": "a layer of several widths is multiplied width by width; rounds of one server differ by more",
 }
 
 
