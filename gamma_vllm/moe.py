@@ -31,7 +31,7 @@ from gamma_vllm.linear import (
     register_held,
     segment_tensors,
 )
-from gamma_vllm.parameters import FlatParameter, empty_part
+from gamma_vllm.parameters import FlatParameter
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
 __all__ = ["ExpertModules", "GammaMoEMethod"]
@@ -111,8 +111,7 @@ class GammaMoEMethod(FusedMoEMethodBase):
                 # vLLM asks every rank for a parameter for each tensor, also for those of experts of other ranks.
                 if part in self._parts(name):
                     table = windows(shards, part)
-                    data = empty_part(part, sum(w.numel for w in table.values()), dtypes[part])
-                    parameter = FlatParameter(data, part=part, table=table, prefix=layer.layer_name, loader=load_expert)
+                    parameter = FlatParameter.empty(part, table, dtypes[part], layer.layer_name, load_expert)
                     parameter.slots = {g: slot for g, slot in slots.items() if slot != -1}
                     parameter.shards_per_expert = len(shards_of_experts[0])
                     layer.register_parameter(f"{name}_{part}", parameter)

@@ -17,7 +17,7 @@ from allocator.contract.packing import pack_zero_points, unpack_zero_points
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Module, Shard, Window
 
-__all__ = ["FlatParameter", "empty_part", "join_zero_points", "load_flat", "slice_tensor"]
+__all__ = ["FlatParameter", "join_zero_points", "load_flat", "slice_tensor"]
 
 _READ_AS_LOADED = ("weight_packed", "weight_scale", "weight")
 """What the native kernel multiplies with as it is; of the rest it makes something else, or nothing."""
@@ -48,9 +48,17 @@ class FlatParameter(BasevLLMParameter):
         self.loaded: frozenset[int] = frozenset()
 
     @classmethod
-    def empty(cls, part: str, table: Mapping[int, Window], dtype: torch.dtype, prefix: str) -> Self:
+    def empty(
+        cls,
+        part: str,
+        table: Mapping[int, Window],
+        dtype: torch.dtype,
+        prefix: str,
+        loader: Callable[..., Any] | None = None,
+    ) -> Self:
         numel = sum(window.numel for window in table.values())
-        return cls(empty_part(part, numel, dtype), part=part, table=table, prefix=prefix)
+        data = empty_weight(part, numel, dtype) if part in _READ_AS_LOADED else torch.empty(numel, dtype=dtype)
+        return cls(data, part=part, table=table, prefix=prefix, loader=loader)
 
     def window(self, index: int) -> Tensor:
         """View of shard `index` in its shape."""
@@ -78,11 +86,6 @@ class FlatParameter(BasevLLMParameter):
             return
         target.copy_(_filled(slice_tensor(window.shard, self.part, loaded_weight), target))
         self.loaded = self.loaded | {index}
-
-
-def empty_part(part: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """Memory for tensors of one kind, `[numel]`."""
-    return empty_weight(part, numel, dtype) if part in _READ_AS_LOADED else torch.empty(numel, dtype=dtype)
 
 
 def load_flat(param: Any, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:

@@ -110,15 +110,21 @@ def test_added_tokens_are_refused(parallel):
         ParallelLMHead(136, 64, org_num_embeddings=128, quant_config=config, prefix="lm_head")
 
 
+def _vocabulary(num_bits: int, rows: int, columns: int, symmetric: bool, data: st.DataObject):
+    """Codes, scales and zero points of a module in groups of 32, and some of its rows to gather."""
+    generator = torch.Generator().manual_seed(rows)
+    packed = pack_codes(torch.randint(0, 1 << num_bits, (rows, columns), generator=generator), num_bits)
+    scale = torch.rand(rows, columns // 32, generator=generator).to(torch.bfloat16)
+    zeros = torch.randint(0, 1 << num_bits, (rows, columns // 32), generator=generator)
+    zero_point = None if symmetric else pack_zero_points(zeros, num_bits)
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64)
+    return packed, scale, zero_point, ids
+
+
 @settings(deadline=None)
 @given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 90), st.booleans(), st.data())
 def test_gathered_rows_are_those_of_the_whole(num_bits, rows, symmetric, data):
-    generator = torch.Generator().manual_seed(rows)
-    packed = pack_codes(torch.randint(0, 1 << num_bits, (rows, 64), generator=generator), num_bits)
-    scale = torch.rand(rows, 2, generator=generator).to(torch.bfloat16)
-    zeros = pack_zero_points(torch.randint(0, 1 << num_bits, (rows, 2), generator=generator), num_bits)
-    zero_point = None if symmetric else zeros
-    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64)
+    packed, scale, zero_point, ids = _vocabulary(num_bits, rows, 64, symmetric, data)
     given_rows = gather_rows(ids, packed, scale, zero_point, num_bits, torch.float32)
     assert torch.equal(given_rows, dequantize(packed, scale, zero_point, num_bits)[ids])
 
@@ -127,13 +133,8 @@ def test_gathered_rows_are_those_of_the_whole(num_bits, rows, symmetric, data):
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 90), st.booleans(), st.data())
 def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data):
-    generator = torch.Generator().manual_seed(rows)
-    packed = pack_codes(torch.randint(0, 1 << num_bits, (rows, 96), generator=generator), num_bits)
-    scale = torch.rand(rows, 3, generator=generator).to(torch.bfloat16)
-    zeros = pack_zero_points(torch.randint(0, 1 << num_bits, (rows, 3), generator=generator), num_bits)
-    zero_point = None if symmetric else zeros
-    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64).reshape(1, -1)
-    gathered = torch.ops.gamma.native_gather_rows(ids, packed, scale, zero_point, num_bits)
-    assert torch.equal(gathered, gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
+    packed, scale, zero_point, ids = _vocabulary(num_bits, rows, 96, symmetric, data)
+    gathered = torch.ops.gamma.native_gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
+    assert torch.equal(gathered[0], gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
     with pytest.raises(RuntimeError, match=f"row {rows} of an embedding of {rows} rows"):
         torch.ops.gamma.native_gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)
