@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["Server", "start"]
 
-_START_SECONDS = 300
+_START_SECONDS = 900  # five servers compile on two cores
 _LOADING = re.compile(r"Loading weights took ([0-9.]+) seconds")
 _OPTIONS = (
     "--served-model-name", "model", "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "32",
