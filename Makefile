@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
 
-.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu lint format clean
+.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B
 
 bench-allocation: setup ## every method of allocation on the same candidates and bytes (about two hours of CPU; goes on where it stopped)
 	@$(PYTHON) benchmarks/allocation/bench.py
+
+bench-kernels: setup ## products of the CUDA kernels, layer by layer, beside bfloat16 and Marlin (needs an NVIDIA GPU)
+	@$(PYTHON) benchmarks/kernels/bench.py
 
 bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes; goes on where it stopped)
 	$(PYTHON) benchmarks/serving/bench.py

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,17 @@ def _machine() -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+    found = {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+    return found | ({"gpu": gpu} if (gpu := _gpu()) else {})
+
+
+def _gpu() -> str | None:
+    """Name, memory and driver of the first NVIDIA GPU."""
+    command = ["nvidia-smi", "-i", "0", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,10 @@
 """What `gamma warmup` runs: compiles ahead for the kernel that is chosen here. Reads JSON, prints a line of JSON."""
 
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,19 +35,26 @@ def warm_up(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile_humming(request: dict[str, Any], device: torch.device) -> int:
-    """All kernels that a product may need, at every number of tokens; humming keeps them on disk."""
-    from humming.kernel.humming import HummingKernel as Library
+    """All kernels that a product may need, at every number of tokens; humming keeps them on disk.
 
-    from gamma_vllm.kernels.humming import compute_config, layer_config
+    A processor compiles one (shape, width) after the other: there are more of these than processors, and each has few
+    kernels.
+    """
+    from humming.utils.cpu import get_parallel_build_workers
+
+    from gamma_vllm.kernels.humming import kernels_of
 
     dtype = _DTYPES[request["dtype"]]
     device = torch.device(device.type, torch.cuda.current_device())
-    for s in request["segments"]:
-        config = layer_config(
-            s["rows"], s["columns"], s["group_size"], s["num_bits"], not s["symmetric"], dtype, device
-        )
-        Library.prepare_kernels(config.to_str(), compute_config(), None, device)
-    return len(request["segments"])
+
+    def compile_pair(s: dict[str, Any]) -> set[int]:
+        made = kernels_of(s["rows"], s["columns"], s["group_size"], s["num_bits"], not s["symmetric"], dtype, device)
+        return set(made.reshape(-1, 4)[:, 2].tolist())
+
+    workers = get_parallel_build_workers()
+    os.environ["HUMMING_MAX_PARALLEL_BUILD_WORKERS"] = "1"
+    with ThreadPoolExecutor(workers) as pool:
+        return len(set().union(*pool.map(compile_pair, request["segments"])))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ assignments are those of the solver, for made-up scores that fall with the width
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 """Sizes as published; all have 8 KV heads of 128. The two small ones tie their embeddings."""
 
 GROUP_SIZE = 128
+_DRAWN = 1 << 22
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 Vocabulary = Literal["quantized", "16 bits"]
@@ -44,8 +46,11 @@ Fusion = Literal["free", "tied"]
 Format = Literal["gamma", "compressed-tensors"]
 
 
-def write_model(name: str, folder: Path, seed: int = 0) -> Path:
-    """A bfloat16 model of shape `name` with random weights; what is there is left alone."""
+def write_model(name: str, folder: Path, weights: bool = True, seed: int = 0) -> Path:
+    """A bfloat16 model of shape `name` with random weights; what is there is left alone.
+
+    Without `weights` the file of them is a hole with a header, for `--load-format dummy`.
+    """
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,17 +63,38 @@ def write_model(name: str, folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for path in TOKENIZER.glob("tokenizer*"):
         shutil.copy(path, folder)
-    save_file(_random_model(config, np.random.default_rng(seed)), folder / "model.safetensors", {"format": "pt"})
+    if weights:
+        rng = np.random.default_rng(seed)
+        tensors = {n: _model_tensor(n, shape, rng) for n, shape in _model_shapes(config).items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        _write_hollow(_model_shapes(config), folder / "model.safetensors")
     return folder
 
 
-def _random_model(config: dict[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+def _write_hollow(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """A bfloat16 safetensors file with a hole where the weights would be."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _model_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else _weight(shape, rng)
+
+
+def _model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inter, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    tensors = {"model.embed_tokens.weight": _weight((config["vocab_size"], hidden), rng)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     if not config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = _weight((config["vocab_size"], hidden), rng)
-    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        tensors["lm_head.weight"] = (config["vocab_size"], hidden)
+    tensors["model.norm.weight"] = (hidden,)
     shapes = {
         "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden),
@@ -78,13 +104,20 @@ def _random_model(config: dict[str, Any], rng: np.random.Generator) -> dict[str,
     norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        tensors |= {f"{prefix}.{name}.weight": _weight(shape, rng) for name, shape in shapes.items()}
-        tensors |= {f"{prefix}.{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
+        tensors |= {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
+        tensors |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
     return tensors
 
 
 def _weight(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).mul_(0.02).to(torch.bfloat16)
+    drawn = rng.standard_normal(min(math.prod(shape), _DRAWN), dtype=np.float32)
+    return _repeated(torch.from_numpy(drawn).mul_(0.02).to(torch.bfloat16), shape)
+
+
+def _repeated(drawn: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Large tensors repeat what was drawn: drawing all of a 32B model takes minutes."""
+    size = math.prod(shape)
+    return drawn.repeat(-(-size // len(drawn)))[:size].reshape(shape)
 
 
 def assign(inventory: Inventory, average_bits: float, fusion: Fusion, vocabulary: Vocabulary) -> Manifest:
@@ -165,13 +198,14 @@ def _random_tensor(spec: TensorSpec, module: ModuleFormat, rng: np.random.Genera
     if spec.dtype == "I64":
         return torch.tensor(module.shape)
     if spec.dtype == "I32":
-        size = int(np.prod(spec.shape))
-        return torch.frombuffer(bytearray(rng.bytes(4 * size)), dtype=torch.int32).reshape(spec.shape)
+        drawn = bytearray(rng.bytes(4 * min(math.prod(spec.shape), _DRAWN)))
+        return _repeated(torch.frombuffer(drawn, dtype=torch.int32), spec.shape)
     if not module.quantized:
         return _weight(spec.shape, rng)
     # The weights have a standard deviation of about .02, as those of the model.
     scale = 0.02 * 12**0.5 / 2**module.num_bits
-    return torch.from_numpy(rng.uniform(0.8, 1.2, spec.shape).astype(np.float32)).mul_(scale).to(torch.bfloat16)
+    drawn = rng.uniform(0.8, 1.2, min(math.prod(spec.shape), _DRAWN)).astype(np.float32)
+    return _repeated(torch.from_numpy(drawn).mul_(scale).to(torch.bfloat16), spec.shape)
 
 
 def _format(shape: tuple[int, int], num_bits: int, symmetric: bool = False) -> ModuleFormat:

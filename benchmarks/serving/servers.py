@@ -18,6 +18,8 @@ __all__ = ["Server", "start"]
 
 _START_SECONDS = 900  # five servers compile on two cores
 _LOADING = re.compile(r"Loading weights took ([0-9.]+) seconds")
+_RESIDENT = re.compile(r"Model loading took ([0-9.]+) GiB")
+_KERNEL = re.compile(r"Using (\w+) for|use the (\w+) kernel")
 _OPTIONS = (
     "--served-model-name", "model", "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-num-seqs", "32",
     "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1", "--max-model-len",
@@ -38,6 +40,17 @@ class Server:
         """What vLLM's log says of loading the weights; 0 before it says so."""
         found = _LOADING.search(self.log.read_text())
         return float(found[1]) if found else 0.0
+
+    @property
+    def gpu_gib(self) -> float:
+        """What vLLM's log says of the GPU's memory after loading."""
+        found = _RESIDENT.search(self.log.read_text())
+        return float(found[1]) if found else 0.0
+
+    @property
+    def kernels(self) -> list[str]:
+        """The kernels of linear layers and attention that the log names."""
+        return sorted({found[1] or found[2] for found in _KERNEL.finditer(self.log.read_text())})
 
     def wait_loaded(self) -> None:
         """Until the weights are loaded. Raises RuntimeError with the end of the log when the server does not start."""

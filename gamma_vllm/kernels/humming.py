@@ -3,7 +3,8 @@
 Its own layout on disk is ours: `weight` int32 `[N, K*b/32]`, `weight_scale` `[N, K/g]`, `zero_point` int32
 `[N*b/32, K/g]`. Written for humming-kernels 0.1.19, which vLLM 0.33 pins and which is the newest. Kernels are
 compiled when a (shape, width) is first multiplied and cached on disk (`HUMMING_CACHE_DIR`); `gamma warmup` does it
-ahead.
+ahead. humming would compile some 30 for each (shape, width), one for every eight tokens up to 176; free widths multiply
+the pairs, so we ask for its choice at `_TUNED_TOKENS` only, a third to a quarter of the kernels.
 
 Checked without a GPU against humming's own schemas and signatures (tests/gamma_vllm/test_humming.py); tests/gpu
 multiplies.
@@ -31,6 +32,10 @@ _ROW_MULTIPLE, _COLUMN_MULTIPLE = 256, 128
 
 _LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 _LOCKS_A_PROCESSOR = 8
+
+_TUNED_TOKENS = (8, 16, 32, 64, 96, 128, 176, 256, 352, 528, 1056, 8192)
+"""176 rows are humming's largest tile on Hopper; from there on multiples of the tiles above waste least."""
+_ANY_TOKENS = 1 << 30
 
 
 def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
@@ -204,6 +209,33 @@ def compute_config() -> str:
     )
 
 
+def tuning_config(config: Any, device: torch.device) -> str:
+    """The kernel for each number of tokens: humming's choice at the next of `_TUNED_TOKENS`."""
+    from humming.tune import get_heuristics_config
+
+    settings, intervals, low = json.loads(compute_config()), [], 0
+    for tokens in _TUNED_TOKENS:
+        high = tokens if tokens != _TUNED_TOKENS[-1] else _ANY_TOKENS
+        intervals.append([low, high, get_heuristics_config(config, shape_m=tokens, device=device, **settings)])
+        low = high
+    return json.dumps(intervals)
+
+
+@functools.cache
+def kernels_of(
+    rows: int, columns: int, group_size: int, num_bits: int, asymmetric: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What humming launches, int64 on the CPU: for each interval of tokens its ends, the kernel and the SMs.
+
+    Compiles what its cache on disk does not have.
+    """
+    from humming.kernel.humming import HummingKernel as Library
+
+    config = layer_config(rows, columns, group_size, num_bits, asymmetric, dtype, device)
+    made: Tensor = Library.prepare_kernels(config.to_str(), compute_config(), tuning_config(config, device), device)
+    return made
+
+
 def _layer(
     x: Tensor,
     weights: list[Tensor],
@@ -217,7 +249,7 @@ def _layer(
     asymmetric: list[bool],
 ) -> Tensor:
     """`x` `[..., columns]` times each weight (humming's, or `[rows, columns]` at 16 bits), joined along the rows."""
-    from humming.forward import humming_forward
+    from humming.ops import launch_kernel
 
     if x.shape[-1] != columns:
         raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
@@ -239,15 +271,14 @@ def _layer(
                 place.copy_(F.linear(flat, weights[i]))
             continue
         made = _rows_with_zero_points(count) if asymmetric[i] else count
-        product = humming_forward(
-            layer_config(count, columns, group_sizes[i], num_bits[i], asymmetric[i], flat.dtype, flat.device),
+        product = launch_kernel(
+            configs=kernels_of(count, columns, group_sizes[i], num_bits[i], asymmetric[i], flat.dtype, flat.device),
             inputs=flat,
             weight=weights[i],
             weight_scale=scales[i],
             zero_point=zero_points[i] if asymmetric[i] else None,
             outputs=place if in_place and made == count else None,
             locks=locks[i],
-            compute_config=compute_config(),
         )
         if product.data_ptr() != place.data_ptr():
             place.copy_(product[:, :count])

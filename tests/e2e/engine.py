@@ -92,6 +92,16 @@ class Vllm:
         self.engine.collective_rpc("update_config", kwargs={"overrides": overrides})
         self.engine.collective_rpc("reload_weights")
 
+    def sleep(self, level):
+        """Give the GPU's memory back and take it again. At level 1 weights wait in the host's, at 2 nowhere."""
+        self.engine.sleep(level=level)
+        if level == 2:
+            self.engine.wake_up(tags=["weights"])
+            self.engine.collective_rpc("reload_weights")
+            self.engine.wake_up(tags=["kv_cache"])
+        else:
+            self.engine.wake_up()
+
     def parameters(self):
         return self.engine.collective_rpc(_parameters)[0]
 

@@ -4,7 +4,9 @@
 Only the reordering of codes, which humming does on the GPU, is replaced by one that gives tensors of the same shape.
 """
 
+import contextlib
 import inspect
+import json
 import math
 from types import SimpleNamespace
 
@@ -53,7 +55,7 @@ def device(monkeypatch):
 
         return unpack_codes(inputs, num_bits).to(torch.int32)
 
-    gpu = SimpleNamespace(sm_version=90, sm_major=9, is_ppu=False)
+    gpu = SimpleNamespace(name="H100", index=0, sm_version=90, sm_major=9, is_ppu=False, sm_count=132)
     monkeypatch.setattr(transform, "DeviceInfo", lambda device=None: gpu)
     monkeypatch.setattr(current_device, "_value", gpu)
     monkeypatch.setattr(transform.ops, "repack_weight", repack)
@@ -97,23 +99,29 @@ def test_bytes_after_packing_are_known_ahead(device, num_bits, symmetric):
 
 @needs_humming
 def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monkeypatch):
-    from humming import forward
+    from humming import ops
 
-    signature, calls = inspect.signature(forward.humming_forward), []
-    weights = {}
+    signature, calls = inspect.signature(ops.launch_kernel), []
+    weights, rows_of = {}, {}
 
     def multiply(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
         calls.append(given)
         product = given["inputs"].float() @ weights[given["weight"].data_ptr()].T
-        rows = given["config"].shape_n - given["config"].pad_shape_n
+        rows = rows_of[int(given["configs"])]
         product = torch.nn.functional.pad(product, (0, rows - product.shape[1])).to(given["inputs"].dtype)
         if given.get("outputs") is None:
             return product
         assert given["outputs"].is_contiguous()
         return given["outputs"].copy_(product)
 
-    monkeypatch.setattr(forward, "humming_forward", multiply)
+    def prepared(rows, columns, group_size, num_bits, asymmetric, dtype, device):
+        config = adapter.layer_config(rows, columns, group_size, num_bits, asymmetric, dtype, device)
+        rows_of[rows] = config.shape_n - config.pad_shape_n
+        return torch.tensor(rows)
+
+    monkeypatch.setattr(ops, "launch_kernel", multiply)
+    monkeypatch.setattr(adapter, "kernels_of", prepared)
     kernel = HummingKernel(torch.bfloat16)
     parts = [
         make_segment(256, 128, 3, 64, True),
@@ -135,9 +143,27 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
         assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
         # Straight to its place for one token, if the rows were not filled up for the zero points (40 to 64).
         assert [c.get("outputs") is not None for c in calls] == [tokens == 1, tokens == 1, False]
-        assert [c["config"].shape_n - c["config"].pad_shape_n for c in calls] == [256, 64, 64]
+        assert [rows_of[int(c["configs"])] for c in calls] == [256, 64, 64]
         assert all(math.prod(c["locks"].shape) == 132 * 8 for c in calls)
     assert kernel.layer(segments, held, torch.zeros(2, 0, 128, dtype=torch.bfloat16)).shape == (2, 0, len(whole))
+
+
+@needs_humming
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("rows", [40, 1024, 6144])
+def test_few_kernels_are_asked_for_and_every_number_of_tokens_has_one(device, monkeypatch, rows, asymmetric):
+    from humming import device as devices
+
+    monkeypatch.setattr(devices.DeviceInfo, "_instances", {0: devices.current_device})
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    config = adapter.layer_config(rows, 4096, 128, 3, asymmetric, torch.bfloat16, torch.device("cuda", 0))
+    intervals = json.loads(adapter.tuning_config(config, torch.device("cuda", 0)))
+    lows, highs, kinds = zip(*intervals, strict=True)
+    assert lows == (0, *highs[:-1])
+    assert highs[-1] >= 1 << 20
+    assert len({json.dumps(kind, sort_keys=True) for kind in kinds}) <= 10
+    # No tile is much larger than the fewest tokens that it is for.
+    assert all(kind["block_shape"][0] <= max(8, 2 * low) for kind, low in zip(kinds, lows, strict=True))
 
 
 @needs_humming

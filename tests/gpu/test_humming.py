@@ -14,18 +14,25 @@ from tests.gamma_vllm.test_kernels import make_segment, relative_error
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CUDA = torch.device("cuda", 0)
-SHAPES = [(1024, 1024, 128), (256, 512, 64), (40, 384, 32)]  # rows, columns, group size
-TOKENS = (1, 2, 16, 65)
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+EVERY_WIDTH = [((1024, 1024, 128), num_bits, BFLOAT16) for num_bits in (2, 3, 4, 5, 6, 8)]
+# A fraction of a tile, rows that are filled up, small groups; and the other dtype.
+OTHERS = [((256, 512, 64), 3, BFLOAT16), ((40, 384, 32), 5, BFLOAT16), ((256, 512, 64), 3, FLOAT16)]
+TOKENS = (1, 2, 16, 65, 300, 1100)
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def kernel(request, monkeypatch):
+def kernel_for(dtype, monkeypatch):
     """The kernel as vLLM chooses it for a model of this dtype."""
-    monkeypatch.setattr(torch, "get_default_dtype", lambda: request.param)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
     reason = HummingKernel.why_not(CUDA)
     if reason is not None:
         pytest.skip(reason)
-    return HummingKernel(request.param)
+    return HummingKernel(dtype)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return kernel_for(BFLOAT16, monkeypatch)
 
 
 def on_gpu(tensors):
@@ -33,19 +40,19 @@ def on_gpu(tensors):
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 6, 8])
-def test_products_are_those_of_the_dequantized_weight(kernel, num_bits, symmetric):
-    for rows, columns, group_size in SHAPES:
-        segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
-        packed = kernel.pack(segment, on_gpu(tensors))
-        held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
-        assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(CUDA, kernel.dtype)
-            given = kernel.linear(segment, packed, x)
-            assert given.dtype == kernel.dtype
-            assert relative_error(given, x.float() @ weight.to(CUDA).T) < 1e-2, (rows, columns, tokens)
-            assert not packed["locks"].any()  # as they were: the next call begins with zeros
+@pytest.mark.parametrize(("shape", "num_bits", "dtype"), EVERY_WIDTH + OTHERS)
+def test_products_are_those_of_the_dequantized_weight(shape, num_bits, dtype, symmetric, monkeypatch):
+    kernel, (rows, columns, group_size) = kernel_for(dtype, monkeypatch), shape
+    segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
+    packed = kernel.pack(segment, on_gpu(tensors))
+    held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
+    assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(CUDA, dtype)
+        given = kernel.linear(segment, packed, x)
+        assert given.dtype == dtype
+        assert relative_error(given, x.float() @ weight.to(CUDA).T) < 1e-2, tokens
+        assert not packed["locks"].any()  # as they were: the next call begins with zeros
 
 
 def test_a_layer_of_several_widths_and_a_dense_part(kernel):

@@ -1,0 +1,89 @@
+"""The servers that are compared, on a CPU and on an NVIDIA GPU."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from allocator.contract.manifest import Manifest, average_bits
+from allocator.fitting import PlanRequest
+from allocator.fitting.weights import residency_of
+from allocator.inventory import read_inventory, read_shape
+from benchmarks.serving.checkpoints import Fusion, Vocabulary, assign, uniform, write_checkpoint, write_model
+from benchmarks.serving.report import BF16, CUDA_LOADS, LOADS, MARLIN, STOCK, Load
+
+__all__ = ["CPU_PIECES", "CUDA_PIECES", "Piece", "Variant", "file_name"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One server. `planned_bytes` is what `gamma plan` says of its weights in memory."""
+
+    name: str
+    folder: Path
+    planned_bytes: int | None
+    average_bits: float
+    variables: dict[str, str]
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Servers that are measured together: bfloat16, stock 4-bit, and gamma's at (bits, fusion, vocabulary).
+
+    compiled: as vLLM does by default; else eager. apart: bfloat16 is served before the others, which do not fit beside
+    it.
+    """
+
+    name: str
+    model: str
+    compiled: bool
+    loads: tuple[Load, ...]
+    gamma: tuple[tuple[float, Fusion, Vocabulary], ...]
+    cuda: bool = False
+    apart: bool = False
+
+    def variants(self, out: Path) -> Iterator[Variant]:
+        """Writes the checkpoints that are not there. On CUDA bfloat16 has no weights on disk."""
+        source = write_model(self.model, out / self.model, weights=not self.cuda)
+        inventory = read_inventory(source)
+        yield Variant(BF16, source, None, 16.0, {}, ("--load-format", "dummy") if self.cuda else ())
+        stock = uniform(inventory, 4)
+        folder = write_checkpoint(source, stock, out / f"{self.model}-stock", "compressed-tensors")
+        without = {"VLLM_PLUGINS": ""}
+        yield Variant(STOCK, folder, None, average_bits(stock.modules), without)
+        if self.cuda:
+            yield Variant(MARLIN, folder, None, average_bits(stock.modules), without, ("--linear-backend", "marlin"))
+        for bits, fusion, vocabulary in self.gamma:
+            manifest = assign(inventory, bits, fusion, vocabulary)
+            name = f"gamma {bits} bits, {fusion}" + (", vocabulary at 16" if vocabulary == "16 bits" else "")
+            folder = write_checkpoint(source, manifest, out / file_name(f"{self.model} {name}"))
+            yield Variant(name, folder, self._planned(source, manifest), average_bits(manifest.modules), {})
+
+    def _planned(self, model: Path, manifest: Manifest) -> int:
+        shape = read_shape(json.loads((model / "config.json").read_text()))
+        request = PlanRequest(kernel="humming" if self.cuda else "native")
+        (planned,) = residency_of(shape, request).stage_bytes(manifest.modules)
+        return planned
+
+
+_THREE: tuple[float, Fusion, Vocabulary] = (3.0, "free", "quantized")
+_TIED: tuple[float, Fusion, Vocabulary] = (3.0, "tied", "quantized")
+_SMALL: tuple[float, Fusion, Vocabulary] = (2.5, "free", "quantized")
+_FOUR: tuple[float, Fusion, Vocabulary] = (4.0, "free", "quantized")
+
+CPU_PIECES = (
+    Piece("Qwen3-0.6B", "Qwen3-0.6B", True, LOADS, (_SMALL, _THREE, _TIED)),
+    # Apart, since seven servers at a time do not fit into 24 GiB.
+    Piece("Qwen3-0.6B, more", "Qwen3-0.6B", True, LOADS, (_FOUR, (3.0, "free", "16 bits"))),
+    Piece("Qwen3-0.6B, eager", "Qwen3-0.6B", False, (LOADS[0],), (_SMALL, _THREE, _FOUR)),
+    Piece("Qwen3-1.7B", "Qwen3-1.7B", True, LOADS, (_THREE,)),
+)
+CUDA_PIECES = (
+    Piece("Qwen3-8B", "Qwen3-8B", True, CUDA_LOADS, (_SMALL, _THREE, _TIED), cuda=True),
+    Piece("Qwen3-32B", "Qwen3-32B", True, CUDA_LOADS, (_THREE,), cuda=True, apart=True),
+)
+
+
+def file_name(text: str) -> str:
+    return text.replace(" ", "-").replace(",", "")
