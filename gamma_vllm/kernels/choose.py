@@ -35,7 +35,8 @@ class Kernel(Protocol):
         """Why the kernel cannot run on `device`, or None."""
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
-        """The tensors that `pack` gives and `linear` takes."""
+        """The tensors that `pack` gives and `linear` takes. None is called `weight`: that is the one of 16 bits, and
+        experts of all widths keep tensors of one name together."""
 
     def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Once after loading: `packed`, `scale` and, if asymmetric, `zero_point` to what the kernel reads."""

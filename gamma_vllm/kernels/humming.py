@@ -84,7 +84,7 @@ class HummingKernel:
         return None
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
-        return ("weight", "scale", "locks") if segment.symmetric else ("weight", "scale", "zero_point", "locks")
+        return ("codes", "scale", "locks") if segment.symmetric else ("codes", "scale", "zero_point", "locks")
 
     def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """humming's order of codes, scales and zero points, padded; and the locks of its stream-K scheduler."""
@@ -105,7 +105,7 @@ class HummingKernel:
             torch_dtype=self.dtype,
             device=device,
         )
-        kept = {"weight": packed["weight"], "scale": packed["weight_scale"], "locks": _locks(device)}
+        kept = {"codes": packed["weight"], "scale": packed["weight_scale"], "locks": _locks(device)}
         return kept if segment.symmetric else kept | {"zero_point": packed["zero_point"]}
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class HummingKernel:
         empty = next(iter(tensors[0].values())).new_empty(0)
         return torch.ops.gamma.humming_layer(
             x,
-            [held["weight"] for held in tensors],
+            [held["codes" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)],
             [held.get("scale", empty) for held in tensors],
             [held.get("zero_point", empty) for held in tensors],
             [held.get("locks", empty) for held in tensors],

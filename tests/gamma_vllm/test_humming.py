@@ -131,7 +131,7 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
     held, expected = [], []
     for segment, tensors, weight in parts:
         held.append(kernel.pack(segment, tensors))
-        weights[held[-1]["weight"].data_ptr()] = weight
+        weights[held[-1]["codes"].data_ptr()] = weight
         expected.append(weight)
     dense = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     segments = [segment for segment, _, _ in parts] + [adapter.Segment((9,), 16, None, None, 24, 128)]

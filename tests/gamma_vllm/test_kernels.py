@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.kernels import torch_reference
 from gamma_vllm.kernels.ark import ArkKernel, blob_bytes
-from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.choose import _KERNELS, choose_kernel
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
@@ -144,6 +144,14 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setenv("GAMMA_KERNEL", "marlin")
     with pytest.raises(ValueError, match="'marlin': expected auto, humming, native, ark or torch"):
         choose_kernel(CPU)
+
+
+@pytest.mark.parametrize("name", ["humming", "native", "ark", "torch"])
+def test_no_kernel_calls_its_codes_as_the_weight_of_16_bits_is_called(name):
+    """Experts keep the tensors of one name in one tensor, those of experts at 16 bits too."""
+    for symmetric in (True, False):
+        segment, _, _ = make_segment(64, 64, 3, 32, symmetric)
+        assert "weight" not in _KERNELS[name].tensor_names(_KERNELS[name], segment)
 
 
 def test_unknown_compute_type_is_refused(monkeypatch):
