@@ -11,8 +11,9 @@ other, since compiled ones load while others compile.
 All variants of a piece are served at once by `vllm serve` processes of their own, in bfloat16. `vllm bench serve` is
 the load generator; it runs inside this process, since importing it takes longer than most of its runs. Each round gives
 every load to every variant in turn; a figure is the least of the rounds, to which other work on the machine can only
-add. Writes benchmarks/results/serving.json. Small trained models are left out: at 1 ms a token their servers answer in
-a few pieces, whose times say nothing of a token (0 to 5 ms in rounds of one server).
+add. Small trained models are left out: at 1 ms a token their servers answer in a few pieces, whose times say nothing of
+a token (0 to 5 ms in rounds of one server). Writes benchmarks/results/serving.json, on CPUs with AMX serving_amx.json,
+and with an NVIDIA GPU serving_cuda.json.
 """
 
 import argparse
@@ -171,7 +172,12 @@ def main() -> None:
                 write_atomically(kept[name], json.dumps(rows, indent=1))
     left = [name for name, path in kept.items() if not path.exists()]
     rows = [row for path in kept.values() if path.exists() for row in json.loads(path.read_text())]
-    _finish("serving_cuda" if on_gpu else "serving", rows, left)
+    _finish("serving_cuda" if on_gpu else "serving_amx" if _has_amx() else "serving", rows, left)
+
+
+def _has_amx() -> bool:
+    """16-bit products are several times as fast on CPUs with AMX, so their results are kept apart."""
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def _finish(name: str, rows: Rows, left: list[str]) -> None:

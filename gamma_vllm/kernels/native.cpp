@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "native_amx.h"
 #include "native_few.h"
 #include "native_many.h"
 
@@ -15,6 +16,9 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr long kFewTokens = 16;  // up to so many are faster code by code (measured, Zen 5, one core)
+constexpr long kFewTokensBesideAmx = 2;  // Granite Rapids
+
+bool use_amx = has_amx();
 
 template <typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
@@ -29,25 +33,65 @@ void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, lon
     }
 }
 
-void multiply_many(const Weight& w, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
+// Calls work(fill), where fill(row, begin, end, to, step) is as multiply_many and multiply_amx want it.
+template <typename Work>
+void with_fill(const Weight& w, const Work& work) {
     if (w.bits == 16) {
         const uint16_t* dense = (const uint16_t*)w.packed;
-        const auto fill = [&](long row, long begin, long end, uint16_t* to) {
-            std::memcpy(to, dense + row * w.columns + begin, (end - begin) * sizeof(uint16_t));
-        };
-        return multiply_many(w, fill, x, tokens, out, out_stride);
+        return work([&w, dense](long row, long begin, long end, uint16_t* to, long step) {
+            for (long k = begin; k < end; k += kBlock, to += step) {
+                _mm512_storeu_si512(to, _mm512_loadu_si512(dense + row * w.columns + k));
+            }
+        });
     }
     with_unpacker(w.bits, [&](const auto& unpacker) {
-        const auto fill = [&](long row, long begin, long end, uint16_t* to) { unpacker.dequantize(w, row, begin, end, to); };
-        multiply_many(w, fill, x, tokens, out, out_stride);
+        work([&](long row, long begin, long end, uint16_t* to, long step) {
+            unpacker.dequantize(w, row, begin, end, to, step);
+        });
     });
+}
+
+// A segment of a layer, and where its rows begin among those of the layer.
+struct Part {
+    Weight weight;
+    long start;
+};
+
+// Several activations x [tokens, columns] times the segments `parts`: to their places in out [tokens, total].
+void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
+    const long columns = parts[0].weight.columns;
+    thread_local std::vector<uint16_t> tiles;  // kept for the next call: fresh pages would cost more than filling them
+    if (use_amx) tiles.resize(std::max<size_t>(tiles.size(), (std::min(tokens, kSlabTokens) + 15) / 16 * 16 * columns));
+    uint16_t* const slab = tiles.data();
+#pragma omp parallel
+    {
+        thread_local AmxSpace space;
+        if (use_amx) {
+            configure_tiles();
+            for (long first = 0; first < tokens; first += kSlabTokens) {
+                const long count = std::min(tokens - first, kSlabTokens);
+                tile_activations(x + first * columns, count, columns, slab);
+                for (const auto& [w, start] : parts) {
+                    uint16_t* const to = out + first * total + start;
+                    with_fill(w, [&](const auto& fill) { multiply_amx(w, fill, slab, count, to, total, space); });
+                }
+#pragma omp barrier
+            }
+            release_tiles();
+        } else {
+            for (const auto& [w, start] : parts) {
+                with_fill(w, [&](const auto& fill) { multiply_many(w, fill, x, tokens, out + start, total); });
+            }
+        }
+    }
 }
 
 // The segments of a layer, of which each is rows, group_size, num_bits, symmetric in `kinds` and has `weight` at 16 bits,
 // packed, scale and, if asymmetric, zeros in `tensors`.
-std::vector<Weight> read_segments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds, long columns) {
-    std::vector<Weight> all(kinds.size() / 4);
+std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds, long columns) {
+    std::vector<Part> all(kinds.size() / 4);
     size_t next = 0;
+    long start = 0;
     const auto take = [&]() -> const Tensor& {
         STD_TORCH_CHECK(next < tensors.size(), "gamma::native_layer got ", tensors.size(), " tensors, too few");
         return tensors[next++];
@@ -55,7 +99,10 @@ std::vector<Weight> read_segments(const std::vector<Tensor>& tensors, const std:
     for (size_t i = 0; i < all.size(); i++) {
         const long rows = kinds[4 * i], group_size = kinds[4 * i + 1], bits = kinds[4 * i + 2];
         STD_TORCH_CHECK((bits >= 2 && bits <= 8) || bits == 16, "gamma::native_layer knows no ", bits, " bits");
-        Weight& w = all[i] = {(const uint8_t*)take().const_data_ptr(), nullptr, nullptr, 0, rows, columns, columns, bits};
+        auto& [w, first] = all[i];
+        w = {(const uint8_t*)take().const_data_ptr(), nullptr, nullptr, 0, rows, columns, columns, bits};
+        first = start;
+        start += rows;
         if (bits == 16) continue;
         const Tensor& scale = take();
         w.scale = (const uint16_t*)scale.const_data_ptr();
@@ -83,21 +130,21 @@ Tensor new_rows(const Tensor& like, int64_t leading, int64_t columns) {
 Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
     const int64_t leading = x.dim() - 1;
     STD_TORCH_CHECK(x.is_contiguous() && x.element_size() == 2, "gamma::native_layer wants contiguous bfloat16 activations");
-    const std::vector<Weight> all = read_segments(tensors, kinds, x.size(leading));
-    long total = 0, tokens = 1;
-    for (const Weight& w : all) total += w.rows;
+    const std::vector<Part> all = read_segments(tensors, kinds, x.size(leading));
+    const long total = all.back().start + all.back().weight.rows;
+    long tokens = 1;
     for (int64_t i = 0; i < leading; i++) tokens *= x.size(i);
     Tensor output = new_rows(x, leading, total);
     if (tokens == 0) return output;
     const uint16_t* from = (const uint16_t*)x.const_data_ptr();
     uint16_t* to = (uint16_t*)output.mutable_data_ptr();
+    const long most = use_amx ? kFewTokensBesideAmx : kFewTokens;
+    std::vector<Part> few, many;
+    for (const Part& part : all) (tokens <= most && part.weight.bits != 16 ? few : many).push_back(part);
+    if (!many.empty()) multiply_many(many, from, tokens, to, total);
+    if (!few.empty()) {
 #pragma omp parallel
-    for (size_t i = 0, start = 0; i < all.size(); start += all[i++].rows) {
-        if (tokens <= kFewTokens && all[i].bits != 16) {
-            multiply_few(all[i], from, tokens, to + start, total);
-        } else {
-            multiply_many(all[i], from, tokens, to + start, total);
-        }
+        for (const auto& [weight, start] : few) multiply_few(weight, from, tokens, to + start, total);
     }
     return output;
 }
@@ -148,6 +195,9 @@ STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
     m.impl("native_layer", TORCH_BOX(&native_layer));
     m.impl("native_gather_rows", TORCH_BOX(&native_gather_rows));
 }
+
+// Whether AMX is used from now on: if it is wanted and there.
+extern "C" bool gamma_use_amx(bool wanted) { return use_amx = wanted && has_amx(); }
 
 // x [tokens, columns] in bfloat16 to out [tokens, rows] in float32, exact but for sums. 2 to 8 bits.
 extern "C" void gamma_multiply_few(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {

@@ -2,7 +2,8 @@
 
 They read codes and scales as the checkpoint stores them, so nothing is repacked and nothing is larger in memory but the
 zero points, one byte each (`resident_bytes`). Few activations are multiplied code by code; many, as in prefill, with
-weights dequantized a piece at a time.
+weights dequantized a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), from three
+activations on, else in registers of AVX-512.
 
 `native.cpp` is compiled on first use with the C++ compiler that is there, into vLLM's cache folder; `gamma warmup`
 does it ahead, for images without a compiler.
@@ -154,11 +155,13 @@ def _library() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
     library.gamma_dequantize.argtypes = [pointer, pointer]
+    library.gamma_use_amx.argtypes, library.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
     return library
 
 
 def _self_test() -> float:
-    """Relative error of one small product against the reference."""
+    """Relative error of a small product against the reference; one with many activations counts a tenth, as it rounds
+    to bfloat16."""
     from gamma_vllm.kernels.torch_reference import TorchKernel
 
     segment = Segment((0,), 3, 32, False, rows=48, columns=64)
@@ -168,10 +171,16 @@ def _self_test() -> float:
             "scale": torch.linspace(0.5, 1.5, 96).to(torch.bfloat16).reshape(48, 2),
             "zero_point": (torch.arange(10) * 76354972).to(torch.int32).reshape(5, 2),
         }
-        x = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
+        few = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
+        many = torch.linspace(-1, 1, 40 * 64, dtype=torch.float32).reshape(40, 64).to(torch.bfloat16)
     kernel, reference = NativeKernel(), TorchKernel()
-    expected = reference.linear(segment, tensors, x)
-    return float((kernel.linear(segment, kernel.pack(segment, tensors), x) - expected).norm() / expected.norm())
+    packed = kernel.pack(segment, tensors)
+
+    def error(x: Tensor) -> float:
+        expected = reference.linear(segment, tensors, x.float())
+        return float((kernel.linear(segment, packed, x).float() - expected).norm() / expected.norm())
+
+    return max(error(few), error(many) / 10)
 
 
 def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:

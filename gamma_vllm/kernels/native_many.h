@@ -17,8 +17,8 @@ constexpr int kGroup = 128;                // columns dequantized at a time; gro
 constexpr long kChunkBytes = 384L << 10;   // of panels at a time, in a second cache of 1 MiB or more
 constexpr long kChunkRows = 4 * kPanelRows;
 
-// from [16 rows, 32 columns] to [16 pairs of columns, 16 rows, 2], with a stride of kPanelRows pairs.
-inline void transpose(const uint16_t* from, long stride, uint16_t* to) {
+// from [16 rows, 32 columns] to [16 pairs of columns, 16 rows, 2]; strides are in values of 16 bits.
+inline void transpose(const uint16_t* from, long stride, uint16_t* to, long to_stride) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
     for (int i = 0; i < 16; i += 2) {
@@ -32,7 +32,7 @@ inline void transpose(const uint16_t* from, long stride, uint16_t* to) {
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
     // a[4i+j] has pair 4l+j of rows 4i to 4i+3 in its lane l.
-    const auto put = [to](int pair, __m512i value) { _mm512_storeu_si512(to + pair * 2 * kPanelRows, value); };
+    const auto put = [=](int pair, __m512i value) { _mm512_storeu_si512(to + pair * to_stride, value); };
     for (int j = 0; j < 4; j++) {
         const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xDD);
         const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
@@ -56,9 +56,11 @@ void fill_panel(const Weight& w, const Fill& fill, long row, uint16_t* panel) {
         for (long begin = 0; begin < w.columns; begin += step, next += step_bytes) {
             const long end = std::min(w.columns, begin + step);
             for (long at = 0; at < step_bytes; at += 64) _mm_prefetch((const char*)next + at, _MM_HINT_T0);
-            for (long r = 0; r < kVector; r++) fill(std::min(row + half + r, w.rows - 1), begin, end, rows + r * kStride);
+            for (long r = 0; r < kVector; r++) {
+                fill(std::min(row + half + r, w.rows - 1), begin, end, rows + r * kStride, kBlock);
+            }
             for (long k = begin; k < end; k += kBlock) {
-                transpose(rows + k - begin, kStride, panel + k * kPanelRows + 2 * half);
+                transpose(rows + k - begin, kStride, panel + k * kPanelRows + 2 * half, 2 * kPanelRows);
             }
         }
     }
@@ -97,7 +99,7 @@ inline void multiply_tile(int tokens, const uint16_t* panel, const uint16_t* x, 
 }
 
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows] in bfloat16. Within a parallel region, by all.
-// fill(row, begin, end, to) gives columns [begin, end) of a row in bfloat16.
+// fill(row, begin, end, to, step) gives columns [begin, end) of a row in bfloat16, each 32 of them `step` after the last.
 template <typename Fill>
 void multiply_many(const Weight& w, const Fill& fill, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
     const long threads = omp_get_num_threads(), panel_size = w.columns * kPanelRows;

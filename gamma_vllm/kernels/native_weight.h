@@ -52,6 +52,18 @@ struct Weight {
         const uint16_t bits = scale[row * groups() + group];
         return scale_is_bf16 ? from_bf16(bits) : _cvtsh_ss(bits);
     }
+    // Of at most 16 groups that follow each other, what scale_at and shift_at give.
+    GAMMA_INNER void read_groups(long first, long count, float* scales, float* shifts) const {
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        const __m256i halves = _mm256_maskz_loadu_epi16(there, scale + first);
+        _mm512_store_ps(scales, scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves));
+        __m512 shift = _mm512_setzero_ps();
+        if (zeros) {
+            const __m512i points = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, zeros + first));
+            shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(1 << (bits - 1)), points));
+        }
+        _mm512_store_ps(shifts, shift);
+    }
     // What is added to code - 2^(bits-1).
     float shift_at(long row, long group) const {
         return zeros ? float(1 << (bits - 1)) - float(zeros[row * groups() + group]) : 0.0f;
@@ -104,23 +116,35 @@ struct Unpacker {
         return _mm512_permutexvar_epi16(lanes, low);
     }
 
-    // Columns [begin, end) of a row, both at the border of a group, as (code - zero) * scale.
-    void dequantize(const Weight& w, long row, long begin, long end, uint16_t* to) const {
+    // Columns [begin, end) of a row, both at the border of a group, as (code - zero) * scale; each 32 `step` after the last.
+    void dequantize(const Weight& w, long row, long begin, long end, uint16_t* to, long step = kBlock) const {
         const uint8_t* from = w.packed + (row * w.columns + begin) * BITS / 8;
-        for (long group = begin / w.group_size; group * w.group_size < end; group++) {
-            const __m512 scale = _mm512_set1_ps(w.scale_at(row, group)), shift = _mm512_set1_ps(w.shift_at(row, group));
+        const auto part = [](__m512i values, int half) {
+            return widen(half ? _mm512_extracti64x4_epi64(values, 1) : _mm512_castsi512_si256(values));
+        };
+        const auto narrow = [](__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); };
+        const long first = row * w.groups() + begin / w.group_size, count = (end - begin) / w.group_size;
+        alignas(64) float scales[16], shifts[16];
+        for (long group = 0; group < count; group++) {
+            if (group % 16 == 0) w.read_groups(first + group, std::min(count - group, 16L), scales, shifts);
+            const __m512 scale = _mm512_set1_ps(scales[group % 16]), shift = _mm512_set1_ps(shifts[group % 16]);
             const auto scaled = [&](__m512 value) { return _mm512_mul_ps(_mm512_add_ps(value, shift), scale); };
-            const auto part = [](__m512i values, int half) {
-                return widen(half ? _mm512_extracti64x4_epi64(values, 1) : _mm512_castsi512_si256(values));
-            };
-            const auto narrow = [](__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); };
             __m512i scaled_low, scaled_high;  // all values that a code of this group can have
             if (!kTwoParts) {
                 const __m512 first = scaled(part(low, 0)), second = BITS <= 4 ? first : scaled(part(low, 1));
                 scaled_low = scaled_high = narrow(first, second);
                 if (BITS == 6) scaled_high = narrow(scaled(part(high, 0)), scaled(part(high, 1)));
             }
-            for (long block = 0; block < w.group_size; block += kBlock, from += kBytes, to += kBlock) {
+            for (long block = 0; block < w.group_size; block += kBlock, from += kBytes, to += step) {
+                if (BITS == 8) {
+                    const auto value = [&](int h) {
+                        const __m128i bytes = _mm_loadu_si128((const __m128i*)(from + 16 * h));
+                        const __m512i codes = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(128));
+                        return scaled(_mm512_cvtepi32_ps(codes));
+                    };
+                    _mm512_storeu_si512(to, narrow(value(0), value(1)));
+                    continue;
+                }
                 const __m512i codes = lanes(from);
                 if (kTwoParts) {
                     const __m512i lower = values(codes), rest = upper(codes);

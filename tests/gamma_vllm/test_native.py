@@ -24,13 +24,43 @@ def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
         segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
         packed = kernel.pack(segment, tensors)
         assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
-        for tokens in (1, 2, 3, 7, 21, 60, 90):  # code by code, in fours, twos and ones; in panels; dequantized
+        # Code by code, in fours, twos and ones; in panels or tiles, of which some are not full; dequantized.
+        for tokens in (1, 2, 3, 7, 16, 21, 60, 90):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
             for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
                 product = kernel.linear(segment, packed, x.to(dtype))
                 assert product.dtype == dtype
                 expected = x.to(dtype).double() @ weight.double().T
                 assert relative_error(product, expected) < limit, (rows, columns, tokens, dtype)
+
+
+@pytest.fixture(params=[False, True], ids=["registers", "tiles"])
+def amx(request):
+    """Many activations with AMX, which not all CPUs have, and without."""
+    library = native._library()
+    if library.gamma_use_amx(request.param) != request.param:
+        pytest.skip("this CPU has no AMX")
+    yield
+    library.gamma_use_amx(True)
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "columns"), [(600, 2176), (40, 5120), (1024, 1024)])
+def test_many_activations(amx, rows, columns):
+    """More rows, columns and activations than stay in a cache at a time; several widths, none and all filling tiles."""
+    parts = [
+        make_segment(rows, columns, bits, 128, symmetric) for bits, symmetric in ((3, False), (8, True), (6, False))
+    ]
+    dense = torch.randn(24, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    segments = [segment for segment, _, _ in parts] + [Segment((9,), 16, None, None, 24, columns)]
+    held = [kernel.pack(segment, tensors) for segment, tensors, _ in parts] + [{"weight": dense}]
+    whole = torch.cat([*(weight for _, _, weight in parts), dense.float()])
+    for tokens in (1, 17, 33, 130, 1100):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(torch.bfloat16)
+        product = kernel.layer(segments, held, x)
+        exact = x.float() @ whole.T
+        assert relative_error(product, exact) < 5e-3, tokens
+        assert relative_error(product[-1], exact[-1]) < 5e-3, tokens
 
 
 @needs_native
