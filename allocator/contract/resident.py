@@ -23,6 +23,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from allocator.contract.channels import parent_of, piece_name, piece_of
+from allocator.contract.cpu import cpu_flags
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, ModuleFormat
@@ -35,6 +36,7 @@ __all__ = [
     "Residency",
     "Split",
     "Stage",
+    "ark_rows",
     "is_in_block",
     "kind_name",
     "pad",
@@ -52,7 +54,7 @@ VOCABULARY_PADDING = 64
 
 Result = TypeVar("Result")
 
-_ARK_ROWS, _ARK_HEADER_BYTES = 24, 128
+_ARK_HEADER_BYTES = 128
 _HUMMING_ROWS, _HUMMING_COLUMNS = 256, 128
 _EXPERT_ALIGNMENT_BYTES = 64
 
@@ -139,7 +141,7 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
 
     torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. native keeps
     the same, with zero points of one byte (`gamma_vllm.kernels.native.resident_bytes`). ark has
-    one blob: rows padded to 24, codes, float32 scales, zero points of one byte, and 128 bytes
+    one blob: rows padded to `ark_rows`, codes, float32 scales, zero points of one byte, and 128 bytes
     (`gamma_vllm.kernels.ark.blob_bytes`). humming pads rows to 256 and columns to 128, and unpacks zero points to 4
     or 8 bits (`gamma_vllm.kernels.humming.resident_bytes`).
     """
@@ -150,7 +152,7 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     if kernel == "ark":
         groups = columns // module.group_size
         each = columns * bits // 8 + groups * (4 if module.symmetric else 5)
-        return (pad(rows, _ARK_ROWS) * each + _ARK_HEADER_BYTES,)
+        return (pad(rows, ark_rows()) * each + _ARK_HEADER_BYTES,)
     zero_point_bits = bits
     if kernel == "humming":
         rows, columns = pad(rows, _HUMMING_ROWS), pad(columns, _HUMMING_COLUMNS)
@@ -162,6 +164,11 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     if kernel == "native":
         return packed, scales, rows * groups
     return packed, scales, 4 * -(-rows * zero_point_bits // 32) * groups
+
+
+def ark_rows() -> int:
+    """To how many rows ARK pads on the CPU at hand (multiplying in float32, its default): 24, on one with AMX 48."""
+    return 48 if "amx_tile" in cpu_flags() else 24
 
 
 def segment_bytes(rows: int, columns: int, module: ModuleFormat, kernel: Kernel, alignment: int = 1) -> int:

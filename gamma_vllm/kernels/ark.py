@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import unpack_codes, unpack_zero_points
+from allocator.contract.resident import ark_rows
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
@@ -26,18 +27,17 @@ _COMPUTE_TYPES = ("fp32", "bf16", "int8")
 _SCALE_TYPE = "fp32"
 
 
-_ROW_TILE = 24
 _HEADER_BYTES = 128
 
 
 def blob_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
-    """Bytes of the blob of a segment `[rows, columns]`: what stays resident of it.
+    """Bytes of the blob of a segment `[rows, columns]`: what stays resident of it, on the CPU at hand.
 
-    With R = rows rounded up to 24: `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`.
-    Found by packing 4 860 shapes with auto-round-lib 0.16.0 on a CPU with AVX-512 and without AMX; the compute type
-    does not count.
+    With R = rows rounded up to 24, on CPUs with AMX to 48:
+    `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`. Found by packing thousands of shapes
+    with auto-round-lib 0.16.0. It holds for the default, fp32; with AMX the other compute types take more.
     """
-    padded = -(-rows // _ROW_TILE) * _ROW_TILE
+    padded = -(-rows // ark_rows()) * ark_rows()
     scales = padded * (columns // group_size) * (4 if symmetric else 5)
     return padded * columns * num_bits // 8 + scales + _HEADER_BYTES
 

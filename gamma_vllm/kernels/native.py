@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allocator.contract.cpu import cpu_flags
 from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels.library import define
 from gamma_vllm.memory import empty_weight
@@ -99,7 +100,7 @@ def _kind(segment: Segment) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _why_not_cpu() -> str | None:
-    missing = [flag for flag in _CPU_FLAGS if flag not in _cpu_flags()]
+    missing = [flag for flag in _CPU_FLAGS if flag not in cpu_flags()]
     if missing:
         return f"this CPU has no {', '.join(missing)}"
     try:
@@ -108,14 +109,6 @@ def _why_not_cpu() -> str | None:
         return str(error)
     error = _self_test()
     return None if error < 1e-3 else f"its self-test is off by {error:.3g} (relative)"
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
 def build() -> Path:

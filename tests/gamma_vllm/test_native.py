@@ -139,10 +139,10 @@ def test_the_default_dtype_does_not_matter(monkeypatch):
 
 def test_it_says_why_it_cannot_run(monkeypatch, tmp_path):
     assert "CPUs" in NativeKernel.why_not(torch.device("cuda"))
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512f", "fma"}))
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx512f", "fma"}))
     native._why_not_cpu.cache_clear()
     assert "this CPU has no avx512bw" in NativeKernel.why_not(CPU)
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset(native._CPU_FLAGS))
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(native._CPU_FLAGS))
     monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     native._library.cache_clear()
