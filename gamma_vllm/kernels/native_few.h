@@ -2,7 +2,9 @@
 // by its scale, so nothing is rounded but the sums.
 //
 // Up to 7 bits a code becomes the bfloat16 value 128 + code by writing it into the mantissa of 128; what that adds to a
-// group's sum is 128 times the sum of its activations, and is taken off with the zero point. 8 bits are two looked-up parts.
+// group's sum is 128 times the sum of its activations, and is taken off. Where the mantissa of 7 bits has room, the next
+// code stands in it as it lies, 2^bits times as large, and its activation is that much smaller, which is exact: a shift
+// for two codes of 3 bits, or for three of 2. 8 bits are two looked-up parts.
 
 #pragma once
 
@@ -13,8 +15,8 @@ namespace {
 constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; more would not stay in registers
 constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, half a microsecond or so
 
-// A step of multiplication: 32 lanes of 16 bits, each with the window of `codes` neighbouring codes. The lanes are
-// shifted `codes` times, so the activations are wanted in the order [codes, 32] instead of [32, codes].
+// A step of multiplication: 32 lanes of 16 bits, each with the window of kCodes neighbouring codes, which are taken out of
+// all lanes one after the other; so the activations are wanted in the order [codes, 32] instead of [32, codes].
 template <int BITS>
 struct Step {
     static constexpr int kCodes = BITS == 2 ? 8 : BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
@@ -23,7 +25,9 @@ struct Step {
     static constexpr bool kInMantissa = BITS <= 7;
     static constexpr int kAdded = kInMantissa ? 128 : -(1 << (BITS - 1));  // what a value is beyond its code
     static constexpr bool kInPlace = BITS * kCodes == 16;  // a lane's codes are its own bits
-    __m512i bytes, shifts[kCodes];
+    static constexpr int kOfShift = kInMantissa ? std::min(7 / BITS, kCodes) : 1;  // codes that a shift brings into place
+    static constexpr int kShifts = (kCodes + kOfShift - 1) / kOfShift;
+    __m512i bytes, shifts[kShifts];
     const Unpacker<BITS> table;
 
     Step() {
@@ -35,11 +39,14 @@ struct Step {
             index[2 * lane + 1] = uint8_t((bit / 8 + 1) & 63);  // behind the last byte only bits that do not count
         }
         bytes = _mm512_load_si512(index);
-        for (int code = 0; code < kCodes; code++) {
-            for (int lane = 0; lane < 32; lane++) shift[lane] = uint16_t(lane * kCodes * BITS % 8 + code * BITS);
-            shifts[code] = _mm512_load_si512(shift);
+        for (int i = 0; i < kShifts; i++) {
+            for (int lane = 0; lane < 32; lane++) shift[lane] = uint16_t(lane * kCodes * BITS % 8 + i * kOfShift * BITS);
+            shifts[i] = _mm512_load_si512(shift);
         }
     }
+
+    // By what the value of a code is multiplied beside its code, 2^(bits*...).
+    static constexpr int place(int code) { return code % kOfShift * BITS; }
 
     // BOUNDED: nothing behind the `readable` bytes may be read, for they end the module.
     template <bool BOUNDED>
@@ -55,11 +62,17 @@ struct Step {
         return kInPlace ? raw : _mm512_permutexvar_epi8(bytes, raw);
     }
 
-    // 32 values in bfloat16, of codes in the lowest bits of their lanes.
-    GAMMA_INNER __m512bh values(__m512i lanes) const {
+    // The lanes with code `code` in place.
+    GAMMA_INNER __m512i shifted(__m512i windows, int code) const {
+        return kInPlace && code < kOfShift ? windows : _mm512_srlv_epi16(windows, shifts[code / kOfShift]);
+    }
+
+    // 32 values in bfloat16, of code `code` in lanes where it is in place.
+    GAMMA_INNER __m512bh values(__m512i lanes, int code) const {
         if (!kInMantissa) return as_bf16(table.values(lanes));
-        const __m512i code = _mm512_set1_epi16((1 << BITS) - 1), one_hundred_twenty_eight = _mm512_set1_epi16(0x4300);
-        return as_bf16(_mm512_ternarylogic_epi32(lanes, code, one_hundred_twenty_eight, 0xEA));  // (a & b) | c
+        const __m512i bits = _mm512_set1_epi16(((1 << BITS) - 1) << place(code));
+        const __m512i one_hundred_twenty_eight = _mm512_set1_epi16(0x4300);
+        return as_bf16(_mm512_ternarylogic_epi32(lanes, bits, one_hundred_twenty_eight, 0xEA));  // (a & b) | c
     }
 };
 
@@ -82,46 +95,69 @@ inline void reorder(const uint16_t* from, int codes, uint16_t* to) {
     }
 }
 
-// Activations as the steps want them, padded with zeros to whole steps, and their sums over each group. A vector that lies
-// across two lines of the cache takes twice as long to load, and these are loaded for each row of the weight.
+// 32 activations divided by 2^places.
+GAMMA_INNER void scale_down(uint16_t* values, int places) {
+    const __m512 factor = _mm512_set1_ps(1.0f / float(1 << places));
+    const __m512i all = _mm512_loadu_si512(values);
+    const __m512 low = _mm512_mul_ps(widen(_mm512_castsi512_si256(all)), factor);
+    const __m512 high = _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(all, 1)), factor);
+    _mm512_storeu_si512(values, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// Activations as the steps want them, padded with zeros to whole steps; their sums over each group, and what the steps add
+// to a group beyond its codes. A vector that lies across two lines of the cache takes twice as long to load, and these are
+// loaded for each row of the weight.
+template <int BITS>
 class Activations {
+    using Of = Step<BITS>;
     struct alignas(64) Line {
         uint16_t values[32];
     };
     std::vector<Line> lines;
-    std::vector<float> sums;
+    std::vector<float> sums, added;
 
   public:
     const long stride, groups;
 
-    Activations(const uint16_t* x, long tokens, long columns, long group_size, int codes)
-        : stride((columns + 32 * codes - 1) / (32 * codes) * (32 * codes)), groups((columns / group_size + 15) / 16 * 16) {
+    Activations(const uint16_t* x, long tokens, long columns, long group_size)
+        : stride((columns + Of::kColumns - 1) / Of::kColumns * Of::kColumns),
+          groups((columns / group_size + 15) / 16 * 16) {
         lines.resize(tokens * stride / 32);
         sums.resize(tokens * groups);
+        added.resize(tokens * groups);
+        alignas(64) float factors[16];
+        for (int i = 0; i < 16; i++) factors[i] = float(Of::kAdded) / float(1 << Of::place(i % Of::kCodes));
+        const __m512 beyond = _mm512_load_ps(factors);
         for (long token = 0; token < tokens; token++, x += columns) {
             uint16_t* to = lines[token * stride / 32].values;
-            const long step = 32 * codes;
-            for (long k = 0; k < columns; k += step) {
-                if (k + step <= columns) {
-                    reorder(x + k, codes, to + k);
+            for (long k = 0; k < columns; k += Of::kColumns) {
+                if (k + Of::kColumns <= columns) {
+                    reorder(x + k, Of::kCodes, to + k);
                 } else {
                     uint16_t last[256] = {0};
                     std::memcpy(last, x + k, (columns - k) * sizeof(uint16_t));
-                    reorder(last, codes, to + k);
+                    reorder(last, Of::kCodes, to + k);
+                }
+                for (int code = 0; code < Of::kCodes; code++) {
+                    if (Of::place(code)) scale_down(to + k + 32 * code, Of::place(code));
                 }
             }
             for (long group = 0; group < columns / group_size; group++) {
-                __m512 sum = _mm512_setzero_ps();
+                __m512 sum = _mm512_setzero_ps(), more = _mm512_setzero_ps();
                 for (long k = group * group_size; k < (group + 1) * group_size; k += 16) {
-                    sum = _mm512_add_ps(sum, widen(_mm256_loadu_si256((const __m256i*)(x + k))));
+                    const __m512 values = widen(_mm256_loadu_si256((const __m256i*)(x + k)));
+                    sum = _mm512_add_ps(sum, values);
+                    more = _mm512_fmadd_ps(values, beyond, more);
                 }
                 sums[token * groups + group] = _mm512_reduce_add_ps(sum);
+                added[token * groups + group] = _mm512_reduce_add_ps(more);
             }
         }
     }
 
     const uint16_t* of(long token) const { return lines[token * stride / 32].values; }
     const float* sums_of(long token) const { return sums.data() + token * groups; }
+    const float* added_to(long token) const { return added.data() + token * groups; }
 };
 
 // For each step of 16 groups, which of their scales each of the 16 sums takes.
@@ -167,13 +203,13 @@ GAMMA_INNER void ask_for(const void* from, long bytes) {
 
 // R neighbouring rows of the weight times M activations from `token` on, to out[M, rows].
 template <int BITS, int M, int R, bool BOUNDED, typename Out>
-void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row, const Activations& all,
-                   long token, Out* out, long out_stride) {
+void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BITS>& order, long row,
+                   const Activations<BITS>& all, long token, Out* out, long out_stride) {
     constexpr int kCodes = Step<BITS>::kCodes, kColumns = Step<BITS>::kColumns;
     const long row_bytes = w.columns * BITS / 8, groups = w.groups();
     const uint8_t* const begin = w.packed + row * row_bytes;
     const uint16_t* const x = all.of(token);
-    const float* const sums = all.sums_of(token);
+    const float *const sums = all.sums_of(token), *const added = all.added_to(token);
     // They are few, but each would be waited for.
     ask_for((const uint8_t*)(w.scale + row * groups) + kAhead / 8, 2 * R * groups);
     if (w.zeros) ask_for(w.zeros + row * groups + kAhead / 8, R * groups);
@@ -194,10 +230,11 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
             if (w.zeros) {
                 zeros = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * groups + group));
             }
-            const __m512 shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(-step.kAdded), zeros));
-            const __m512 scaled = _mm512_mul_ps(shift, scale[r]);  // zero behind the last group, as the scale is
+            const __m512 zero_points = _mm512_cvtepi32_ps(zeros);
             for (int m = 0; m < M; m++) {
-                total[r][m] = _mm512_fmadd_ps(scaled, _mm512_loadu_ps(sums + m * all.groups + group), total[r][m]);
+                const long at = m * all.groups + group;
+                const __m512 off = _mm512_fmadd_ps(zero_points, _mm512_loadu_ps(sums + at), _mm512_loadu_ps(added + at));
+                total[r][m] = _mm512_fnmadd_ps(off, scale[r], total[r][m]);  // the scale behind the last group is zero
             }
         }
         const int32_t(*of_lanes)[16] = order.lanes;
@@ -217,8 +254,8 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
                 __m512bh activation[M];
                 for (int m = 0; m < M; m++) activation[m] = as_bf16(_mm512_loadu_si512(column + m * all.stride));
                 for (int r = 0; r < R; r++) {
-                    const __m512i lanes = _mm512_srlv_epi16(windows[r], step.shifts[code]);
-                    const __m512bh value = step.values(lanes);
+                    const __m512i lanes = step.shifted(windows[r], code);
+                    const __m512bh value = step.values(lanes, code);
                     for (int m = 0; m < M; m++) part[r][m] = _mm512_dpbf16_ps(part[r][m], value, activation[m]);
                     if (!step.kInMantissa) {
                         const __m512bh upper = as_bf16(step.table.upper(lanes));
@@ -247,7 +284,7 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
 
 // M activations from `token` on, within a parallel region: each thread takes its rows and does not wait for the others.
 template <int BITS, int M, typename Out>
-void multiply_all(const Weight& w, const Activations& all, long token, Out* out, long out_stride) {
+void multiply_all(const Weight& w, const Activations<BITS>& all, long token, Out* out, long out_stride) {
     constexpr int R = M == 1 ? 4 : 2;
     static const Step<BITS> made;
     const Step<BITS> step = made;  // a copy of its own stays in registers
@@ -271,7 +308,7 @@ void multiply_all(const Weight& w, const Activations& all, long token, Out* out,
 template <int BITS, typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
     ask_for(w.packed, kAhead);  // meanwhile the activations are made ready
-    const Activations all(x, tokens, w.columns, w.group_size, Step<BITS>::kCodes);
+    const Activations<BITS> all(x, tokens, w.columns, w.group_size);
     for (long token = 0; token < tokens;) {
         Out* place = out + token * out_stride;
         const long left = tokens - token;
