@@ -60,9 +60,8 @@ struct Part {
 // Several activations x [tokens, columns] times the segments `parts`: to their places in out [tokens, total].
 void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
     const long columns = parts[0].weight.columns;
-    thread_local std::vector<uint16_t> tiles;  // kept for the next call: fresh pages would cost more than filling them
-    if (use_amx) tiles.resize(std::max<size_t>(tiles.size(), (std::min(tokens, kSlabTokens) + 15) / 16 * 16 * columns));
-    uint16_t* const slab = tiles.data();
+    thread_local AlignedSpace<uint16_t> tiles;
+    uint16_t* const slab = use_amx ? tiles.of((std::min(tokens, kSlabTokens) + 15) / 16 * 16 * columns) : nullptr;
 #pragma omp parallel
     {
         thread_local AmxSpace space;

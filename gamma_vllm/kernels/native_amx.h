@@ -153,16 +153,10 @@ inline void fill_tiles(const Weight& w, const Fill& fill, long row, long begin, 
     }
 }
 
-// What a thread keeps for its next call: fresh pages would cost more than filling them.
+// What a thread dequantizes into, and its sums.
 struct AmxSpace {
-    std::vector<uint16_t> rows;
-    std::vector<float> sums;
-
-    template <typename Value>
-    static Value* aligned(std::vector<Value>& space, size_t size) {
-        if (space.size() < size + 64 / sizeof(Value)) space.resize(size + 64 / sizeof(Value));
-        return (Value*)((uintptr_t(space.data()) + 63) & ~uintptr_t(63));
-    }
+    AlignedSpace<uint16_t> rows;
+    AlignedSpace<float> sums;
 };
 
 // Tiles of `tokens` activations times the weight: out [tokens, rows]. Within a parallel region, by all.
@@ -174,11 +168,11 @@ GAMMA_AMX void multiply_amx(const Weight& w, const Fill& fill, const uint16_t* t
     const long pairs = (w.rows + kPairRows - 1) / kPairRows, threads = omp_get_num_threads();
     const long most = tokens <= 32 ? 1 : std::clamp(pairs / (2 * threads), 1L, kPiecePairs);  // two for each thread, or more
     const long piece_size = kPieceColumns / kBlock * kPair, pieces = (w.columns + kPieceColumns - 1) / kPieceColumns;
-    uint16_t* const held = AmxSpace::aligned(space.rows, most * piece_size);
+    uint16_t* const held = space.rows.of(most * piece_size);
     // Sums stay in their tiles where nothing comes between the pieces of their columns.
     const bool leave = most > 1 || token_tiles > 2;
-    float* const sums = leave && pieces > 1
-        ? AmxSpace::aligned(space.sums, (token_tiles + 1) / 2 * most * kSumsBytes / sizeof(float)) : nullptr;
+    float* const sums =
+        leave && pieces > 1 ? space.sums.of((token_tiles + 1) / 2 * most * kSumsBytes / sizeof(float)) : nullptr;
 #pragma omp for schedule(static) nowait
     for (long first = 0; first < pairs; first += most) {
         const long count = std::min(pairs - first, most);

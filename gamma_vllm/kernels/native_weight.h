@@ -39,6 +39,20 @@ GAMMA_INNER __m512 widen(__m256i halves) {  // 16 of bfloat16
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// Work space from the begin of a line of the cache on. It is kept for the next call: fresh pages would cost more than
+// filling them.
+template <typename Value>
+class AlignedSpace {
+    std::vector<Value> all;
+
+  public:
+    Value* of(size_t size) {
+        constexpr size_t kLine = 64;
+        if (all.size() < size + kLine / sizeof(Value)) all.resize(size + kLine / sizeof(Value));
+        return (Value*)((uintptr_t(all.data()) + kLine - 1) & ~uintptr_t(kLine - 1));
+    }
+};
+
 // packed [rows, columns*bits/32], scale [rows, groups] (bfloat16 or float16), zeros [rows, groups] or null for a symmetric
 // module. At 16 bits packed is the weight itself in bfloat16, and the rest does not count. As native.py lays it out.
 struct Weight {
