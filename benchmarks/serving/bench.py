@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from allocator.contract.cpu import cpu_flags  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
@@ -172,12 +173,9 @@ def main() -> None:
                 write_atomically(kept[name], json.dumps(rows, indent=1))
     left = [name for name, path in kept.items() if not path.exists()]
     rows = [row for path in kept.values() if path.exists() for row in json.loads(path.read_text())]
-    _finish("serving_cuda" if on_gpu else "serving_amx" if _has_amx() else "serving", rows, left)
-
-
-def _has_amx() -> bool:
-    """16-bit products are several times as fast on CPUs with AMX, so their results are kept apart."""
-    return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    # 16-bit products are several times as fast on CPUs with AMX, so their results are kept apart.
+    on_cpu = "serving_amx" if "amx_bf16" in cpu_flags() else "serving"
+    _finish("serving_cuda" if on_gpu else on_cpu, rows, left)
 
 
 def _finish(name: str, rows: Rows, left: list[str]) -> None:

@@ -60,7 +60,7 @@ def claims_of(rows: list[Row]) -> list[dict[str, Any]]:
     claims = []
     for first in [row for row in rows if row["variant"] == BF16]:
         piece = {row["variant"]: row for row in rows if row["piece"] == first["piece"]}
-        if MARLIN in piece or "gpu_gib_after_load" in first:
+        if "gpu_gib_after_load" in first:
             claims += _on_gpu(piece)
         else:
             claims += _speeds(piece) if first["compiled"] else _started(piece)
