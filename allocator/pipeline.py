@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from allocator.contract.amounts import parse_budget
 from allocator.contract.documents import Document
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
-from allocator.solving import SolveSettings, parse_budget, solve_resident, solve_scores
+from allocator.solving import SolveSettings, solve_resident, solve_scores
 
 if TYPE_CHECKING:  # they bring torch
     from allocator.blocks import Calibration

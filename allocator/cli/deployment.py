@@ -73,9 +73,9 @@ def prepare_settings(args: argparse.Namespace) -> "PrepareSettings":
     """Raises InputError for what is missing or out of range."""
     from pydantic import ValidationError
 
+    from allocator.contract.amounts import parse_budget
     from allocator.contract.documents import explain
     from allocator.sidecar.settings import PrepareSettings
-    from allocator.solving import parse_budget
 
     for name in ("model", "store", "out"):
         if not getattr(args, name):

@@ -25,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.reporting import (
-        check_figure_path,
+    from allocator.reporting.differences import (
+        COLUMNS,
         compare,
         comparison_document,
         comparison_tables,
-        draw_heatmap,
-        manifest_title,
         read_manifest,
-        save_figure,
+        row_of,
     )
-    from allocator.reporting.differences import COLUMNS, row_of
+    from allocator.reporting.figures import check_figure_path, save_figure
+    from allocator.reporting.heatmap import draw_heatmap
+    from allocator.reporting.summaries import manifest_title
 
     figures = [check_figure_path(path) for path in args.figure]
     scores = None if args.scores is None else Scores.read(args.scores)

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.pipeline import export, resolve_model
-    from allocator.reporting import export_document, export_table
+    from allocator.reporting.documents import export_document
+    from allocator.reporting.summaries import export_table
     from allocator.running import finish_step_on_sigterm
 
     manifest = Manifest.read(args.manifest)

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.pipeline import fit, resolve_model
-    from allocator.reporting import export_document, export_table, manifest_tables
+    from allocator.reporting.documents import export_document
+    from allocator.reporting.summaries import export_table, manifest_tables
     from allocator.running import finish_step_on_sigterm
 
     candidates, learning = candidate_settings(args), learning_settings(args)

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.inventory import read_inventory
     from allocator.pipeline import resolve_model
-    from allocator.reporting import inventory_document, inventory_table
+    from allocator.reporting.documents import inventory_document
+    from allocator.reporting.tables import inventory_table
 
     inventory = read_inventory(resolve_model(args.model, args.revision))
     if args.json:

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.pipeline import learn, resolve_model
-    from allocator.reporting import scores_document, scores_table
+    from allocator.reporting.documents import scores_document
+    from allocator.reporting.summaries import scores_table
     from allocator.running import finish_step_on_sigterm
 
     candidates, learning = candidate_settings(args), learning_settings(args)

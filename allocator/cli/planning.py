@@ -73,8 +73,8 @@ def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
 
 def device_of(args: argparse.Namespace, ranks: int) -> "Device | None":
     """The device of each of `ranks` that the options name, None if they name none. Raises InputError."""
+    from allocator.contract.amounts import parse_budget
     from allocator.fitting import find_gpu, memory_device
-    from allocator.solving.budget import parse_budget
 
     if args.gpu is not None and args.gpu_memory is not None:
         raise InputError("give one of --gpu and --gpu-memory")

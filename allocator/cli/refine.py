@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
     from allocator.refining import refine_manifest
-    from allocator.reporting import manifest_tables
+    from allocator.reporting.summaries import manifest_tables
 
     if not args.minutes > 0:
         raise InputError(f"--minutes {args.minutes}: must be greater than 0")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
     from allocator.fitting import Plan
-    from allocator.reporting import manifest_tables
+    from allocator.reporting.summaries import manifest_tables
     from allocator.solving import solve_resident, solve_scores
 
     scores, settings = Scores.read(args.scores), solve_settings(args)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _add(args: argparse.Namespace, store: "Store") -> None:
     from allocator.pipeline import resolve_model
-    from allocator.reporting import read_manifest
+    from allocator.reporting.differences import read_manifest
     from allocator.sidecar.entry import Source
     from allocator.sidecar.publish import publish, publish_manifest
 
@@ -86,7 +86,7 @@ def _add(args: argparse.Namespace, store: "Store") -> None:
 
 
 def _add_manifests(args: argparse.Namespace, store: "Store") -> None:
-    from allocator.reporting import read_manifest
+    from allocator.reporting.differences import read_manifest
     from allocator.sidecar.publish import publish_manifest
 
     manifests = [read_manifest(path) for path in args.manifest]

@@ -76,16 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.reporting import (
-        check_figure_path,
+    from allocator.reporting.differences import read_manifest
+    from allocator.reporting.figures import check_figure_path, save_figure
+    from allocator.reporting.pareto import (  # fmt: skip
+        SWEEP_COLUMNS,
         draw_sweep,
-        read_manifest,
-        save_figure,
         sweep_document,
         sweep_rows,
         sweep_table,
-    )  # fmt: skip
-    from allocator.reporting.pareto import SWEEP_COLUMNS
+    )
     from allocator.sweeping import SweepRequest, run_sweep
 
     figures = [check_figure_path(path) for path in args.figure]

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.checkpoint import check_checkpoint
     from allocator.contract.tensor_digests import check_digests
-    from allocator.reporting import manifest_tables
+    from allocator.reporting.summaries import manifest_tables
 
     _config, manifest = check_checkpoint(args.checkpoint)
     compared = check_digests(args.checkpoint, manifest) if args.digests else 0

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from allocator.contract.amounts import format_bytes
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
 from allocator.reporting.grid import kind_of, local_name, short_kind
 from allocator.reporting.tables import bytes_table, new_table, widths_table
-from allocator.solving.budget import format_bytes
 
 if TYPE_CHECKING:  # brings torch
     from allocator.exporting import ExportReport

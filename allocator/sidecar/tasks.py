@@ -10,6 +10,7 @@ from collections import OrderedDict
 from multiprocessing.connection import wait
 from typing import Any
 
+from allocator.contract.amounts import parse_budget
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
@@ -30,7 +31,7 @@ from allocator.sidecar.schemas import (
     SweepResult,
 )
 from allocator.sidecar.store import Store, document_text
-from allocator.solving import SolveSettings, parse_budget, solve_scores
+from allocator.solving import SolveSettings, solve_scores
 from allocator.solving.program import Program
 from allocator.solving.sweep import UniformPlan, uniform_plans
 from allocator.solving.sweep import sweep as solve_sweep

@@ -1,6 +1,6 @@
 """Stage II: the assignment of least score that fits a budget, exact to the byte. No torch."""
 
-from allocator.solving.budget import budget_for_average_bits, format_bytes, parse_budget
+from allocator.solving.budget import budget_for_average_bits
 from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Program, Solution, Solver, solve
 from allocator.solving.request import SolveSettings, solve_scores
@@ -14,9 +14,7 @@ __all__ = [
     "SolveSettings",
     "Solver",
     "budget_for_average_bits",
-    "format_bytes",
     "make_manifest",
-    "parse_budget",
     "solve",
     "solve_resident",
     "solve_scores",

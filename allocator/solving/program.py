@@ -16,10 +16,10 @@ from typing import get_args
 
 import numpy as np
 
+from allocator.contract.amounts import format_bytes
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Scores
-from allocator.solving.budget import format_bytes
 from allocator.solving.core import Core, Solver
 from allocator.solving.dynamic import improve
 from allocator.solving.quadratic import Quadratic, local_search, lower_bound, quadratic_of

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from allocator.contract.amounts import parse_budget
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
-from allocator.solving.budget import budget_for_average_bits, parse_budget
+from allocator.solving.budget import budget_for_average_bits
 from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Solver, solve
 from allocator.solving.units import Fusion

@@ -10,7 +10,7 @@ import pytest
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import module_bytes
-from allocator.reporting import compare
+from allocator.reporting.differences import compare
 
 LINEARS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 NAMES = [f"model.layers.{i}.{linear}" for i in range(3) for linear in LINEARS] + ["lm_head"]

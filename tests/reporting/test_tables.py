@@ -8,7 +8,7 @@ from rich.console import Console
 
 from allocator.contract.layout import WIDTHS, ModuleFormat
 from allocator.inventory import read_inventory
-from allocator.reporting import bytes_table, inventory_table, widths_table
+from allocator.reporting.tables import bytes_table, inventory_table, widths_table
 
 LINEARS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
