@@ -8,6 +8,8 @@ PYTHON := $(BIN)/python
 export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
+# Most tests of servers wait for one core; two at a time take half as long. Tests of a file share what they make.
+PYTEST_WORKERS ?= 2
 
 .PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu lint format clean
 
@@ -57,7 +59,7 @@ bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and st
 	$(PYTHON) benchmarks/serving/bench.py
 
 test: lint ## all checks and all tests
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: setup ## the tests without those marked slow
 	$(PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ from allocator.contract.resident import resident_bytes  # noqa: E402
 from tests.conftest import TRAINED  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODELS = [
     "demo",

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import mixed, mixed_with_vocabulary, succeeded  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KINDS = {
     "llama": "quantized embedding and lm_head, and an embedding whose name vLLM does not tell",

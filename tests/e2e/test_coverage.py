@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import succeeded  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TOKENS = 8
 _RANDOM = random.Random(0)

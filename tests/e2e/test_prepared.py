@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.test_server import PROMPT, launch
 
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 DEMO = Path(__file__).resolve().parents[2] / "benchmarks" / "demo" / "model"
 
 

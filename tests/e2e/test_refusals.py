@@ -13,7 +13,7 @@ from allocator.contract.checkpoint import CheckpointConfig  # noqa: E402
 from allocator.contract.layout import ModuleFormat, module_bytes  # noqa: E402
 from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 Q = "model.layers.0.self_attn.q_proj"
 

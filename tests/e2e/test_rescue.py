@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from tests.e2e.conftest import DEMO, succeeded  # noqa: E402
 from tests.e2e.foreign import write_compressed_tensors, write_dequantized, write_gptq  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PROMPTS = [[17, 300, 21, 5, 900], [4, 8, 15, 16, 23, 42, 108]]
 

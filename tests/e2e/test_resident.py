@@ -16,7 +16,7 @@ from allocator.inventory import read_shape  # noqa: E402
 from gamma_vllm.kernels.native import NativeKernel  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CASES = [
     *((kind, kernel, 1, False) for kind in ("llama", "qwen3", "qwen3_moe") for kernel in ("torch", "ark")),

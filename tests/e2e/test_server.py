@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
 from allocator.evaluation import load_dequantized  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 START_SECONDS = 240
 PROMPT = [1, 5, 9, 20, 33]

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from tests.e2e.conftest import DEMO, succeeded  # noqa: E402
 from tests.e2e.test_answers import TEXT  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
