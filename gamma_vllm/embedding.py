@@ -1,8 +1,8 @@
 """Embeddings and lm_heads below 16 bits: rows gathered and dequantized, logits multiplied by the kernel.
 
 A tied model has one module for both. Its embedding layer keeps the packed rows for the gather and what the
-kernel multiplies with (the same tensors for the torch kernel, a second copy in another order for the others); its
-lm_head layer has no tensors and asks the embedding.
+kernel multiplies with (the same tensors for the torch and native kernels, a second copy in another order for the
+others); its lm_head layer has no tensors and asks the embedding.
 """
 
 from typing import Any

@@ -60,7 +60,10 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory-utilization", metavar="PART", default="0.92", help="default 0.92, as vLLM has it")
     group.add_argument("--block-size", metavar="N", default="16")
     group.add_argument(
-        "--kernel", choices=["humming", "native", "ark", "torch"], default="humming", help="default humming (CUDA)"
+        "--kernel",
+        choices=["humming", "native", "ark", "ark-amx", "torch"],
+        default="humming",
+        help="default humming (CUDA); ark-amx is ark on CPUs with AMX",
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
 

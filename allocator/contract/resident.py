@@ -23,12 +23,12 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from allocator.contract.channels import parent_of, piece_name, piece_of
-from allocator.contract.cpu import cpu_flags
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, ModuleFormat
 
 __all__ = [
+    "ARK_ROWS",
     "VOCABULARY_PADDING",
     "Heads",
     "Kernel",
@@ -36,7 +36,6 @@ __all__ = [
     "Residency",
     "Split",
     "Stage",
-    "ark_rows",
     "is_in_block",
     "kind_name",
     "pad",
@@ -47,13 +46,16 @@ __all__ = [
 ]
 
 Split = Literal["column", "kv", "qkv", "row", "replicated", "embedding", "head", "tied", "expert_column", "expert_row"]
-Kernel = Literal["torch", "native", "ark", "humming"]
+Kernel = Literal["torch", "native", "ark", "ark-amx", "humming"]
+"""`ark-amx` is ark on a CPU with AMX."""
 
 VOCABULARY_PADDING = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of vLLM."""
 
 Result = TypeVar("Result")
 
+ARK_ROWS = {"ark": 24, "ark-amx": 48}
+"""To what ARK pads rows, multiplying in float32, its default."""
 _ARK_HEADER_BYTES = 128
 _HUMMING_ROWS, _HUMMING_COLUMNS = 256, 128
 _EXPERT_ALIGNMENT_BYTES = 64
@@ -141,7 +143,7 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
 
     torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. native keeps
     the same, with zero points of one byte (`gamma_vllm.kernels.native.resident_bytes`). ark has
-    one blob: rows padded to `ark_rows`, codes, float32 scales, zero points of one byte, and 128 bytes
+    one blob: rows padded to `ARK_ROWS`, codes, float32 scales, zero points of one byte, and 128 bytes
     (`gamma_vllm.kernels.ark.blob_bytes`). humming pads rows to 256 and columns to 128, and unpacks zero points to 4
     or 8 bits (`gamma_vllm.kernels.humming.resident_bytes`).
     """
@@ -149,10 +151,10 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
         return (2 * rows * columns,)
     assert module.group_size is not None
     bits = module.num_bits
-    if kernel == "ark":
+    if kernel in ARK_ROWS:
         groups = columns // module.group_size
         each = columns * bits // 8 + groups * (4 if module.symmetric else 5)
-        return (pad(rows, ark_rows()) * each + _ARK_HEADER_BYTES,)
+        return (pad(rows, ARK_ROWS[kernel]) * each + _ARK_HEADER_BYTES,)
     zero_point_bits = bits
     if kernel == "humming":
         rows, columns = pad(rows, _HUMMING_ROWS), pad(columns, _HUMMING_COLUMNS)
@@ -164,11 +166,6 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     if kernel == "native":
         return packed, scales, rows * groups
     return packed, scales, 4 * -(-rows * zero_point_bits // 32) * groups
-
-
-def ark_rows() -> int:
-    """To how many rows ARK pads on the CPU at hand (multiplying in float32, its default): 24, on one with AMX 48."""
-    return 48 if "amx_tile" in cpu_flags() else 24
 
 
 def segment_bytes(rows: int, columns: int, module: ModuleFormat, kernel: Kernel, alignment: int = 1) -> int:

@@ -25,7 +25,7 @@ Request = tuple[list[int], int]
 
 def ask(out: Path) -> Iterator[list[dict[str, Any]]]:
     """One row. The demo model's shape with mixed widths, in float32: bfloat16 decides near ties by who shares a batch,
-    in vLLM without the plugin as well."""
+    in vLLM without the plugin as well. On a GPU that is our torch kernel, since humming takes no float32."""
     manifest = assign(read_inventory(TOKENIZER), 3.5, "free", "quantized")
     folder = write_checkpoint(TOKENIZER, manifest, out / "answers-checkpoint")
     draw = random.Random(SEED)

@@ -4,7 +4,8 @@
     python benchmarks/serving/bench.py --only Qwen3-1.7B
 
 Pieces of some minutes each: models of real shapes with random weights (checkpoints.py), and answers.py. A piece that is
-done is kept in bench-out/serving and not run again by the next call; `--only` runs one anew. Speeds are claimed of what
+done is kept in bench-out/serving and not run again by the next call, one that was stopped is; `--only` runs one anew,
+and `--claims` judges the rows of a committed result anew. Speeds are claimed of what
 vLLM does by default, which is to compile; loading time and memory where the servers are eager and start one after the
 other, since compiled ones load while others compile.
 
@@ -38,7 +39,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from allocator.contract.cpu import cpu_flags  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
-from benchmarks.record import claim, write_result  # noqa: E402
+from benchmarks.record import claim, read_rows, rewrite_claims, write_result  # noqa: E402
 from benchmarks.serving.answers import ask  # noqa: E402
 from benchmarks.serving.pieces import CPU_PIECES, CUDA_PIECES, Piece, Variant, file_name  # noqa: E402
 from benchmarks.serving.report import Load, claims_of  # noqa: E402
@@ -46,7 +47,7 @@ from benchmarks.serving.servers import Server, start  # noqa: E402
 
 OUT = Path(os.environ.get("GAMMA_BENCH_OUT", ROOT / "bench-out")) / "serving"
 MAX_MODEL_LEN = 2304
-CUDA_FLAGS = ("--kv-cache-memory-bytes", "1500M", "--cudagraph-capture-sizes", "1", "2", "4", "8", "16", "32")
+CUDA_FLAGS = ("--kv-cache-memory-bytes", "1500M", "--cudagraph-capture-sizes", "1", "2", "4", "8", "16", "32", "512")
 """A small cache each, and no more graphs than are measured, since several servers share the GPU."""
 
 Rows = list[dict[str, Any]]
@@ -155,7 +156,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="write the result of the pieces at hand, measure nothing")
     parser.add_argument("--prepare", action="store_true", help="only write the checkpoints, and measure nothing")
+    parser.add_argument("--claims", metavar="NAME", help="the claims of NAME.json anew from its rows, measure nothing")
     args = parser.parse_args()
+    if args.claims:
+        rows, of_file = read_rows(args.claims), CUDA_PIECES if args.claims == "serving_cuda" else CPU_PIECES
+        measured = {row["piece"] for row in rows}
+        left = [name for name in (*(piece.name for piece in of_file), ANSWERS) if name not in measured]
+        rewrite_claims(args.claims, _judged(rows, left))
+        return
     OUT.mkdir(parents=True, exist_ok=True)
     if args.prepare:
         for piece in pieces:
@@ -167,22 +175,29 @@ def main() -> None:
     }
     run[ANSWERS] = partial(ask, OUT)
     kept = {name: OUT / f"{file_name(name)}.json" for name in names}
+    begun = {name: path.with_suffix(".part.json") for name, path in kept.items()}
     for name in names:
         if not args.report and (args.only == name or (args.only is None and not kept[name].exists())):
             for rows in run[name]():  # more complete each time, should the run be stopped
-                write_atomically(kept[name], json.dumps(rows, indent=1))
+                write_atomically(begun[name], json.dumps(rows, indent=1))
+            begun[name].replace(kept[name])
     left = [name for name, path in kept.items() if not path.exists()]
-    rows = [row for path in kept.values() if path.exists() for row in json.loads(path.read_text())]
+    paths = [kept[name] if kept[name].exists() else begun[name] for name in names]
+    rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
     # 16-bit products are several times as fast on CPUs with AMX, so their results are kept apart.
     on_cpu = "serving_amx" if "amx_bf16" in cpu_flags() else "serving"
     _finish("serving_cuda" if on_gpu else on_cpu, rows, left)
 
 
+def _judged(rows: Rows, left: list[str]) -> list[dict[str, Any]]:
+    """The claims of the rows; a piece that is `left` is a claim that does not hold."""
+    why = "stopped before the end of this piece; the next call goes on with it"
+    return claims_of(rows) + [claim(f"{name}: pieces that were run", 0, "== 1", False, why) for name in left]
+
+
 def _finish(name: str, rows: Rows, left: list[str]) -> None:
-    """Print the rows and claims, and write the result; a piece that is `left` is a claim that does not hold."""
-    claims = claims_of(rows)
-    why = "stopped before this piece; the next call goes on with it"
-    claims += [claim(f"{name}: pieces that were run", 0, "== 1", False, why) for name in left]
+    """Print the rows and claims, and write the result."""
+    claims = _judged(rows, left)
     for row in rows:
         print(row)
     for entry in claims:

@@ -49,7 +49,7 @@ class Server:
 
     @property
     def kernels(self) -> list[str]:
-        """The kernels of linear layers and attention that the log names."""
+        """The kernels of linear layers that the log names."""
         return sorted({found[1] or found[2] for found in _KERNEL.finditer(self.log.read_text())})
 
     def wait_loaded(self) -> None:

@@ -15,13 +15,14 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
+from gamma_vllm.kernels.joined import kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
@@ -32,9 +33,11 @@ _ROW_MULTIPLE, _COLUMN_MULTIPLE = 256, 128
 
 _LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 _LOCKS_A_PROCESSOR = 8
+_OUTPUT_ALIGNMENT = 16
+"""Bytes; humming refuses other outputs (a segment that begins at a row that is no multiple of 8)."""
 
 _TUNED_TOKENS = (8, 16, 32, 64, 96, 128, 176, 256, 352, 528, 1056, 8192)
-"""176 rows are humming's largest tile on Hopper; from there on multiples of the tiles above waste least."""
+"""176 rows are humming's largest tile on Hopper, the others are multiples of tiles. What it costs: docs/kernels.md."""
 _ANY_TOKENS = 1 << 30
 
 
@@ -78,9 +81,14 @@ class HummingKernel:
         if capability < least:
             return f"{dtype} needs compute capability {least}, {torch.cuda.get_device_name(device)} has {capability}"
         try:
-            import humming.schema  # noqa: F401
+            from humming.ops import launch_kernel  # noqa: F401
+            from humming.transform import prepare_and_transform_humming_tensors, prepare_layer_config  # noqa: F401
+            from humming.tune import get_heuristics_config  # noqa: F401
         except ImportError as error:
-            return f"humming-kernels cannot be imported ({error}); install the extra `gamma-vllm[cuda]`"
+            return (
+                f"humming-kernels cannot be imported, or is older than 0.1.19 ({error}); install the extra "
+                "`gamma-vllm[cuda]`"
+            )
         return None
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
@@ -113,19 +121,10 @@ class HummingKernel:
 
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
         """One operator a layer, so that at run time the products of one token go straight to their place."""
-        empty = next(iter(tensors[0].values())).new_empty(0)
-        return torch.ops.gamma.humming_layer(
-            x,
-            [held["codes" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)],
-            [held.get("scale", empty) for held in tensors],
-            [held.get("zero_point", empty) for held in tensors],
-            [held.get("locks", empty) for held in tensors],
-            segments[0].columns,
-            [s.rows for s in segments],
-            [s.group_size or 0 for s in segments],
-            [s.num_bits for s in segments],
-            [s.symmetric is False for s in segments],
-        )
+        columns = segments[0].columns
+        if x.shape[-1] != columns:
+            raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+        return torch.ops.gamma.humming_layer(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
 
 
 def schema_of(segment: Segment) -> tuple[Any, Any]:
@@ -236,65 +235,69 @@ def kernels_of(
     return made
 
 
-def _layer(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    zero_points: list[Tensor],
-    locks: list[Tensor],
-    columns: int,
-    rows: list[int],
-    group_sizes: list[int],
-    num_bits: list[int],
-    asymmetric: list[bool],
-) -> Tensor:
-    """`x` `[..., columns]` times each weight (humming's, or `[rows, columns]` at 16 bits), joined along the rows."""
+class _Product(NamedTuple):
+    """One of a layer's products: rows `start` to `start + rows` of its output. `kernels` None: 16 bits. padded: humming
+    makes more rows than there are."""
+
+    start: int
+    rows: int
+    kernels: Tensor | None
+    asymmetric: bool
+    padded: bool
+
+
+@functools.cache
+def _products(kinds: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> list[_Product]:
+    """What a layer's operator has to do, of its `kinds_of`. Looked up: Python takes longer than small products do."""
+    products, start = [], 0
+    for rows, group_size, bits, symmetric in split_kinds(kinds):
+        kernels = None if bits == 16 else kernels_of(rows, columns, group_size, bits, not symmetric, dtype, device)
+        padded = not symmetric and _rows_with_zero_points(rows) != rows
+        products.append(_Product(start, rows, kernels, not symmetric, padded))
+        start += rows
+    return products
+
+
+def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
+    """`x` `[..., columns]` times each segment (see `joined`), joined along the rows."""
     from humming.ops import launch_kernel
 
-    if x.shape[-1] != columns:
-        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
-    flat, total = x.reshape(-1, columns).contiguous(), sum(rows)
+    columns, total = x.shape[-1], sum(kinds[::4])
+    flat = x.view(-1, columns)
     tokens = flat.shape[0]
-    if not tokens:
-        return x.new_empty((*x.shape[:-1], total))
-    # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
-    in_place = tokens == 1 or len(rows) == 1
     output = flat.new_empty(tokens, total)
-    start = 0
-    for i, count in enumerate(rows):
-        place = output.narrow(1, start, count)
-        start += count
-        if num_bits[i] == 16:
+    if not tokens:
+        return output.view(*x.shape[:-1], total)
+    held = iter(tensors)
+    for start, rows, kernels, asymmetric, padded in _products(tuple(kinds), columns, x.dtype, x.device):
+        place = output if rows == total else output.narrow(1, start, rows)
+        # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
+        in_place = tokens == 1 or rows == total
+        if kernels is None:
             if in_place:
-                torch.mm(flat, weights[i].t(), out=place)
+                torch.mm(flat, next(held).t(), out=place)
             else:
-                place.copy_(F.linear(flat, weights[i]))
+                place.copy_(F.linear(flat, next(held)))
             continue
-        made = _rows_with_zero_points(count) if asymmetric[i] else count
+        weight, scale = next(held), next(held)
+        zero_point = next(held) if asymmetric else None
+        in_place = in_place and not padded and 2 * start % _OUTPUT_ALIGNMENT == 0
         product = launch_kernel(
-            configs=kernels_of(count, columns, group_sizes[i], num_bits[i], asymmetric[i], flat.dtype, flat.device),
+            configs=kernels,
             inputs=flat,
-            weight=weights[i],
-            weight_scale=scales[i],
-            zero_point=zero_points[i] if asymmetric[i] else None,
-            outputs=place if in_place and made == count else None,
-            locks=locks[i],
+            weight=weight,
+            weight_scale=scale,
+            zero_point=zero_point,
+            outputs=place if in_place else None,
+            locks=next(held),
         )
-        if product.data_ptr() != place.data_ptr():
-            place.copy_(product[:, :count])
+        if not in_place:
+            place.copy_(product[:, :rows])
     return output.view(*x.shape[:-1], total)
 
 
-def _fake(x: Tensor, *others: Any) -> Tensor:
-    """What `_layer` gives, by shape: its arguments."""
-    _weights, _scales, _zeros, _locks, _columns, rows = others[:6]
-    return x.new_empty((*x.shape[:-1], sum(rows)))
+def _fake(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 
 
-define(
-    "humming_layer",
-    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] zero_points, Tensor[] locks, int columns, int[] rows, "
-    "int[] group_sizes, int[] num_bits, bool[] asymmetric) -> Tensor",
-    _layer,
-    _fake,
-)
+define("humming_layer", "(Tensor x, Tensor[] tensors, int[] kinds) -> Tensor", _layer, _fake)

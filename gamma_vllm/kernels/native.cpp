@@ -88,6 +88,7 @@ void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long token
 // The segments of a layer, of which each is rows, group_size, num_bits, symmetric in `kinds` and has `weight` at 16 bits,
 // packed, scale and, if asymmetric, zeros in `tensors`.
 std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds, long columns) {
+    STD_TORCH_CHECK(columns % kBlock == 0, "gamma::native_layer got ", columns, " columns, no multiple of ", kBlock);
     std::vector<Part> all(kinds.size() / 4);
     size_t next = 0;
     long start = 0;
@@ -128,7 +129,8 @@ Tensor new_rows(const Tensor& like, int64_t leading, int64_t columns) {
 // See `_fake_layer` in native.py.
 Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
     const int64_t leading = x.dim() - 1;
-    STD_TORCH_CHECK(x.is_contiguous() && x.element_size() == 2, "gamma::native_layer wants contiguous bfloat16 activations");
+    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::BFloat16,
+                    "gamma::native_layer wants contiguous bfloat16 activations");
     const std::vector<Part> all = read_segments(tensors, kinds, x.size(leading));
     const long total = all.back().start + all.back().weight.rows;
     long tokens = 1;

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from allocator.contract.cpu import cpu_flags
 from allocator.contract.packing import unpack_zero_points
+from gamma_vllm.kernels.in_turn import multiply_in_turn
+from gamma_vllm.kernels.joined import kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
@@ -81,21 +83,15 @@ class NativeKernel:
         return self.layer([segment], [tensors], x)
 
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
-        """One operator a layer: products go straight to their place."""
+        """One operator a layer: products go straight to their place. What is all at 16 bits is torch's, as its columns
+        may be no multiple of 32."""
         columns = segments[0].columns
         if x.shape[-1] != columns:
             raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+        if not any(segment.quantized for segment in segments):
+            return multiply_in_turn(self, segments, tensors, x)
         operator = torch.ops.gamma.native_layer if x.dtype == torch.bfloat16 else torch.ops.gamma.native_wide_layer
-        parts = [
-            held[name]
-            for segment, held in zip(segments, tensors, strict=True)
-            for name in (self.tensor_names(segment) if segment.quantized else ("weight",))
-        ]
-        return operator(x.contiguous(), parts, [n for s in segments for n in _kind(s)])
-
-
-def _kind(segment: Segment) -> tuple[int, int, int, int]:
-    return segment.rows, segment.group_size or 0, segment.num_bits, bool(segment.symmetric)
+        return operator(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
 
 
 @functools.cache
@@ -179,7 +175,7 @@ def _self_test() -> float:
 def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """What `_fake_layer` says, for activations in float16 and float32."""
     held, segments, total = iter(tensors), [], 0
-    for rows, group_size, bits, symmetric in zip(*[iter(kinds)] * 4, strict=True):
+    for rows, group_size, bits, symmetric in split_kinds(kinds):
         weight = next(held)
         scale = next(held) if bits != 16 else weight
         zeros = next(held) if bits != 16 and not symmetric else weight
@@ -275,8 +271,7 @@ def _as_bfloat16(x: Tensor) -> Tensor:
 def _fake_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """By shape, `x` `[..., columns]` times each segment, joined along the rows.
 
-    kinds: rows, group size (any at 16 bits), bits, 1 if symmetric, of each segment. tensors: each its `weight` at 16
-    bits, else packed, scale and, if not symmetric, zeros, as `NativeKernel.pack` gives them.
+    tensors and kinds: see `joined`; tensors as `NativeKernel.pack` gives them.
     """
     return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 

@@ -19,7 +19,7 @@ namespace {
 constexpr long kTile = 512;                // bfloat16 values in a tile: 16 times 32 columns, or 16 pairs of columns times 16
 constexpr long kPair = 2 * kTile;          // two tiles of rows, side by side
 constexpr long kPairRows = 32;
-constexpr long kSlabTokens = 512;          // activations in the order of tiles at a time, in the second cache
+constexpr long kSlabTokens = 512;          // activations in the order of tiles at a time; each calling thread keeps a slab
 constexpr long kSumsBytes = 4 * 1024;      // of 32 rows and 32 activations
 constexpr long kPieceColumns = 1024;       // dequantized at a time, of as many rows as stay in a second cache of 2 MiB
 constexpr long kPiecePairs = 8;            // beside activations and sums
@@ -36,6 +36,9 @@ inline bool has_amx() {
     return found;
 }
 
+// All that was stored is in memory: gcc 12 does not know what the instructions for tiles read.
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
 // All eight tiles whole: 0 to 3 are sums, 4 and 5 rows of the weight, 6 and 7 activations.
 GAMMA_AMX inline void configure_tiles() {
     struct alignas(64) {
@@ -43,7 +46,7 @@ GAMMA_AMX inline void configure_tiles() {
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    __asm__ volatile("" : : "r"(&config) : "memory");  // gcc 12 believes that only the first bytes are read
+    __asm__ volatile("" : : "r"(&config) : "memory");  // without its address it would seem to be read by nobody
     _tile_loadconfig(&config);
 }
 
@@ -57,6 +60,7 @@ GAMMA_AMX inline void clear_sums() {
 }
 
 GAMMA_AMX inline void load_sums(const float* from) {
+    written();
     _tile_loadd(0, from, 64);
     _tile_loadd(1, from + 256, 64);
     _tile_loadd(2, from + 512, 64);
@@ -72,6 +76,7 @@ GAMMA_AMX inline void store_sums(float* to) {
 
 // Adds `blocks` times 32 columns of 32 rows times 16 or 32 activations, which lie in `first` and `second`.
 GAMMA_AMX inline void add_products(const uint16_t* rows, const uint16_t* first, const uint16_t* second, long blocks) {
+    written();
     if (second) {
         for (long k = 0; k < blocks; k++) {
             _tile_loadd(4, rows + k * kPair, 64);
@@ -92,6 +97,7 @@ GAMMA_AMX inline void add_products(const uint16_t* rows, const uint16_t* first, 
             _tile_dpbf16ps(2, 5, 6);
         }
     }
+    written();  // what is stored from here on must not be there yet
 }
 
 // Sums of 32 rows and `tokens` (at most 32) activations to out [tokens, rows], of which `rows` are wanted.

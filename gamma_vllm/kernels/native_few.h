@@ -165,10 +165,10 @@ template <int BITS>
 struct ScaleOrder {
     alignas(64) int32_t lanes[16 * 128 / Step<BITS>::kColumns][16];  // groups have at most 128 columns
 
-    // Made once: it takes microseconds. Groups have 32, 64, 96 or 128 columns.
+    // Made once: it takes microseconds. Groups have 32, 64 or 128 columns.
     static const ScaleOrder& of(long group_size) {
-        static const ScaleOrder orders[] = {ScaleOrder(32), ScaleOrder(64), ScaleOrder(96), ScaleOrder(128)};
-        return orders[group_size / 32 - 1];
+        static const ScaleOrder orders[] = {ScaleOrder(32), ScaleOrder(64), ScaleOrder(128)};
+        return orders[group_size / 64];
     }
 
   private:

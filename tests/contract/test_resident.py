@@ -1,5 +1,7 @@
 """The formula of bytes after loading: how ranks divide modules, what kernels pad, what cannot be divided."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, module_bytes
 from allocator.contract.resident import (
     Heads,
+    Kernel,
     Ranks,
     Residency,
     Stage,
@@ -17,7 +20,7 @@ from allocator.contract.resident import (
 )
 
 HEADS = Heads(query=32, key_value=8, size=64)
-KERNELS = st.sampled_from(["torch", "ark", "humming"])
+KERNELS = st.sampled_from(get_args(Kernel))
 
 
 def formats(rows, columns):
@@ -94,6 +97,12 @@ def test_embedding_keeps_its_rows_and_a_tied_one_both_orders():
     assert rows == resident_bytes(module, "embedding", kernel="torch") < blob
     assert resident_bytes(module, "tied", kernel="ark") == rows + blob
     assert resident_bytes(module, "tied", kernel="torch") == rows
+
+
+def test_ark_pads_rows_to_24_and_with_amx_to_48_whatever_cpu_plans():
+    module = ModuleFormat(shape=(100, 256), num_bits=4, group_size=64, symmetric=True)
+    assert resident_bytes(module, "column", kernel="ark") == 120 * (128 + 4 * 4) + 128
+    assert resident_bytes(module, "column", kernel="ark-amx") == 144 * (128 + 4 * 4) + 128
 
 
 def test_humming_pads_rows_to_256_and_columns_to_128():

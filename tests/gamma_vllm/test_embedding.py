@@ -133,7 +133,10 @@ def test_gathered_rows_are_those_of_the_whole(num_bits, rows, symmetric, data):
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 90), st.booleans(), st.data())
 def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data):
-    packed, scale, zero_point, ids = _vocabulary(num_bits, rows, 96, symmetric, data)
+    # In groups of 32: of three, and of more than the sixteen whose scales are read together.
+    packed, scale, zero_point, ids = _vocabulary(
+        num_bits, rows, data.draw(st.sampled_from([96, 2080])), symmetric, data
+    )
     gathered = torch.ops.gamma.native_gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
     assert torch.equal(gathered[0], gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
     with pytest.raises(RuntimeError, match=f"row {rows} of an embedding of {rows} rows"):

@@ -122,6 +122,7 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
 
     monkeypatch.setattr(ops, "launch_kernel", multiply)
     monkeypatch.setattr(adapter, "kernels_of", prepared)
+    adapter._products.cache_clear()
     kernel = HummingKernel(torch.bfloat16)
     parts = [
         make_segment(256, 128, 3, 64, True),

@@ -20,7 +20,14 @@ SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric",
 @SYMMETRY
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
-    for rows, columns, group_size in ((1, 128, 64), (33, 96, 32), (48, 384, 128), (65, 640, 64), (19, 4224, 128)):
+    for rows, columns, group_size in (
+        (1, 128, 64),
+        (33, 96, 32),
+        (48, 384, 128),
+        (65, 640, 64),
+        (19, 4224, 128),
+        (35, 2080, 32),
+    ):
         segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
         packed = kernel.pack(segment, tensors)
         assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
@@ -97,6 +104,10 @@ def test_a_layer_of_several_widths_and_a_dense_part():
         assert product.dtype == torch.bfloat16
         assert relative_error(product, x @ whole.T) < 5e-3
     assert kernel.layer(segments, held, torch.zeros(2, 0, 128)).shape == (2, 0, 120)
+    odd, weight = Segment((0,), 16, None, None, 24, 40), torch.randn(24, 40)  # 40 columns: no width but 16 bits
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(33, 40, dtype=dtype)
+        assert relative_error(kernel.layer([odd], [{"weight": weight.to(dtype)}], x), x.float() @ weight.T) < 5e-3
     with pytest.raises(ValueError, match="64 activations for a weight of 128 columns"):
         kernel.layer(segments, held, torch.zeros(1, 64))
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
-from allocator.contract.resident import Heads, Residency, Stage
+from allocator.contract.resident import Heads, Kernel, Residency, Stage
 from allocator.solving import SolveSettings, solve_resident
 from tests.solving.conftest import build_scores
 
@@ -46,7 +47,7 @@ def scores_of(draw, blocks=2, widths=(2, 4, 16)):
 @settings(max_examples=30, deadline=None)
 @given(
     scores=st.lists(st.floats(0.1, 100), min_size=15, max_size=15), share=st.floats(0, 1),
-    ranks=st.sampled_from([1, 2, 4]), kernel=st.sampled_from(["torch", "ark", "humming"]),
+    ranks=st.sampled_from([1, 2, 4]), kernel=st.sampled_from(get_args(Kernel)),
 )  # fmt: skip
 def test_best_assignment_is_that_of_brute_force(scores, share, ranks, kernel):
     drawn = iter(scores)
