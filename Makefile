@@ -10,11 +10,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
 # Most tests of servers wait for one core; two at a time take half as long. Tests of a file share what they make.
 PYTEST_WORKERS ?= 2
+VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu lint format clean
+.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu test-versions lint format clean
 
 help: ## show these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything that the other targets need (nothing to do the second time)
 	@bash deploy/setup.sh
@@ -66,6 +67,9 @@ test-fast: setup ## the tests without those marked slow
 
 test-gpu: setup ## the tests that need an NVIDIA GPU: kernels, captured graphs, whole engines
 	$(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
+
+test-versions: setup ## the plugin on older vLLM for CPU (VERSIONS="0.29.0 0.30.0 0.31.0"); five minutes each
+	@bash deploy/other_vllm.sh $(VERSIONS)
 
 audit: setup ## known vulnerabilities of the packages in the sidecar's image (asks PyPI for advisories)
 	@$(PYTHON) deploy/audit.py

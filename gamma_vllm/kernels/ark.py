@@ -18,6 +18,7 @@ from torch import Tensor
 from allocator.contract.cpu import cpu_flags
 from allocator.contract.packing import unpack_codes, unpack_zero_points
 from allocator.contract.resident import ARK_ROWS, pad
+from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
@@ -102,16 +103,8 @@ class ArkKernel:
 
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
         """One operator a layer: the activations become float32 once, products go straight to their place."""
-        return torch.ops.gamma.ark_layer(
-            x,
-            [held["blob" if s.quantized else "weight"] for s, held in zip(segments, tensors, strict=True)],
-            segments[0].columns,
-            [s.rows for s in segments],
-            [s.group_size or 0 for s in segments],
-            [s.num_bits for s in segments],
-            [not s.symmetric for s in segments],
-            self.compute,
-        )
+        check_columns(segments, x)
+        return torch.ops.gamma.ark_layer(x, tensors_of(self, segments, tensors), kinds_of(segments), self.compute)
 
 
 def _signed(codes: Tensor, num_bits: int) -> Tensor:
@@ -152,39 +145,26 @@ def _self_test() -> float:
     return float((given - expected).norm() / expected.norm())
 
 
-def _layer(
-    x: Tensor,
-    weights: list[Tensor],
-    columns: int,
-    rows: list[int],
-    group_sizes: list[int],
-    num_bits: list[int],
-    asymmetric: list[bool],
-    compute: str,
-) -> Tensor:
-    """`x` `[..., columns]` times each weight (a blob, or `[rows, columns]` at 16 bits), joined along the rows."""
+def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int], compute: str) -> Tensor:
+    """`x` `[..., columns]` times each segment (see `joined`), joined along the rows."""
     import auto_round_kernel
 
-    total = sum(rows)
-    if x.shape[-1] != columns:
-        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+    columns, total = x.shape[-1], sum(kinds[::4])
     flat = x.reshape(-1, columns).contiguous()
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], total))
     activations, no_bias = flat.to(torch.float32), torch.empty(0)
     output = activations.new_zeros(flat.shape[0], total)  # ARK leaves it alone when a blob is no blob: no garbage then
     start = 0
-    for weight, count, group_size, bits, with_zeros in zip(
-        weights, rows, group_sizes, num_bits, asymmetric, strict=True
-    ):
-        place = output.narrow(1, start, count)  # contiguous for one token, or one segment
-        start += count
+    for weight, (rows, group_size, bits, symmetric) in zip(tensors, split_kinds(kinds), strict=True):
+        place = output.narrow(1, start, rows)  # contiguous for one token, or one segment
+        start += rows
         if bits == 16:
             place.copy_(F.linear(flat, weight))
             continue
-        product = place if place.is_contiguous() else activations.new_zeros(flat.shape[0], count)
+        product = place if place.is_contiguous() else activations.new_zeros(flat.shape[0], rows)
         auto_round_kernel.woqgemm(
-            activations, weight, no_bias, count, columns, group_size, compute, f"int{bits}", _SCALE_TYPE, with_zeros,
+            activations, weight, no_bias, rows, columns, group_size, compute, f"int{bits}", _SCALE_TYPE, not symmetric,
             product,
         )  # fmt: skip
         if product is not place:
@@ -192,23 +172,8 @@ def _layer(
     return output.to(x.dtype).view(*x.shape[:-1], total)
 
 
-def _fake(
-    x: Tensor,
-    weights: list[Tensor],
-    columns: int,
-    rows: list[int],
-    group_sizes: list[int],
-    num_bits: list[int],
-    asymmetric: list[bool],
-    compute: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(rows)))
+def _fake(x: Tensor, tensors: list[Tensor], kinds: list[int], compute: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 
 
-define(
-    "ark_layer",
-    "(Tensor x, Tensor[] weights, int columns, int[] rows, int[] group_sizes, int[] num_bits, bool[] asymmetric, "
-    "str compute) -> Tensor",
-    _layer,
-    _fake,
-)
+define("ark_layer", "(Tensor x, Tensor[] tensors, int[] kinds, str compute) -> Tensor", _layer, _fake)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
-from gamma_vllm.kernels.joined import kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
@@ -121,9 +121,7 @@ class HummingKernel:
 
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
         """One operator a layer, so that at run time the products of one token go straight to their place."""
-        columns = segments[0].columns
-        if x.shape[-1] != columns:
-            raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+        check_columns(segments, x)
         return torch.ops.gamma.humming_layer(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
 
 

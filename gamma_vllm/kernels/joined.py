@@ -10,7 +10,14 @@ from gamma_vllm.shards import Segment
 if TYPE_CHECKING:
     from gamma_vllm.kernels.choose import Kernel
 
-__all__ = ["kinds_of", "split_kinds", "tensors_of"]
+__all__ = ["check_columns", "kinds_of", "split_kinds", "tensors_of"]
+
+
+def check_columns(segments: Sequence[Segment], x: Tensor) -> None:
+    """Raises ValueError when the activations `[..., columns]` are of another layer: operators read bare memory."""
+    columns = segments[0].columns
+    if x.shape[-1] != columns:
+        raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
 
 
 def tensors_of(kernel: "Kernel", segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]]) -> list[Tensor]:

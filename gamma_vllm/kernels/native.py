@@ -28,7 +28,7 @@ from torch import Tensor
 from allocator.contract.cpu import cpu_flags
 from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels.in_turn import multiply_in_turn
-from gamma_vllm.kernels.joined import kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
@@ -85,9 +85,7 @@ class NativeKernel:
     def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
         """One operator a layer: products go straight to their place. What is all at 16 bits is torch's, as its columns
         may be no multiple of 32."""
-        columns = segments[0].columns
-        if x.shape[-1] != columns:
-            raise ValueError(f"{x.shape[-1]} activations for a weight of {columns} columns")
+        check_columns(segments, x)
         if not any(segment.quantized for segment in segments):
             return multiply_in_turn(self, segments, tensors, x)
         operator = torch.ops.gamma.native_layer if x.dtype == torch.bfloat16 else torch.ops.gamma.native_wide_layer
