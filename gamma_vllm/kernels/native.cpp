@@ -7,8 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "native_amx.h"
-#include "native_few.h"
+#include "native_amx_codes.h"
 #include "native_many.h"
 
 namespace {
@@ -61,7 +60,12 @@ struct Part {
 void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
     const long columns = parts[0].weight.columns;
     thread_local AlignedSpace<uint16_t> tiles;
+    thread_local AlignedSpace<float> floats;
     uint16_t* const slab = use_amx ? tiles.of((std::min(tokens, kSlabTokens) + 15) / 16 * 16 * columns) : nullptr;
+    const bool some = use_amx && tokens <= kSomeTokens;
+    float* const sums = some ? floats.of(2 * kSomeTokens * columns / kBlock) : nullptr;
+    const auto by_codes = [some](const Weight& w) { return some && w.bits < 8; };
+    const bool dequantizes = !std::all_of(parts.begin(), parts.end(), [&](const Part& p) { return by_codes(p.weight); });
 #pragma omp parallel
     {
         thread_local AmxSpace space;
@@ -69,12 +73,18 @@ void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long token
             configure_tiles();
             for (long first = 0; first < tokens; first += kSlabTokens) {
                 const long count = std::min(tokens - first, kSlabTokens);
-                tile_activations(x + first * columns, count, columns, slab);
-                for (const auto& [w, start] : parts) {
-                    uint16_t* const to = out + first * total + start;
-                    with_fill(w, [&](const auto& fill) { multiply_amx(w, fill, slab, count, to, total, space); });
-                }
+                if (dequantizes) {
+                    tile_activations(x + first * columns, count, columns, slab);
+                    for (const auto& [w, start] : parts) {
+                        if (by_codes(w)) continue;
+                        uint16_t* const to = out + first * total + start;
+                        with_fill(w, [&](const auto& fill) { multiply_amx(w, fill, slab, count, to, total, space); });
+                    }
 #pragma omp barrier
+                }
+                for (const auto& [w, start] : parts) {
+                    if (by_codes(w)) multiply_some(w, x, tokens, slab, sums, out + start, total, space);
+                }
             }
             release_tiles();
         } else {

@@ -2,8 +2,8 @@
 
 They read codes and scales as the checkpoint stores them, so nothing is repacked and nothing is larger in memory but the
 zero points, one byte each (`resident_bytes`). Few activations are multiplied code by code; many, as in prefill, with
-weights dequantized a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), from three
-activations on, else in registers of AVX-512.
+weights dequantized a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
+registers of AVX-512. Tiles take three to 32 activations code by code too.
 
 `native.cpp` is compiled on first use with the C++ compiler that is there, into vLLM's cache folder; `gamma warmup`
 does it ahead, for images without a compiler.

@@ -1,4 +1,4 @@
-// Products with several activations on CPUs with AMX (Intel from Sapphire Rapids): tiles of 16 rows of the weight times 16
+// Products with many activations on CPUs with AMX (Intel from Sapphire Rapids): tiles of 16 rows of the weight times 16
 // activations, 32 columns at a time. Rows are dequantized straight into tiles, without the transposing that registers
 // need (native_many.h); activations are put into the order of tiles once a layer.
 
@@ -100,30 +100,33 @@ GAMMA_AMX inline void add_products(const uint16_t* rows, const uint16_t* first, 
     written();  // what is stored from here on must not be there yet
 }
 
-// Sums of 32 rows and `tokens` (at most 32) activations to out [tokens, rows], of which `rows` are wanted.
-GAMMA_AMX inline void put_sums(long tokens, long rows, uint16_t* out, long out_stride) {
-    alignas(64) float sums[32 * 16];
+// Sums [32 rows, 16] of `tokens` (at most 16) activations to out [tokens, rows], of which `rows` are wanted.
+inline void put_rows(const float* sums, long tokens, long rows, uint16_t* out, long out_stride) {
     alignas(64) uint16_t pairs[32 * 16], turned[16 * 32], order[32];
     const __mmask32 wanted = rows >= kPairRows ? ~__mmask32(0) : (__mmask32(1) << rows) - 1;
     for (int i = 0; i < 32; i++) order[i] = uint16_t(i / 2 + i % 2 * 16);
     const __m512i side_by_side = _mm512_load_si512(order);
-    for (long first = 0; first < tokens; first += 16) {
-        if (first == 0) {
-            _tile_stored(0, sums, 64);
-            _tile_stored(2, sums + 256, 64);
-        } else {
-            _tile_stored(1, sums, 64);
-            _tile_stored(3, sums + 256, 64);
-        }
-        for (int r = 0; r < 32; r += 2) {  // two rows side by side are a word of 32 bits for each token
-            const __m512 even = _mm512_load_ps(sums + 16 * r), odd = _mm512_load_ps(sums + 16 * r + 16);
-            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-            _mm512_store_si512(pairs + 16 * r, _mm512_permutexvar_epi16(side_by_side, both));
-        }
-        transpose(pairs, 32, turned, 32);
-        for (long m = 0; m < std::min(tokens - first, 16L); m++) {
-            _mm512_mask_storeu_epi16(out + (first + m) * out_stride, wanted, _mm512_load_si512(turned + 32 * m));
-        }
+    for (int r = 0; r < 32; r += 2) {  // two rows side by side are a word of 32 bits for each token
+        const __m512 even = _mm512_load_ps(sums + 16 * r), odd = _mm512_load_ps(sums + 16 * r + 16);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+        _mm512_store_si512(pairs + 16 * r, _mm512_permutexvar_epi16(side_by_side, both));
+    }
+    transpose(pairs, 32, turned, 32);
+    for (long m = 0; m < tokens; m++) {
+        _mm512_mask_storeu_epi16(out + m * out_stride, wanted, _mm512_load_si512(turned + 32 * m));
+    }
+}
+
+// The tiles' sums of 32 rows and `tokens` (at most 32) activations to out [tokens, rows], of which `rows` are wanted.
+GAMMA_AMX inline void put_sums(long tokens, long rows, uint16_t* out, long out_stride) {
+    alignas(64) float sums[32 * 16];
+    _tile_stored(0, sums, 64);
+    _tile_stored(2, sums + 256, 64);
+    put_rows(sums, std::min(tokens, 16L), rows, out, out_stride);
+    if (tokens > 16) {
+        _tile_stored(1, sums, 64);
+        _tile_stored(3, sums + 256, 64);
+        put_rows(sums, tokens - 16, rows, out + 16 * out_stride, out_stride);
     }
 }
 

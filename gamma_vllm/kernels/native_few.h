@@ -15,11 +15,14 @@ namespace {
 constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; more would not stay in registers
 constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, half a microsecond or so
 
-// A step of multiplication: 32 lanes of 16 bits, each with the window of kCodes neighbouring codes, which are taken out of
+// As many neighbouring codes as a lane of 16 bits holds, wherever in a byte they begin.
+constexpr int most_codes(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : bits == 7 ? 1 : 2; }
+
+// A step of multiplication: 32 lanes of 16 bits, each with the window of CODES neighbouring codes, which are taken out of
 // all lanes one after the other; so the activations are wanted in the order [codes, 32] instead of [32, codes].
-template <int BITS>
+template <int BITS, int CODES = most_codes(BITS)>
 struct Step {
-    static constexpr int kCodes = BITS == 2 ? 8 : BITS <= 4 ? 4 : BITS == 7 ? 1 : 2;
+    static constexpr int kBits = BITS, kCodes = CODES;
     static constexpr int kColumns = 32 * kCodes;
     static constexpr int kBytes = kColumns * BITS / 8;
     static constexpr bool kInMantissa = BITS <= 7;
@@ -104,6 +107,35 @@ GAMMA_INNER void scale_down(uint16_t* values, int places) {
     _mm512_storeu_si512(values, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+// What a group's products are beyond those of its codes, of 16 neighbouring columns, for each of their activations.
+template <typename Of>
+inline __m512 beyond_codes() {
+    alignas(64) float factors[16];
+    for (int i = 0; i < 16; i++) factors[i] = float(Of::kAdded) / float(1 << Of::place(i % Of::kCodes));
+    return _mm512_load_ps(factors);
+}
+
+// The sum of a group's activations, and what the steps add to the group beyond its codes.
+inline void sum_group(const uint16_t* x, long group_size, __m512 beyond, float& sum, float& added) {
+    __m512 all = _mm512_setzero_ps(), more = _mm512_setzero_ps();
+    for (long k = 0; k < group_size; k += 16) {
+        const __m512 values = widen(_mm256_loadu_si256((const __m256i*)(x + k)));
+        all = _mm512_add_ps(all, values);
+        more = _mm512_fmadd_ps(values, beyond, more);
+    }
+    sum = _mm512_reduce_add_ps(all);
+    added = _mm512_reduce_add_ps(more);
+}
+
+// A step's activations as it wants them.
+template <typename Of>
+inline void prepare_step(const uint16_t* x, uint16_t* to) {
+    reorder(x, Of::kCodes, to);
+    for (int code = 0; code < Of::kCodes; code++) {
+        if (Of::place(code)) scale_down(to + 32 * code, Of::place(code));
+    }
+}
+
 // Activations as the steps want them, padded with zeros to whole steps; their sums over each group, and what the steps add
 // to a group beyond its codes. A vector that lies across two lines of the cache takes twice as long to load, and these are
 // loaded for each row of the weight.
@@ -125,32 +157,21 @@ class Activations {
         lines.resize(tokens * stride / 32);
         sums.resize(tokens * groups);
         added.resize(tokens * groups);
-        alignas(64) float factors[16];
-        for (int i = 0; i < 16; i++) factors[i] = float(Of::kAdded) / float(1 << Of::place(i % Of::kCodes));
-        const __m512 beyond = _mm512_load_ps(factors);
+        const __m512 beyond = beyond_codes<Of>();
         for (long token = 0; token < tokens; token++, x += columns) {
             uint16_t* to = lines[token * stride / 32].values;
             for (long k = 0; k < columns; k += Of::kColumns) {
                 if (k + Of::kColumns <= columns) {
-                    reorder(x + k, Of::kCodes, to + k);
+                    prepare_step<Of>(x + k, to + k);
                 } else {
                     uint16_t last[256] = {0};
                     std::memcpy(last, x + k, (columns - k) * sizeof(uint16_t));
-                    reorder(last, Of::kCodes, to + k);
-                }
-                for (int code = 0; code < Of::kCodes; code++) {
-                    if (Of::place(code)) scale_down(to + k + 32 * code, Of::place(code));
+                    prepare_step<Of>(last, to + k);
                 }
             }
             for (long group = 0; group < columns / group_size; group++) {
-                __m512 sum = _mm512_setzero_ps(), more = _mm512_setzero_ps();
-                for (long k = group * group_size; k < (group + 1) * group_size; k += 16) {
-                    const __m512 values = widen(_mm256_loadu_si256((const __m256i*)(x + k)));
-                    sum = _mm512_add_ps(sum, values);
-                    more = _mm512_fmadd_ps(values, beyond, more);
-                }
-                sums[token * groups + group] = _mm512_reduce_add_ps(sum);
-                added[token * groups + group] = _mm512_reduce_add_ps(more);
+                const long at = token * groups + group;
+                sum_group(x + group * group_size, group_size, beyond, sums[at], added[at]);
             }
         }
     }

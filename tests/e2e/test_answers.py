@@ -15,6 +15,7 @@ from allocator.contract.checkpoint import CheckpointConfig  # noqa: E402
 from allocator.contract.resident import resident_bytes  # noqa: E402
 from tests.conftest import TRAINED  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
+from tests.versions import needs_030  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -229,6 +230,7 @@ def test_an_engine_started_without_weights_runs_and_can_load_them(answers, kerne
     assert parameters == answers(f"demo {kernel} reload")[1]
 
 
+@needs_030
 def test_the_bank_serves_any_manifest(answers):
     before, _, _, reloaded = answers("bank by variable")
     assert before == answers("exported torch")[0]
@@ -244,6 +246,7 @@ def test_lora_adapters_go_on_top(answers):
     assert changed != base
 
 
+@needs_030
 def test_channel_blocks_are_served_from_the_bank_and_reloaded(answers):
     before, parameters, _, without, _, after, reloaded = answers("cut bank, reloaded")
     assert before == answers("cut torch")[0]
