@@ -8,7 +8,7 @@ PYTHON := $(BIN)/python
 export OMP_WAIT_POLICY ?= PASSIVE
 # More for pytest, e.g. make test PYTEST_ARGS="-x -k solver"
 PYTEST_ARGS ?=
-# Most tests of servers wait for one core; two at a time take half as long. Tests of a file share what they make.
+# Most tests of servers wait for one core; two at a time take a third less, or better. Tests of a file share what they make.
 PYTEST_WORKERS ?= 2
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
