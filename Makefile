@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-fast test-gpu test-versions lint format clean
+.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget
 
 bench-bank: setup ## from a new budget to a ready server: from the bank, against export and serve
 	@$(PYTHON) benchmarks/bank/bench.py
+
+bench-cli: setup ## CPU time of commands that are asked often, over that of the imports they need
+	@$(PYTHON) benchmarks/cli/bench.py
 
 bench-experts: setup ## what widths of their own cost a layer of experts on CPU
 	@$(PYTHON) benchmarks/experts/bench.py
@@ -59,14 +62,20 @@ bench-kernels: setup ## products of the CUDA kernels, layer by layer, beside bfl
 bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes; goes on where it stopped)
 	$(PYTHON) benchmarks/serving/bench.py
 
-test: lint ## all checks and all tests
+test: lint test-tools ## all checks and all tests; what could not be tested is listed at the end
 	$(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: setup ## the tests without those marked slow
 	$(PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
+test-tools: setup ## what tests use beside .venv: helm, chromium, ...; into ~/.cache/gamma-tools, as root from Debian too (once)
+	@bash tests/tools/fetch.sh
+
 test-gpu: setup ## the tests that need an NVIDIA GPU: kernels, captured graphs, whole engines
 	$(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
+
+test-avx2: setup ## what depends on the CPU, with instructions above AVX2 hidden from us: kernels, and an answer
+	GAMMA_CPU_ISA=avx2 $(PYTHON) -m pytest $(AVX2_TESTS) $(PYTEST_ARGS)
 
 test-versions: setup ## the plugin on older vLLM for CPU (VERSIONS="0.29.0 0.30.0 0.31.0"); five minutes each
 	@bash deploy/other_vllm.sh $(VERSIONS)

@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import (  # noqa: F401 - hooks
+    lacking,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ROOT.parent / "shared" / "data" / "models"
 
@@ -14,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which("nvidia-smi") is None:
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+                item.add_marker(pytest.mark.skip(reason=lacking("gpu", "there is no NVIDIA GPU")))
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +33,7 @@ def trained_model() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         folder = TRAINED / name
         if not folder.is_dir():
-            pytest.skip(f"trained model {name} is not at hand ({folder.parent} has no such folder)")
+            pytest.skip(lacking("model", f"trained model {name} is not at hand ({folder.parent} has no such folder)"))
         return folder
 
     return find

@@ -1,26 +1,28 @@
-"""Programs that `.ci/tools` brings."""
+"""What `make test-tools` brings beside .venv: programs, and the packages of object storage."""
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-__all__ = ["TOOLS", "program"]
+from tests.skips import lacking
+
+__all__ = ["OBJECT_STORAGE", "program"]
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 TOOLS = Path(os.environ.get("GAMMA_TOOLS") or _CACHE / "gamma-tools")
+OBJECT_STORAGE = TOOLS / f"object-storage-{sys.implementation.cache_tag}"
+"""A folder of packages for this Python."""
 
 
 def program(name: str) -> str:
-    """Path of a program. Where it is missing the test is skipped; in continuous integration it fails."""
+    """Path of a program; the test is skipped where it is missing."""
     for place in (TOOLS / name, TOOLS / name / "bin" / name):
         if place.is_file() and os.access(place, os.X_OK):
             return str(place)
     found = shutil.which(name)
     if found is None:
-        reason = f"{name} is not here; `bash .ci/tools` brings it where it can"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        pytest.skip(lacking("program", f"{name} is not here"))
     return found

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.skips import lacking
+
 
 def _is_030() -> bool:
     try:
@@ -12,4 +14,4 @@ def _is_030() -> bool:
 
 
 IS_030 = _is_030()
-needs_030 = pytest.mark.skipif(not IS_030, reason="needs vLLM 0.30")
+needs_030 = pytest.mark.skipif(not IS_030, reason=lacking("vllm", "this vLLM is older than 0.30"))

@@ -10,19 +10,19 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allocator.contract.cpu import cpu_flags
 from allocator.contract.packing import unpack_codes, unpack_zero_points
 from allocator.contract.resident import ARK_ROWS, pad
 from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["ArkKernel", "blob_bytes"]
+__all__ = ["ArkKernel", "blob_bytes", "planned_as"]
 
 _COMPUTE_VARIABLE = "GAMMA_ARK_COMPUTE"
 _COMPUTE_TYPES = ("fp32", "bf16", "int8")
@@ -39,9 +39,23 @@ def blob_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetri
     `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`. Found by packing thousands of shapes
     with auto-round-lib 0.16.0. It holds for the default, fp32; with AMX the other compute types take more.
     """
-    padded = pad(rows, ARK_ROWS["ark-amx" if "amx_tile" in cpu_flags() else "ark"])
+    padded = pad(rows, ARK_ROWS[planned_as()])
     scales = padded * (columns // group_size) * (4 if symmetric else 5)
     return padded * columns * num_bits // 8 + scales + _HEADER_BYTES
+
+
+@functools.cache
+def planned_as() -> Literal["ark", "ark-amx"]:
+    """The `--kernel` of a plan for the CPU at hand. The library looks at the CPU itself, not at `GAMMA_CPU_ISA`, so
+    a matrix is packed, and the size of its blob tells."""
+    segment = Segment((0,), 4, 32, True, rows=ARK_ROWS["ark"], columns=32)
+    with torch.device("cpu"):
+        tensors = {
+            "packed": torch.zeros(segment.rows, 4, dtype=torch.int32),
+            "scale": torch.ones(segment.rows, 1, dtype=torch.float32),
+        }
+    blob = ArkKernel("fp32").pack(segment, tensors)["blob"]
+    return "ark" if blob.nbytes == segment.rows * (16 + 4) + _HEADER_BYTES else "ark-amx"
 
 
 def _compute_type() -> str:

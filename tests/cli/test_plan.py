@@ -1,10 +1,8 @@
-"""`gamma plan` as a user runs it: fast, without torch, and one clear line for bad input."""
+"""`gamma plan` as a user runs it: nothing heavy is imported, and one clear line for bad input."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -43,21 +41,17 @@ def test_without_a_gpu_it_says_which_ones_do(capsys):
     assert "RTX 4090" in capsys.readouterr().out
 
 
-def test_plan_takes_under_a_second_and_no_torch():
+def test_plan_imports_nothing_heavy():
+    """It is asked often, and answers at once: `make bench-cli` has the time."""
     code = (
-        "import sys\nfrom allocator.cli.main import main\n"
-        f"main(['plan', {MODEL!r}, '--gpu', 'h100', '--max-model-len', '8192'])\n"
-        "assert not {'torch', 'vllm', 'transformers', 'ortools', 'numpy'} & set(sys.modules), 'heavy import'"
+        "import sys; from allocator.cli.main import main\n"
+        f"main(['plan', {MODEL!r}, '--gpu', 'h100', '--max-model-len', '8192']); print(*sys.modules, file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        after = os.times()
-        used = after.children_user + after.children_system - before.children_user - before.children_system
-        seconds.append(min(time.perf_counter() - started, used))
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "NVIDIA H100" in done.stdout
+    loaded = set(done.stderr.split())
+    assert "allocator.fitting" in loaded
+    assert not loaded & {"torch", "vllm", "transformers", "ortools", "numpy", "huggingface_hub", "fastapi"}
 
 
 BAD = {

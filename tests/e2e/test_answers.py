@@ -11,10 +11,17 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
+pytest.importorskip("vllm")
+
 from allocator.contract.checkpoint import CheckpointConfig  # noqa: E402
 from allocator.contract.resident import resident_bytes  # noqa: E402
+from gamma_vllm.kernels.ark import ArkKernel  # noqa: E402
+from gamma_vllm.kernels.native import NativeKernel  # noqa: E402
+from gamma_vllm.kernels.torch_reference import TorchKernel  # noqa: E402
 from tests.conftest import TRAINED  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
+from tests.e2e.ranks import TWO_RANKS, needs_two_cores  # noqa: E402
+from tests.skips import lacking, lacking_kernel  # noqa: E402
 from tests.versions import needs_030  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -33,15 +40,12 @@ TEXT = (
 TOKENS = 24
 
 
-def _kernels():
-    """Those that run here; the native one needs AVX-512 with BF16."""
-    pytest.importorskip("vllm")
-    from gamma_vllm.kernels.native import NativeKernel
-
-    return ["torch", "ark", *(["native"] if NativeKernel.why_not(torch.device("cpu")) is None else [])]
-
-
-KERNELS = _kernels()
+WHY_NOT = {kernel.name: kernel.why_not(torch.device("cpu")) for kernel in (TorchKernel, ArkKernel, NativeKernel)}
+KERNELS = [name for name, reason in WHY_NOT.items() if reason is None]
+EVERY_KERNEL = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=lacking_kernel(reason)))
+    for name, reason in WHY_NOT.items()
+]
 FUSED = {f"{n}_proj": "qkv_proj" for n in "qkv"} | {f"{n}_proj": "gate_up_proj" for n in ("gate", "up")}
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -115,9 +119,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, learned_cu
                 steps = [generate, ["reload", {}], parameters]
                 add(f"{model} {kernel} dummy", gamma, steps, kernel=kernel, options={"load_format": "dummy"})
             options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-            two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-            ranks = {"options": options, "environment": two}
-            add(f"{model} two ranks", gamma, [generate], kernel="ark", **ranks)
+            add(f"{model} two ranks", gamma, [generate], kernel="ark", options=options, environment=TWO_RANKS)
             changed = ["generate", {"prompts": beginnings, "tokens": TOKENS, "lora": str(adapter)}]
             options = {"enable_lora": True, "max_lora_rank": 8}
             add(f"{model} lora", gamma, [generate, changed], kernel="ark", options=options)
@@ -129,8 +131,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, learned_cu
             bank = {"options": {"quantization": "gamma"}, "environment": environment}
             add("cut bank, reloaded", learned_cut[0], steps, kernel="torch", **bank)
             options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-            two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-            add("cut two ranks", gamma, [generate], kernel="ark", options=options, environment=two)
+            add("cut two ranks", gamma, [generate], kernel="ark", options=options, environment=TWO_RANKS)
             add("cut lora", gamma, [generate], kernel="torch", options={"enable_lora": True})
         if model == "exported":
             second, checkpoint = exported(2.7)
@@ -149,7 +150,7 @@ def answers(tmp_path_factory, checkpoints, prompts, adapter, learned, learned_cu
 
     def get(name):
         if name not in results:
-            pytest.skip(f"the trained model {name.split()[0]} is not at hand")
+            pytest.skip(lacking("model", f"trained model {name.split()[0]} is not at hand"))
         return succeeded(results[name])
 
     get.error = lambda name: results[name]["error"]
@@ -172,7 +173,7 @@ def test_greedy_tokens_equal_those_of_transformers(answers, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kernel", KERNELS[1:])
+@pytest.mark.parametrize("kernel", EVERY_KERNEL[1:])
 def test_kernels_agree_with_transformers(answers, model, kernel, record_property):
     _, expected = answers(f"{model} transformers")
     _, given = answers(f"{model} {kernel}")
@@ -189,15 +190,15 @@ def test_bfloat16_activations(answers):
     assert given == pytest.approx(expected, rel=2e-2)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler (g++)")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.skipif(COMPILER is None, reason=lacking("program", "g++, for torch.compile, is not here"))
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_compiled_engine_answers_like_the_eager_one(answers, kernel):
     assert answers(f"babyllama105 {kernel} compiled")[0] == answers(f"babyllama105 {kernel}")[0]
     names = (f"babyllama105 {kernel} compiled", f"babyllama105 {kernel}")
     assert logit_error(*map(answers.logprobs, names)) < 1e-4
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_weights_can_be_reloaded(answers, kernel):
     before, parameters, _, without, _, after, reloaded = answers(f"demo {kernel} reload")
     assert without != before
@@ -223,7 +224,7 @@ def test_a_worker_holds_the_bytes_that_were_planned(answers, checkpoints):
     assert sum(held.values()) == planned
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_an_engine_started_without_weights_runs_and_can_load_them(answers, kernel):
     tokens, _, parameters = answers(f"demo {kernel} dummy")
     assert [len(t) for t in tokens] == [TOKENS, TOKENS]
@@ -259,7 +260,7 @@ def test_adapters_are_refused_where_channels_are_sorted(answers):
     assert "its channels are sorted, and LoRA adapters are for their original order" in answers.error("cut lora")
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPU cores")
+@needs_two_cores
 @pytest.mark.parametrize("model", ["demo", "cut"])
 def test_two_tensor_parallel_ranks_answer_like_one(answers, model):
     assert answers(f"{model} two ranks") == [answers(f"{model} ark")[0]]

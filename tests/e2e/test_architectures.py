@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import mixed, mixed_with_vocabulary, succeeded  # noqa: E402
+from tests.e2e.ranks import HAS_TWO_CORES, TWO_RANKS, needs_two_cores  # noqa: E402
+from tests.skips import lacking  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -83,9 +85,9 @@ def answers(tmp_path_factory, serving, run_engines):
             add("ark")
         if kind in ("llama", "qwen3_moe") and COMPILER:
             add("ark compiled", enforce_eager=False)
-        if (os.cpu_count() or 1) < 2:
+        if not HAS_TWO_CORES:
             continue
-        two = {"environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, "distributed_executor_backend": "mp"}
+        two = {"environment": TWO_RANKS, "distributed_executor_backend": "mp"}
         if kind in ("llama", "qwen3_moe"):
             add("ark two ranks", tensor_parallel_size=2, **two)
         if kind == "qwen3_moe":
@@ -109,13 +111,13 @@ def test_weights_can_be_reloaded(answers, kind):
     assert answers(f"{kind} torch")[-1:] == answers(f"{kind} transformers")
 
 
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler (g++)")
+@pytest.mark.skipif(COMPILER is None, reason=lacking("program", "g++, for torch.compile, is not here"))
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_a_compiled_engine_answers_alike(answers, kind):
     assert answers(f"{kind} ark compiled") == answers(f"{kind} transformers")
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPU cores")
+@needs_two_cores
 @pytest.mark.parametrize(
     "name", ["llama ark two ranks", "qwen3_moe ark two ranks", "qwen3_moe ark experts on two ranks"]
 )

@@ -1,21 +1,22 @@
 """Bytes after loading are predicted to the byte: random assignments in live workers of vLLM, one rank and two."""
 
 import json
-import os
 import random
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from allocator.contract.cpu import cpu_flags  # noqa: E402
 from allocator.contract.layout import WIDTHS  # noqa: E402
 from allocator.contract.manifest import Manifest  # noqa: E402
 from allocator.fitting import PlanRequest  # noqa: E402
 from allocator.fitting.weights import residency_of  # noqa: E402
 from allocator.inventory import read_shape  # noqa: E402
+from gamma_vllm.kernels.ark import planned_as  # noqa: E402
 from gamma_vllm.kernels.native import NativeKernel  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
+from tests.e2e.ranks import HAS_TWO_CORES, TWO_RANKS, needs_two_cores  # noqa: E402
+from tests.skips import lacking_kernel  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -31,9 +32,13 @@ CASES = [
 ]
 """Kind of model (llama has a head of its own, qwen3 a tied one, phi3 is fused on disk, two have experts,
 "cut" is a qwen3 with channel blocks), kernel, ranks, and whether experts are dealt out."""
-if NativeKernel.why_not(torch.device("cpu")) is None:
-    CASES.append(("qwen3", "native", 1, False))
-CASES = [case for case in CASES if case[2] <= (os.cpu_count() or 1)]
+NATIVE = ("qwen3", "native", 1, False)
+WHY_NOT = NativeKernel.why_not(torch.device("cpu"))
+MARKED = [
+    *(pytest.param(case, marks=[needs_two_cores] if case[2] > 1 else []) for case in CASES),
+    pytest.param(NATIVE, marks=pytest.mark.skipif(WHY_NOT is not None, reason=lacking_kernel(WHY_NOT))),
+]
+RUNNING = [case for case in CASES if case[2] == 1 or HAS_TWO_CORES] + ([NATIVE] if WHY_NOT is None else [])
 
 
 def random_choice(seed, kind):
@@ -69,7 +74,7 @@ def measured(tmp_path_factory, serving, run_engines):
 
     folder = tmp_path_factory.mktemp("resident")
     jobs, predicted = [], {}
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(RUNNING):
         kind, kernel, ranks, dealt = case
         plain, gamma = folder / kind, folder / f"{number}"
         if not plain.exists():
@@ -79,22 +84,22 @@ def measured(tmp_path_factory, serving, run_engines):
         else:
             make_checkpoint(plain, gamma, random_choice(number, kind))
         shape = read_shape(json.loads((plain / "config.json").read_text()))
-        planned = "ark-amx" if kernel == "ark" and "amx_tile" in cpu_flags() else kernel
+        planned = planned_as() if kernel == "ark" else kernel
         request = PlanRequest(tensor_parallel_size=ranks, expert_parallel=dealt, kernel=planned)
         predicted[case] = residency_of(shape, request).stage_bytes(Manifest.read(gamma / "gamma_manifest.json").modules)
         options = {"skip_tokenizer_init": True, "dtype": "bfloat16"}
         if ranks > 1:
             options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
             options |= {"enable_expert_parallel": dealt}
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
+        environment = TWO_RANKS if ranks > 1 else {}
         job = {"name": str(number), "model": str(gamma), "kernel": kernel, "options": options}
         jobs.append(job | {"environment": environment, "steps": [["resident", {}]]})
     results = run_engines(jobs, folder)
-    counted = {case: succeeded(results[str(number)])[0] for number, case in enumerate(CASES)}
+    counted = {case: succeeded(results[str(number)])[0] for number, case in enumerate(RUNNING)}
     return lambda case: (predicted[case], counted[case])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}{'-experts' if c[3] else ''}")
+@pytest.mark.parametrize("case", MARKED, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}{'-experts' if c[3] else ''}")
 def test_bytes_of_a_rank_are_predicted_to_the_byte(measured, case):
     (predicted,), counted = measured(case)
     assert len(counted) == case[2]

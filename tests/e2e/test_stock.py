@@ -6,12 +6,23 @@ torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import DEMO, succeeded  # noqa: E402
 from tests.e2e.test_answers import TEXT  # noqa: E402
+from tests.skips import lacking  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def declared(serving, tmp_path_factory):
+def stock_kernel(serving):
+    """Skips where stock vLLM cannot multiply 4-bit weights: its build for AVX2 has no such operator."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip(lacking("instruction", "vLLM's build for this CPU has no cpu_gemm_wna16"))
+
+
+@pytest.fixture(scope="module")
+def declared(stock_kernel, tmp_path_factory):
     """ "symmetric" and "asymmetric": the demo model at 4 and 16 bits, equal inside fused layers.
 
     Stock vLLM multiplies nothing else on a CPU; tests/exporting and tests/gamma_vllm check the other widths.

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import lacking
+
 __all__ = ["L4", "NEEDED", "Card", "library"]
 
 ENVIRONMENT = dict(os.environ)
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 NEEDED = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
-    pytest.mark.skipif(find_spec("pynvml") is None, reason="needs nvidia-ml-py (deploy/requirements/dev.lock)"),
+    pytest.mark.skipif(COMPILER is None, reason=lacking("program", "a C compiler is not here")),
+    pytest.mark.skipif(find_spec("pynvml") is None, reason=lacking("package", "nvidia-ml-py is not here")),
 ]
 
 # Signatures and structures as NVIDIA documents them for NVML; a device handle is an index, a MIG slice 100 + its place.

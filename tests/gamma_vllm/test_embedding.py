@@ -14,8 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.embedding import TiedHeadMethod, gather_rows
-from gamma_vllm.kernels.native import NativeKernel
 from tests.gamma_vllm.layers import declare, gamma_config, load
+from tests.gamma_vllm.test_native import needs_native
 
 FORMATS = {"symmetric": (5, 32, True), "asymmetric, words straddled": (3, 64, False), "8 bits": (8, 64, False)}
 
@@ -129,7 +129,7 @@ def test_gathered_rows_are_those_of_the_whole(num_bits, rows, symmetric, data):
     assert torch.equal(given_rows, dequantize(packed, scale, zero_point, num_bits)[ids])
 
 
-@pytest.mark.skipif(NativeKernel.why_not(torch.device("cpu")) is not None, reason="native kernel cannot run")
+@needs_native
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 90), st.booleans(), st.data())
 def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data):

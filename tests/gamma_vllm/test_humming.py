@@ -20,6 +20,7 @@ from gamma_vllm.kernels import humming as adapter
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
 from tests.gamma_vllm.test_kernels import make_segment, relative_error
+from tests.skips import lacking
 
 CUDA = torch.device("cuda")
 SHAPES = [(256, 128, 128), (1024, 384, 64), (128, 96, 32), (40, 256, 128)]  # rows, columns, group size
@@ -33,7 +34,7 @@ def has_humming():
     return True
 
 
-needs_humming = pytest.mark.skipif(not has_humming(), reason="needs humming-kernels, triton and cuda-bindings")
+needs_humming = pytest.mark.skipif(not has_humming(), reason=lacking("device", "humming-kernels are not here"))
 
 
 @pytest.fixture

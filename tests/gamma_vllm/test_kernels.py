@@ -13,6 +13,7 @@ from gamma_vllm.kernels.choose import _KERNELS, choose_kernel
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
+from tests.skips import lacking_kernel
 
 CPU = torch.device("cpu")
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -37,7 +38,7 @@ def relative_error(given, expected):
     return float((given.float() - expected.float()).norm() / expected.float().norm())
 
 
-needs_ark = pytest.mark.skipif(ArkKernel.why_not(CPU) is not None, reason=f"ARK: {ArkKernel.why_not(CPU)}")
+needs_ark = pytest.mark.skipif(ArkKernel.why_not(CPU) is not None, reason=lacking_kernel(ArkKernel.why_not(CPU)))
 ark, reference = ArkKernel("fp32"), TorchKernel()
 
 

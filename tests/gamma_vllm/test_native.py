@@ -10,9 +10,11 @@ from gamma_vllm.kernels import native
 from gamma_vllm.kernels.native import NativeKernel, resident_bytes
 from gamma_vllm.shards import Segment
 from tests.gamma_vllm.test_kernels import CPU, WIDTHS, make_segment, relative_error
+from tests.skips import lacking, lacking_kernel
 
 kernel = NativeKernel()
-needs_native = pytest.mark.skipif(NativeKernel.why_not(CPU) is not None, reason=f"native: {NativeKernel.why_not(CPU)}")
+WHY_NOT = NativeKernel.why_not(CPU)
+needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=lacking_kernel(WHY_NOT))
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 
 
@@ -46,7 +48,7 @@ def amx(request):
     """Many activations with AMX, which not all CPUs have, and without."""
     library = native._library()
     if library.gamma_use_amx(request.param) != request.param:
-        pytest.skip("this CPU has no AMX")
+        pytest.skip(lacking("instruction", "this CPU has no AMX"))
     yield
     library.gamma_use_amx(True)
 
@@ -121,9 +123,8 @@ def test_torch_compile_sees_one_operator():
     assert torch.equal(compiled(x), kernel.linear(segment, packed, x) + 1)
 
 
+@needs_native
 def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
-    if NativeKernel.why_not(CPU) is not None:
-        pytest.skip("native kernel cannot run")
     monkeypatch.setattr(native, "_SPACE_WEIGHTS", 128 * 7)
     monkeypatch.setattr(native, "_space", [])
     segment, tensors, weight = make_segment(50, 128, 6, 32, False)

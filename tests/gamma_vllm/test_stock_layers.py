@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from allocator.contract.compressed_tensors import compressed_tensors_config  # noqa: E402
 from allocator.contract.packing import dequantize, unpack_codes  # noqa: E402
 from tests.e2e.make_checkpoint import quantize  # noqa: E402
+from tests.skips import lacking  # noqa: E402
 
 PREFIX = "model.layers.0"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -52,7 +53,7 @@ def test_stock_layers_load_our_tensors(stock_layers, num_bits, symmetric):
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 
     if not symmetric and num_bits not in compressed_tensors_wNa16.WNA16_ZP_SUPPORTED_TYPES_MAP:
-        pytest.skip("this vLLM has zero points at 4 and 8 bits only")
+        pytest.skip(lacking("vllm", "this vLLM has zero points at 4 and 8 bits only"))
     generator = torch.Generator().manual_seed(num_bits)
     stored, formats = {}, {}
     for name, shape in (("gate_proj", (64, 128)), ("up_proj", (64, 128)), ("down_proj", (128, 64))):

@@ -10,6 +10,7 @@ from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
 from gamma_vllm.shards import Segment
 from tests.gamma_vllm.test_kernels import make_segment, relative_error
+from tests.skips import lacking
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -26,7 +27,7 @@ def kernel_for(dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
     reason = HummingKernel.why_not(CUDA)
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(lacking("device", reason))
     return HummingKernel(dtype)
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.inventory import model_digest, read_inventory
 
 ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-SHARED_MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "models"
 QUERY = "model.layers.1.self_attn.q_proj"
 
 
@@ -237,7 +235,12 @@ def test_digest_reports_progress_up_to_the_last_byte(make_model):
     assert calls == sorted(calls)
 
 
-def test_large_model_is_read_in_under_a_second(tmp_path):
+def bytes_read():
+    """By this process so far, from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_of_a_large_model_headers_alone_are_read(tmp_path):
     """80 blocks of a 70-billion-parameter model, as sparse files: only headers are on the disk."""
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672,
@@ -261,9 +264,9 @@ def test_large_model_is_read_in_under_a_second(tmp_path):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    begin = time.process_time()
+    before = bytes_read()
     inventory = read_inventory(tmp_path)
-    assert time.process_time() - begin < 1.0
+    assert bytes_read() - before < 1 << 20  # of 141 GB
     assert sum(m.parameters for m in inventory.modules) == 70_552_387_584
 
 
@@ -278,11 +281,8 @@ def test_reading_a_model_imports_no_torch(make_model):
 
 
 @pytest.mark.parametrize("name", ["ref-7m", "babyllama105", "stories260K"])
-def test_trained_models_are_understood(name):
-    folder = SHARED_MODELS / name
-    if not folder.is_dir():
-        pytest.skip(f"needs the trained model {name} in ../shared/data/models")
-    inventory = read_inventory(folder)
+def test_trained_models_are_understood(name, trained_model):
+    inventory = read_inventory(trained_model(name))
     smallest, largest = inventory.feasible_bytes(WIDTHS, 128, symmetric=True)
     assert len(inventory.modules) == 1 + 7 * inventory.blocks
     assert inventory.tied

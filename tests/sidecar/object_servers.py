@@ -1,6 +1,7 @@
 """Real HTTP servers of object storage for the tests: moto for S3, gcp-storage-emulator for Google Cloud Storage."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import httpx
 
+from tests.programs import OBJECT_STORAGE
+
 BUCKET = "models"
+PATH = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(OBJECT_STORAGE))))
+sys.path.append(str(OBJECT_STORAGE))  # of tests; processes get PATH
 NEEDED = {"s3": ("s3fs", "moto", "flask_cors"), "gs": ("gcsfs", "gcp_storage_emulator")}
 
 
@@ -27,24 +32,25 @@ class Bucket:
 def missing(scheme: str) -> str | None:
     """Why `scheme` cannot be served here, for a skip."""
     absent = [name for name in NEEDED[scheme] if find_spec(name) is None]
-    return f"needs {', '.join(absent)} (deploy/requirements/object-storage*.lock)" if absent else None
+    return f"{', '.join(absent)} is not here" if absent else None
 
 
 @contextlib.contextmanager
 def bucket(scheme: str, log: Path) -> Iterator[Bucket]:
     """A server with an empty bucket, ended afterwards."""
     port, here = _free_port(), Path(__file__).parent
-    url = f"http://127.0.0.1:{port}"
+    url, environment = f"http://127.0.0.1:{port}", {"PYTHONPATH": PATH}
     if scheme == "s3":
         command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-        environment = {
+        environment |= {
             "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
         }  # fmt: skip
     else:
         command = [sys.executable, str(here / "gs_server.py"), str(port), BUCKET]
-        environment = {"STORAGE_EMULATOR_HOST": url}
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        environment |= {"STORAGE_EMULATOR_HOST": url}
+    everything = os.environ | environment
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=everything) as process:
         try:
             _wait(url, process, log)
             if scheme == "s3":

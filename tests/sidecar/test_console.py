@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from .browser import CHROMIUM, Page, browser
+from .browser import Page, browser, needs_chromium
 from .serving import Running, running
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)"),
+    needs_chromium,
 ]
-SHOWN = ("#map svg", "#curve path", ".answer:not(.busy)")
 SHOWN = ("#map svg", "#curve path", ".answer:not(.busy)")
 READY = " && ".join(f"document.querySelector('{what}')" for what in SHOWN)
 TINY = "#model=tiny&gpu=l4&length=128"

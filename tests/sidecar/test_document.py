@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import lacking
+
 from .serving import Running
 
 # Rules between fields (exactly one budget; smallest below largest) cannot all be told in a JSON Schema.
@@ -14,7 +16,7 @@ NOT_CHECKED = "positive_data_acceptance"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis (deploy/requirements/dev.lock)")
+@pytest.mark.skipif(find_spec("schemathesis") is None, reason=lacking("package", "schemathesis is not here"))
 def test_schemathesis_finds_nothing(sidecar: Running, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{sidecar.url}/openapi.json", "--exclude-checks", NOT_CHECKED,

@@ -27,6 +27,7 @@ from allocator.sidecar.publish import publish
 from allocator.sidecar.schemas import Job
 from allocator.sidecar.store import Store
 from allocator.solving import SolveSettings, solve_scores
+from tests.skips import lacking
 
 from .serving import Running, running
 
@@ -133,7 +134,7 @@ def test_a_full_disk_fails_the_job_with_the_reason(own_store: Path, tmp_path: Pa
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], check=False).returncode:
-        pytest.skip("needs leave to mount a small file system")
+        pytest.skip(lacking("system", "a small file system may not be mounted"))
     try:
         with running(tmp_path / "log", "--store", own_store, "--checkpoints", small) as service:
             job = service.post("/v1/checkpoints", {"manifest": _asked(service, 6)}, 202)["id"]

@@ -12,7 +12,7 @@ import pytest
 from allocator.contract.manifest import Manifest
 from allocator.sidecar.store import Store
 
-from .browser import CHROMIUM, browser
+from .browser import browser, needs_chromium
 from .conftest import gamma
 from .serving import Running, running
 
@@ -109,7 +109,7 @@ def test_gamma_sweep_shows_what_was_measured_before(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+@needs_chromium
 def test_the_console_draws_and_lists_it(measured: Measured, tmp_path: Path) -> None:
     gamma("store", "add-manifest", measured.file, "--store", measured.store)
     with browser(tmp_path / "chromium") as page:

@@ -13,6 +13,7 @@ import pytest
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 from allocator.sidecar.backends import ObjectBackend, open_backend
+from tests.skips import lacking
 
 from .conftest import gamma
 from .object_servers import Bucket, bucket, missing
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     if reason := missing(request.param):
-        pytest.skip(reason)
+        pytest.skip(lacking("package", reason))
     with bucket(request.param, tmp_path_factory.mktemp("bucket") / "log") as made:
         yield made
 

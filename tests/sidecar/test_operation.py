@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
+from tests.programs import program
 
 from .conftest import gamma
 from .serving import Running, running
@@ -29,17 +29,16 @@ def test_the_service_is_light_and_loads_no_torch(store: Path, tmp_path: Path) ->
         assert total / 1024 < 150, f"{total / 1024:.0f} MiB in all processes"
 
 
-def test_starting_costs_little() -> None:
-    """Processor time, so that a busy machine does not count: parsing, imports, the app, until it would listen."""
+def test_starting_imports_nothing_heavy() -> None:
+    """Imports and the app, until it would listen. `make bench-cli` has the time."""
     code = (
-        "import sys, time; from allocator.sidecar.app import create_app;"
+        "import sys; from allocator.sidecar.app import create_app;"
         "from allocator.sidecar.settings import ServiceSettings; create_app(ServiceSettings(store=sys.argv[1]));"
-        "assert not {'torch', 'vllm', 'transformers', 'ortools', 'opentelemetry'} & set(sys.modules);"
-        "print(time.process_time())"
+        "print(*sys.modules)"
     )
-    command = [sys.executable, "-c", code, os.curdir]
-    fastest = min(float(subprocess.check_output(command, text=True)) for _ in range(3))
-    assert fastest < 2
+    loaded = set(subprocess.check_output([sys.executable, "-c", code, os.curdir], text=True).split())
+    assert "fastapi" in loaded
+    assert not loaded & {"torch", "vllm", "transformers", "ortools", "numpy", "opentelemetry"}
 
 
 def test_metrics_are_clean_and_count(sidecar: Running) -> None:
@@ -58,9 +57,8 @@ def test_metrics_are_clean_and_count(sidecar: Running) -> None:
         'gamma_plan_headroom_bytes{gpu="NVIDIA L4",model="tiny"}',
     ):
         assert line in text, text
-    if shutil.which("promtool") is None:
-        pytest.skip("needs promtool (Debian: prometheus)")
-    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    command = [program("promtool"), "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 

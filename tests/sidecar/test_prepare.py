@@ -123,7 +123,8 @@ def test_the_kv_cache_is_chosen_with_the_weights(store: Path) -> None:
         choose(settings.model_copy(update={"budget": "20GiB"}), entry, opened, silent)
 
 
-@pytest.mark.skipif(any(mark.args[0] for mark in NEEDED), reason="needs a C compiler and nvidia-ml-py")
+@NEEDED[0]
+@NEEDED[1]
 def test_the_visible_gpu_is_planned_for_as_if_it_were_named(tiny_store: Path, tmp_path: Path) -> None:
     library(tmp_path, L4)
     base = ["prepare", "tiny", "--store", tiny_store, "--max-model-len", 128, "--json"]

@@ -12,6 +12,7 @@ import pytest
 from allocator.contract.errors import InputError
 from allocator.sidecar.settings import is_loopback
 from allocator.sidecar.tokens import Tokens
+from tests.skips import lacking
 
 from .serving import Running, running
 
@@ -193,8 +194,8 @@ def _own_address() -> str:
         try:
             probe.connect(("192.0.2.1", 9))
         except OSError:
-            pytest.skip("this machine has no address beside loopback")
+            pytest.skip(lacking("system", "this machine has no address beside loopback"))
         address = str(probe.getsockname()[0])
     if address.startswith("127."):
-        pytest.skip("this machine has no address beside loopback")
+        pytest.skip(lacking("system", "this machine has no address beside loopback"))
     return address

