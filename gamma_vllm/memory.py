@@ -13,10 +13,10 @@ import weakref
 import torch
 from torch import Tensor
 
-__all__ = ["empty_weight"]
+__all__ = ["MAPPING_BYTES", "empty_weight"]
 
 _HUGE_PAGE = 1 << 21
-_MAPPING = 1 << 27
+MAPPING_BYTES = 1 << 27
 _ALIGNMENT = 64  # a line of the cache
 _SMALL = 4096
 
@@ -50,7 +50,7 @@ def _with_room(part: str, size: int) -> _Mapping:
     alive = [mapping for mapping in (reference() for reference in _mappings) if mapping is not None]
     found = next((m for m in alive if m.part == part and len(m) - m.used >= size), None)
     if found is None:
-        length = math.ceil(max(size, _MAPPING) / _HUGE_PAGE) * _HUGE_PAGE
+        length = math.ceil(max(size, MAPPING_BYTES) / _HUGE_PAGE) * _HUGE_PAGE
         found = _Mapping(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             found.madvise(mmap.MADV_HUGEPAGE)

@@ -12,7 +12,7 @@ from allocator.contract.kv_cache import KvCacheScores
 from allocator.fitting import PlanRequest, find_gpu, make_plan
 from allocator.fitting.model import read_model
 from allocator.solving import SolveSettings, solve_resident
-from benchmarks.solver.bench import SENSITIVITIES, draw_scores, qwen3_32b
+from tests.drawn_scores import SENSITIVITIES, draw_scores, qwen3_32b
 
 MODEL = read_model(str(Path(__file__).parent / "fixtures" / "configs" / "qwen3-32b.json"))
 

@@ -11,7 +11,7 @@ from allocator.contract.scores import Scores
 from allocator.fitting import PlanRequest, find_gpu, make_plan
 from allocator.fitting.model import read_model
 from allocator.solving import SolveSettings, solve_resident
-from benchmarks.solver.bench import SENSITIVITIES, draw_scores, qwen3_32b
+from tests.drawn_scores import SENSITIVITIES, draw_scores, qwen3_32b
 
 CONFIG = Path(__file__).parent / "fixtures" / "configs" / "qwen3-32b.json"
 TRAFFIC = ["--max-model-len", "8192", "--kv-cache-dtype", "fp8"]

@@ -26,7 +26,7 @@ class AssignmentMeter:
         """token_ids: int64 `[sequences, length]`, text that was not calibrated on."""
         self._bank, self._token_ids = bank, token_ids
         self._original = self._load(folder)
-        self._student = self._load(folder)
+        self.student = self._load(folder)
         self._set: dict[str, ModuleFormat] = {}
 
     def measure(self, assignment: Mapping[str, ModuleFormat]) -> Divergence:
@@ -39,12 +39,12 @@ class AssignmentMeter:
                 if self._set.get(name) != form:
                     self._put(name, form)
                     self._set[name] = form
-        return measure_divergence(self._original, self._student, self._token_ids)
+        return measure_divergence(self._original, self.student, self._token_ids)
 
     def _put(self, name: str, form: ModuleFormat) -> None:
         """Set the student's weight of `name`: only the rows of a piece, and columns where the model has them."""
         parent, order = parent_of(name), self._bank.bank.channel_order
-        weight, original = self._weight(self._student, parent), self._weight(self._original, parent)
+        weight, original = self._weight(self.student, parent), self._weight(self._original, parent)
         rows = None if order is None else order.rows(name)
         columns = None if order is None else order.columns(name)
         if rows is not None:

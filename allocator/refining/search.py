@@ -23,13 +23,14 @@ from allocator.solving.quadratic import Quadratic, quadratic_of
 from allocator.solving.units import Rules, units_of
 from allocator.student import Student, measure_slopes
 
-__all__ = ["Refined", "refine"]
+__all__ = ["FAILURES", "Refined", "below_zero", "refine"]
 
 _CURVATURE = 1.2
 """Curvature of the KL at an assignment by that at the original model: measured 1.1 to 1.3 between 2 and 3 bits."""
-_FAILURES = 6
+FAILURES = 6
+"""The search gives up after so many changes in a row that are not kept."""
 _ERRORS = 2.4
-"""How many standard errors below zero a mean difference must be: one-sided, 5 % shared by the `_FAILURES` changes that
+"""How many standard errors below zero a mean difference must be: one-sided, 5 % shared by the `FAILURES` changes that
 are measured before the search gives up. At 10 % for each, changes were kept that lost on other text."""
 
 
@@ -71,7 +72,7 @@ def refine(
         moves = search.moves(now, budget_bytes - scores.other_bytes, rows)
         done, failures, changed = kept, 0, set[int]()
         for move in moves:
-            if failures == _FAILURES or clock() - start >= seconds:
+            if failures == FAILURES or clock() - start >= seconds:
                 break
             touched = {int(search.program.unit[p]) for p in move}
             then = now.copy()
@@ -85,7 +86,7 @@ def refine(
             if float((student.losses(search.plan(then), rows=some).kl - kl[some]).mean()) >= 0:
                 continue
             measured = student.losses(search.plan(then)).kl
-            if _below_zero(measured - kl):
+            if below_zero(measured - kl):
                 now, kept, failures = then, kept + 1, 0
                 changed |= touched
                 kl = student.losses(search.plan(now), keep=True).kl
@@ -156,6 +157,6 @@ def _cross(pairs: NDArray[np.float64], own: NDArray[np.int64]) -> NDArray[np.flo
     return crossed
 
 
-def _below_zero(differences: Tensor) -> bool:
+def below_zero(differences: Tensor) -> bool:
     error = float(differences.std()) / len(differences) ** 0.5
     return bool(float(differences.mean()) < -_ERRORS * error)

@@ -1,6 +1,8 @@
 """Writes docs/gpus.md: the smallest and the recommended GPU of published models, by the arithmetic of `gamma plan`.
 
-python benchmarks/gpus/table.py
+python benchmarks/gpus/table.py [--check]
+
+With --check nothing is written, and an old page is an error.
 """
 
 import sys
@@ -75,5 +77,7 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit(None if PAGE.read_text() == page() else f"{PAGE.relative_to(ROOT)} is old: run {Path(__file__).name}")
     PAGE.write_text(page())
     print(PAGE.relative_to(ROOT))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from allocator.sidecar.client import Client  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
-from benchmarks.sidecar.scores import publish_scores  # noqa: E402
+from tests.sidecar.scores import publish_scores  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("post.lua")
 FRESH_CLIENTS = 8

@@ -26,7 +26,7 @@ from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tens
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["HummingKernel", "resident_bytes", "schema_of"]
+__all__ = ["HummingKernel", "locks_of", "products_of", "resident_bytes", "schema_of", "standard_tensors"]
 
 _ROW_MULTIPLE, _COLUMN_MULTIPLE = 256, 128
 """To what vLLM pads the layers that it gives to humming; its tuned configurations are for these."""
@@ -98,7 +98,7 @@ class HummingKernel:
         """humming's order of codes, scales and zero points, padded; and the locks of its stream-K scheduler."""
         from humming.transform import prepare_and_transform_humming_tensors
 
-        given, rows = _standard(segment, tensors, self.dtype)
+        given, rows = standard_tensors(segment, tensors, self.dtype)
         schema, inputs = schema_of(segment)
         device = tensors["packed"].device
         _config, packed = prepare_and_transform_humming_tensors(
@@ -113,7 +113,7 @@ class HummingKernel:
             torch_dtype=self.dtype,
             device=device,
         )
-        kept = {"codes": packed["weight"], "scale": packed["weight_scale"], "locks": _locks(device)}
+        kept = {"codes": packed["weight"], "scale": packed["weight_scale"], "locks": locks_of(device)}
         return kept if segment.symmetric else kept | {"zero_point": packed["zero_point"]}
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _schemas(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any
     return BaseWeightSchema.from_config(config), HummingInputSchema()
 
 
-def _standard(segment: Segment, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+def standard_tensors(segment: Segment, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """The checkpoint's tensors as humming's schema names and shapes them, and the rows that they have.
 
     Packed zero points have to be whole words, so rows are filled up to 32 where there are zero points.
@@ -165,7 +165,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _locks(device: torch.device) -> Tensor:
+def locks_of(device: torch.device) -> Tensor:
     """Zeros; each layer has its own, since layers may run side by side on several streams."""
     count = torch.cuda.get_device_properties(device).multi_processor_count * _LOCKS_A_PROCESSOR
     return torch.zeros(count, dtype=torch.int32, device=device)
@@ -245,7 +245,7 @@ class _Product(NamedTuple):
 
 
 @functools.cache
-def _products(kinds: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> list[_Product]:
+def products_of(kinds: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device) -> list[_Product]:
     """What a layer's operator has to do, of its `kinds_of`. Looked up: Python takes longer than small products do."""
     products, start = [], 0
     for rows, group_size, bits, symmetric in split_kinds(kinds):
@@ -267,7 +267,7 @@ def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     if not tokens:
         return output.view(*x.shape[:-1], total)
     held = iter(tensors)
-    for start, rows, kernels, asymmetric, padded in _products(tuple(kinds), columns, x.dtype, x.device):
+    for start, rows, kernels, asymmetric, padded in products_of(tuple(kinds), columns, x.dtype, x.device):
         place = output if rows == total else output.narrow(1, start, rows)
         # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
         in_place = tokens == 1 or rows == total

@@ -12,9 +12,9 @@ from gamma_vllm.kernels.in_turn import multiply_in_turn
 from gamma_vllm.kernels.library import define
 from gamma_vllm.shards import Segment
 
-__all__ = ["TorchKernel"]
+__all__ = ["BLOCK_ELEMENTS", "TorchKernel"]
 
-_BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 22
 """Weights dequantized at a time: unpacking takes about 16 bytes for each, and nothing of it is kept."""
 
 
@@ -48,7 +48,7 @@ class TorchKernel:
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
     rows = packed.shape[0]
     # 32 rows of zero points are a whole number of words at every width.
-    block = max(32, _BLOCK_ELEMENTS // (packed.shape[1] * 32 // num_bits) // 32 * 32)
+    block = max(32, BLOCK_ELEMENTS // (packed.shape[1] * 32 // num_bits) // 32 * 32)
     outputs = []
     for start in range(0, rows, block):
         stop = min(start + block, rows)

@@ -75,7 +75,8 @@ def help_flags(verb):
 
     parser = argparse.ArgumentParser()
     import_module(f"allocator.cli.{verb}").add_arguments(parser)
-    return {option for action in parser._actions for option in action.option_strings}
+    lines = (line.strip() for line in parser.format_help().splitlines())
+    return {flag for line in lines if line[:1] == "-" for flag in re.findall(r"--[\w-]+", line.partition("  ")[0])}
 
 
 def test_alerts_are_the_charts(tmp_path):

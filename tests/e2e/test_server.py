@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
 from allocator.evaluation import load_dequantized  # noqa: E402
+from tests.waiting import wait_for  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -43,7 +43,7 @@ def launch(arguments, environment, log_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "GAMMA_KERNEL": "torch"}
+    environment = {"GAMMA_KERNEL": "torch"} | environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     command = [Path(sys.executable).with_name("vllm"), "serve", *map(str, arguments)]
     command += ["--port", str(port), "--host", "127.0.0.1"]
     with log_path.open("w") as log:
@@ -63,13 +63,13 @@ def launch(arguments, environment, log_path):
 
 
 def _wait(process, address, log_path):
-    for _ in range(START_SECONDS * 2):
+    def answers():
         if process.poll() is not None:
             pytest.fail(f"the server ended with {process.returncode}:\n{log_path.read_text()[-3000:]}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(address):
-            return
-        time.sleep(0.5)
-    pytest.fail(f"no answer within {START_SECONDS} s:\n{log_path.read_text()[-3000:]}")
+            return True
+
+    wait_for(answers, lambda: f"no answer:\n{log_path.read_text()[-3000:]}", START_SECONDS)
 
 
 def complete(server, prompt=PROMPT):

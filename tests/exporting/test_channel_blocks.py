@@ -94,7 +94,7 @@ def test_transformers_serves_what_was_measured(
     meter = AssignmentMeter(model, bank, TOKENS)
     meter.measure(manifest.modules)
     with torch.inference_mode():
-        assert torch.allclose(meter._student(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(meter.student(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
     student = Student(BlockStream(bank.arranged(read_inventory(model))), bank, TOKENS)
     kl = float(student.losses(manifest.modules).kl.mean())
     assert kl == pytest.approx(meter.measure(manifest.modules).kl, rel=1e-3)

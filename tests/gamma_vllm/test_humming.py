@@ -61,7 +61,7 @@ def device(monkeypatch):
     monkeypatch.setattr(current_device, "_value", gpu)
     monkeypatch.setattr(transform.ops, "repack_weight", repack)
     monkeypatch.setattr(transform.ops, "unpack_weight", unpack)
-    monkeypatch.setattr(adapter, "_locks", lambda device: torch.zeros(132 * 8, dtype=torch.int32))
+    monkeypatch.setattr(adapter, "locks_of", lambda device: torch.zeros(132 * 8, dtype=torch.int32))
     adapter.layer_config.cache_clear()
     yield
     adapter.layer_config.cache_clear()
@@ -74,7 +74,7 @@ def device(monkeypatch):
 def test_our_tensors_are_those_of_their_schema(num_bits, symmetric, dtype):
     for rows, columns, group_size in SHAPES:
         segment, tensors, _ = make_segment(rows, columns, num_bits, group_size, symmetric)
-        given, given_rows = adapter._standard(segment, tensors, dtype)
+        given, given_rows = adapter.standard_tensors(segment, tensors, dtype)
         schema, inputs = adapter.schema_of(segment)
         schema.validate_tensors(given, given_rows, columns, dtype)
         assert inputs.a_dtype is None
@@ -123,7 +123,7 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
 
     monkeypatch.setattr(ops, "launch_kernel", multiply)
     monkeypatch.setattr(adapter, "kernels_of", prepared)
-    adapter._products.cache_clear()
+    adapter.products_of.cache_clear()
     kernel = HummingKernel(torch.bfloat16)
     parts = [
         make_segment(256, 128, 3, 64, True),

@@ -9,7 +9,8 @@ pytest.importorskip("vllm")
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.kernels import torch_reference
 from gamma_vllm.kernels.ark import ArkKernel, blob_bytes
-from gamma_vllm.kernels.choose import _KERNELS, choose_kernel
+from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
 from gamma_vllm.shards import Segment
@@ -107,7 +108,7 @@ def test_ark_takes_half_precision_and_strided_activations():
 
 def test_reference_multiplies_large_weights_block_by_block(monkeypatch):
     segment, tensors, weight = make_segment(101, 128, 3, 32, False)
-    monkeypatch.setattr(torch_reference, "_BLOCK_ELEMENTS", 128 * 40)
+    monkeypatch.setattr(torch_reference, "BLOCK_ELEMENTS", 128 * 40)
     x = torch.randn(5, 128)
     assert relative_error(reference.linear(segment, tensors, x), x @ weight.T) < 1e-5
 
@@ -147,12 +148,12 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):
         choose_kernel(CPU)
 
 
-@pytest.mark.parametrize("name", ["humming", "native", "ark", "torch"])
-def test_no_kernel_calls_its_codes_as_the_weight_of_16_bits_is_called(name):
+@pytest.mark.parametrize("kernel", [HummingKernel, NativeKernel, ArkKernel, TorchKernel])
+def test_no_kernel_calls_its_codes_as_the_weight_of_16_bits_is_called(kernel):
     """Experts keep the tensors of one name in one tensor, those of experts at 16 bits too."""
     for symmetric in (True, False):
         segment, _, _ = make_segment(64, 64, 3, 32, symmetric)
-        assert "weight" not in _KERNELS[name].tensor_names(_KERNELS[name], segment)
+        assert "weight" not in kernel.tensor_names(kernel, segment)
 
 
 def test_unknown_compute_type_is_refused(monkeypatch):

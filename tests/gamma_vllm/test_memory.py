@@ -1,23 +1,29 @@
 """Weights share mappings with huge pages, and nothing else."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
-from gamma_vllm import memory
-from gamma_vllm.memory import empty_weight
+from gamma_vllm.memory import MAPPING_BYTES, empty_weight
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(memory, "_mappings", [])
+@pytest.fixture
+def part(request):
+    """A part of a layer that no other test has, and so a mapping of its own."""
+    return f"part of {request.node.name}"
 
 
-def test_tensors_lie_side_by_side_and_do_not_overlap():
+def is_mapped(address):
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(first <= address < last for first, last in ranges)
+
+
+def test_tensors_lie_side_by_side_and_do_not_overlap(part):
     tensors = [
-        empty_weight("weight_packed", n, dtype)
-        for n, dtype in ((5000, torch.int32), (4099, torch.bfloat16), (9000, torch.uint8))
+        empty_weight(part, n, dtype) for n, dtype in ((5000, torch.int32), (4099, torch.bfloat16), (9000, torch.uint8))
     ]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
@@ -27,36 +33,38 @@ def test_tensors_lie_side_by_side_and_do_not_overlap():
     assert all(place % 64 == 0 for place in places)
 
 
-def test_each_part_is_a_stream_of_its_own():
-    codes, scale, more = (empty_weight(part, 4096, torch.uint8) for part in ("packed", "scale", "packed"))
+def test_each_part_is_a_stream_of_its_own(part):
+    codes, scale, more = (empty_weight(f"{part}, {of}", 4096, torch.uint8) for of in ("codes", "scale", "codes"))
     assert more.data_ptr() == codes.data_ptr() + 4096
-    assert abs(scale.data_ptr() - codes.data_ptr()) >= memory._MAPPING
+    assert abs(scale.data_ptr() - codes.data_ptr()) >= MAPPING_BYTES
 
 
-def test_each_tensor_has_a_storage_of_its_own():
+def test_each_tensor_has_a_storage_of_its_own(part):
     """safetensors refuses to save tensors that share one."""
-    first, second = empty_weight("weight_packed", 5000, torch.int32), empty_weight("weight_packed", 5000, torch.int32)
+    first, second = empty_weight(part, 5000, torch.int32), empty_weight(part, 5000, torch.int32)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
     assert first.untyped_storage().nbytes() == 20000
 
 
-def test_a_tensor_larger_than_a_mapping_has_room(monkeypatch):
-    monkeypatch.setattr(memory, "_MAPPING", 1 << 21)
-    large, small = empty_weight("weight_packed", 3 << 20, torch.uint8), empty_weight("weight_packed", 4096, torch.uint8)
-    large.fill_(1), small.fill_(2)
-    assert small.data_ptr() == large.data_ptr() + (3 << 20)  # in what was left of the last page
-    assert int(large.sum(dtype=torch.int64)) == 3 << 20
+def test_a_tensor_larger_than_a_mapping_has_room(part):
+    size = MAPPING_BYTES + (1 << 20)
+    large, small = empty_weight(part, size, torch.uint8), empty_weight(part, 4096, torch.uint8)
+    small.fill_(2)
+    large[-4096:] = 1
+    assert small.data_ptr() == large.data_ptr() + size  # in what was left of the last page
+    assert int(large[-4096:].sum(dtype=torch.int64)) == 4096
+    assert int(small.sum(dtype=torch.int64)) == 2 * 4096
 
 
-def test_memory_goes_with_its_last_tensor():
-    first, second = empty_weight("weight_packed", 5000, torch.int32), empty_weight("weight_packed", 5000, torch.int32)
-    (mapping,) = memory._mappings
+def test_memory_goes_with_its_last_tensor(part):
+    first, second = empty_weight(part, 5000, torch.int32), empty_weight(part, 5000, torch.int32)
+    place = first.data_ptr()
     del first
     gc.collect()
-    assert mapping() is not None
+    assert is_mapped(place)
     del second
     gc.collect()
-    assert mapping() is None
+    assert not is_mapped(place)
 
 
 def test_meta_tensors_stay_meta():

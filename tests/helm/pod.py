@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from tests.helm.charts import Object
+from tests.waiting import wait_for
 
 __all__ = ["Pod", "fetch"]
 
@@ -68,14 +68,14 @@ class Pod:
         """Init containers one after the other, native sidecars until their startup probe answers, then the others."""
         for container in self.spec.get("initContainers", []):
             if container.get("restartPolicy") == "Always":
-                self._begin(container)
+                self.begin(container)
                 self.wait(container, "startupProbe")
             else:
-                self._begin(container).wait()
+                self.begin(container).wait()
                 process = self.running.pop(container["name"])
                 assert process.returncode == 0, self.log(container["name"])
         for container in self.spec["containers"]:
-            self._begin(container)
+            self.begin(container)
         for container in self.spec["containers"]:
             self.wait(container, "startupProbe")
             self.wait(container, "readinessProbe")
@@ -83,7 +83,7 @@ class Pod:
     def complete(self) -> None:
         """All containers one after the other, to their end: a Job."""
         for container in [*self.spec.get("initContainers", []), *self.spec["containers"]]:
-            self._begin(container).wait()
+            self.begin(container).wait()
             process = self.running.pop(container["name"])
             assert process.returncode == 0, self.log(container["name"])
 
@@ -93,14 +93,14 @@ class Pod:
         if probe is None:
             return
         allowed_seconds = probe["periodSeconds"] * probe["failureThreshold"] if kind == "startupProbe" else 600
-        end = time.monotonic() + allowed_seconds
-        while time.monotonic() < end:
-            if self.probe(container, kind):
-                return
+
+        def answers() -> bool:
             process = self.running[container["name"]]
             assert process.poll() is None, f"ended with {process.returncode}:\n{self.log(container['name'])}"
-            time.sleep(min(probe["periodSeconds"], 1))
-        raise AssertionError(f"{kind} of {container['name']} gave up:\n{self.log(container['name'])}")
+            return self.probe(container, kind)
+
+        told = lambda: f"{kind} of {container['name']} gave up:\n{self.log(container['name'])}"  # noqa: E731
+        wait_for(answers, told, allowed_seconds)
 
     def probe(self, container: Object, kind: str) -> bool:
         target = container[kind]["httpGet"]
@@ -113,7 +113,7 @@ class Pod:
     def log(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text()[-4000:]
 
-    def _begin(self, container: Object) -> subprocess.Popen:
+    def begin(self, container: Object) -> subprocess.Popen:
         places = {
             mount["mountPath"]: str(self.volumes[mount["name"]])
             for mount in container["volumeMounts"]

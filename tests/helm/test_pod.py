@@ -129,7 +129,7 @@ def test_install_serve_upgrade_roll_back(helm4, api, values, store, tmp_path):
     assert api.rollouts["demo-gamma-demo"][-1] == api.rollouts["demo-gamma-demo"][0]
     with pod("third") as third:
         (prepare,) = third.spec["initContainers"]
-        third._begin(prepare).wait()
+        third.begin(prepare).wait()
         assert "already prepared" in third.log("prepare")
         assert old_manifest in third.log("prepare")
 
@@ -153,7 +153,7 @@ def test_native_sidecar_prepares_and_stays(helm4, values, store, tmp_path):
     template = deployment["spec"]["template"]
     with Pod(template, {"store": store}, tmp_path / "pod") as pod:
         (sidecar,) = pod.spec["initContainers"]
-        pod._begin(sidecar)
+        pod.begin(sidecar)
         pod.wait(sidecar, "startupProbe")
         (config,) = (pod.volumes["model"] / "x").parent.glob("demo-*/vllm.yaml")
         assert yaml.safe_load(config.read_text())["served-model-name"] == "demo"
@@ -168,7 +168,7 @@ def test_pods_that_share_a_volume_prepare_it_once(helm4, values, store, tmp_path
         for number in range(3)
     ]
     with pods[0], pods[1], pods[2]:
-        running = [pod._begin(pod.spec["initContainers"][0]) for pod in pods]
+        running = [pod.begin(pod.spec["initContainers"][0]) for pod in pods]
         assert [process.wait() for process in running] == [0, 0, 0], [pod.log("prepare") for pod in pods]
         assert sum("already prepared" in pod.log("prepare") for pod in pods) == 2
 
@@ -177,5 +177,5 @@ def test_a_budget_that_does_not_fit_is_told_in_the_log_of_prepare(helm4, values,
     changed = values | {"allocations": [values["allocations"][0] | {"budget": "1MB"}]}
     (deployment,) = by_kind(render(helm4, changed), "Deployment")
     with Pod(deployment["spec"]["template"], {"store": store}, tmp_path / "pod") as pod:
-        assert pod._begin(pod.spec["initContainers"][0]).wait() == 4
+        assert pod.begin(pod.spec["initContainers"][0]).wait() == 4
         assert "raise the budget" in pod.log("prepare") or "smallest" in pod.log("prepare")

@@ -18,7 +18,7 @@ from allocator.inventory import read_inventory, read_shape
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
 from allocator.refining import refine, uniform_assignments, verify
-from allocator.refining.search import _FAILURES, _below_zero
+from allocator.refining.search import FAILURES, below_zero
 from allocator.solving.units import Rules
 from allocator.student import Student
 
@@ -55,8 +55,8 @@ def test_refining_a_poor_plan(learned: LearnResult, tiny_model: Callable[[str], 
 
 def test_changes_of_no_worth_are_seldom_kept() -> None:
     """Until the search gives up, which is after six in a row that are not kept."""
-    differences = torch.randn(4000, _FAILURES, 32, generator=torch.Generator().manual_seed(0))
-    by_chance = [any(_below_zero(one) for one in tries) for tries in differences]
+    differences = torch.randn(4000, FAILURES, 32, generator=torch.Generator().manual_seed(0))
+    by_chance = [any(below_zero(one) for one in tries) for tries in differences]
     assert sum(by_chance) / len(by_chance) < 0.1
 
 

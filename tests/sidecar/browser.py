@@ -5,7 +5,6 @@ import contextlib
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from tests.skips import lacking
+from tests.waiting import wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=lacking("program", "chromium is not here"))
@@ -57,11 +57,10 @@ class Page:
         return result["result"].get("value")
 
     def until(self, expression: str, seconds: float = 60) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := self.js(f"!!({expression})")):
-            assert time.monotonic() < deadline, (expression, self.problems, self.js("document.body.innerText"))
-            time.sleep(0.05)
-        return value
+        def told() -> object:
+            return expression, self.problems, self.js("document.body.innerText")
+
+        return wait_for(lambda: self.js(f"!!({expression})"), told, seconds)
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
@@ -94,12 +93,12 @@ def browser(folder: Path) -> Iterator[Page]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file = folder / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not port_file.exists() or not port_file.read_text().strip():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        port = port_file.read_text().splitlines()[0]
+
+        def port_lines() -> list[str]:
+            assert process.poll() is None, f"{CHROMIUM} ended with {process.returncode}"
+            return port_file.read_text().split() if port_file.exists() else []
+
+        port = wait_for(port_lines)[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             target = next(t for t in json.load(answer) if t["type"] == "page")
         with connect(target["webSocketDebuggerUrl"], max_size=64 << 20) as socket:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sidecar.scores import publish_scores
-
+from .scores import publish_scores
 from .serving import Running, running
 
 LEARN = ["--group-size", "32", "--quantizer", "rtn", "--sequences", "4", "--sequence-length", "32"]

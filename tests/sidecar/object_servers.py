@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from tests.programs import OBJECT_STORAGE
+from tests.waiting import wait_for
 
 BUCKET = "models"
 PATH = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(OBJECT_STORAGE))))
@@ -67,11 +67,11 @@ def _free_port() -> int:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
+    def answers() -> bool:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
         with contextlib.suppress(httpx.TransportError):
             httpx.get(url, timeout=5)
-            return
-        time.sleep(0.05)
+            return True
+        return False
+
+    wait_for(answers, log.read_text)

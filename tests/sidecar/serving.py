@@ -1,17 +1,19 @@
 """Real services for the tests: `gamma sidecar` as a process, asked over HTTP."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.waiting import wait_for
 
 
 @dataclass
@@ -35,13 +37,12 @@ class Running:
 
     def finished(self, job: str, seconds: float = 120) -> dict[str, Any]:
         """The job once it is done or failed."""
-        deadline = time.monotonic() + seconds
-        while True:
-            state = self.get(f"/v1/jobs/{job}")
-            if state["state"] in ("succeeded", "failed"):
-                return dict(state)
-            assert time.monotonic() < deadline, state
-            time.sleep(0.1)
+
+        def ended() -> dict[str, Any] | None:
+            state: dict[str, Any] = self.get(f"/v1/jobs/{job}")
+            return state if state["state"] in ("succeeded", "failed") else None
+
+        return dict(wait_for(ended, lambda: self.get(f"/v1/jobs/{job}"), seconds))
 
 
 @contextlib.contextmanager
@@ -54,8 +55,7 @@ def running(log: Path, *flags: object, wait: str = "/healthz", **environment: st
         port = _port_of(process, log)
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url, timeout=60) as http:
-            while http.get(wait).status_code != 200:
-                time.sleep(0.1)
+            wait_for(lambda: http.get(wait).status_code == 200, log.read_text)
             yield Running(url, http, process, log)
     finally:
         if process.poll() is None:
@@ -68,13 +68,11 @@ def running(log: Path, *flags: object, wait: str = "/healthz", **environment: st
 
 
 def _port_of(process: subprocess.Popen[bytes], log: Path) -> int:
-    import json
-
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    def port() -> int | None:
         for line in log.read_text().splitlines():
             if '"listening"' in line:
                 return int(json.loads(line)["port"])
         assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    raise AssertionError(log.read_text())
+        return None
+
+    return int(wait_for(port, log.read_text))

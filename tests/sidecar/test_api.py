@@ -11,9 +11,9 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 from allocator.fitting import PlanRequest, find_gpu, make_plan
 from allocator.inventory.shape import read_shape
-from benchmarks.sidecar.scores import CONFIG, random_scores
 
 from .conftest import gamma
+from .scores import CONFIG, random_scores
 from .serving import Running
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from allocator.sidecar.schemas import Job
 from allocator.sidecar.store import Store
 from allocator.solving import SolveSettings, solve_scores
 from tests.skips import lacking
+from tests.waiting import wait_for
 
 from .serving import Running, running
 
@@ -49,8 +50,7 @@ def test_a_job_survives_kill_9_and_its_files_verify(own_store: Path, tmp_path: P
     with running(tmp_path / "log1", "--store", own_store) as first:
         digest = _asked(first, 4.25)
         job = first.post("/v1/checkpoints", {"manifest": digest}, 202)["id"]
-        while first.get(f"/v1/jobs/{job}")["state"] == "queued":
-            time.sleep(0.01)
+        wait_for(lambda: first.get(f"/v1/jobs/{job}")["state"] != "queued")
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
     assert not (own_store / "checkpoints" / digest[7:]).exists()  # killed while it was being made
@@ -99,8 +99,7 @@ def test_a_killed_export_goes_on_with_what_was_copied(
 def test_a_stopped_service_leaves_its_job_to_the_next(own_store: Path, tmp_path: Path) -> None:
     with running(tmp_path / "log1", "--store", own_store) as first:
         job = first.post("/v1/checkpoints", {"manifest": _asked(first, 4.5)}, 202)["id"]
-        while first.get(f"/v1/jobs/{job}")["state"] == "queued":
-            time.sleep(0.01)
+        wait_for(lambda: first.get(f"/v1/jobs/{job}")["state"] != "queued")
     assert "Traceback" not in (tmp_path / "log1").read_text()
     with running(tmp_path / "log2", "--store", own_store) as second:
         assert second.finished(job)["state"] == "succeeded"
@@ -232,7 +231,7 @@ def test_a_job_that_another_service_takes_meanwhile_is_left_to_it(
         job = asyncio.run(jobs.submit(digest))
         assert (job.state, job.attempt) == ("running", 1)
         assert asyncio.run(jobs.get(job.id)).state == "running"
-        assert jobs._waiting.empty()
+        assert asyncio.run(jobs.counts()) == {"running": 1}  # theirs; none is queued here
         sleeper.kill()
 
 
@@ -244,18 +243,29 @@ def test_the_result_of_a_job_is_the_last_that_the_store_hears_of_it(
     monkeypatch.setattr(store, "manifest", lambda _: SimpleNamespace(scores_digest=digest, tensor_bytes=1))
     write = JobFiles.write
 
+    failed, failure_written, told = threading.Event(), threading.Event(), []
+
+    class Watched(Log):
+        def __call__(self, level: str, event: str, **fields: object) -> None:
+            if event == "job failed":
+                failed.set()
+
     def write_slowly(files: JobFiles, job: Job) -> None:
         if job.state == "running":
-            time.sleep(0.5)
+            assert failed.wait(60)
+            failure_written.wait(0.5)  # it must not be, but has the time
         write(files, job)
+        told.append(job.state)
+        if job.state == "failed":
+            failure_written.set()
 
     monkeypatch.setattr(JobFiles, "write", write_slowly)
 
     async def made() -> str:
-        jobs = Jobs(store, tmp_path / "checkpoints", 4, Metrics(), Log())
+        jobs = Jobs(store, tmp_path / "checkpoints", 4, Metrics(), Watched())
         job = await jobs.submit(digest)  # of no bank in the store: it fails at once
         jobs.start()
-        await asyncio.sleep(1.5)
+        await asyncio.to_thread(wait_for, lambda: {"running", "failed"} <= set(told), lambda: told)
         state = (await jobs.get(job.id)).state
         await jobs.close()
         return state

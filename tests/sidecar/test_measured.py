@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from allocator.contract.manifest import Manifest
 from allocator.sidecar.store import Store
+from tests.waiting import wait_for
 
 from .browser import browser, needs_chromium
 from .conftest import gamma
@@ -50,10 +50,8 @@ def test_a_stored_measured_manifest_changes_the_curve_and_its_id(measured: Measu
     assert before["measured"] == []
     added = gamma("store", "add-manifest", measured.file, "--store", measured.store)
     assert f"manifest {measured.manifest.digest}: " in added.stdout
-    deadline = time.monotonic() + 30
-    while (after := _sweep(measured))["id"] == before["id"]:  # the store is listed once a second
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: _sweep(measured)["id"] != before["id"])  # the store is listed once a second
+    after = _sweep(measured)
     assert after["points"] == before["points"]
     (point,) = after["measured"]
     verified = measured.manifest.verification

@@ -3,17 +3,19 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 from allocator.sidecar.backends import ObjectBackend, open_backend
 from tests.skips import lacking
+from tests.waiting import wait_for
 
 from .conftest import gamma
 from .object_servers import Bucket, bucket, missing
@@ -37,7 +39,8 @@ def backend(served: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectB
     opened = open_backend(served.url.replace("gamma", "objects"))
     assert isinstance(opened, ObjectBackend)
     yield opened
-    type(opened._files).clear_instance_cache()  # the next server has another address
+    files = fsspec.get_filesystem_class(urlsplit(served.url).scheme)
+    files.clear_instance_cache()  # the next server has another address
 
 
 def test_objects_are_created_once_and_replaced_whole(backend: ObjectBackend) -> None:
@@ -99,10 +102,7 @@ def test_the_whole_way_from_a_work_folder_to_a_checkpoint(
         assert two.http.get(f"/v1/manifests/{digest}").content == (tmp_path / "manifest.json").read_bytes()
 
         job = one.post("/v1/checkpoints", {"manifest": digest}, 202)["id"]
-        deadline = time.monotonic() + 60
-        while one.get(f"/v1/jobs/{job}")["state"] == "queued":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: one.get(f"/v1/jobs/{job}")["state"] != "queued")
         one.process.send_signal(signal.SIGKILL)
         one.process.wait()
         two.post("/v1/checkpoints", {"manifest": digest}, 202)

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from tests.programs import program
+from tests.waiting import wait_for
 
 from .conftest import gamma
 from .serving import Running, running
@@ -68,10 +68,7 @@ def test_a_node_prepares_itself_and_is_ready_then(tiny_store: Path, tmp_path: Pa
     flags = ["--store", tiny_store, "--node", "tiny", "--out", out, "--budget", "4bits", "--read-only"]
     with running(tmp_path / "log", *flags) as service:
         assert service.http.get("/readyz").status_code in (200, 503)
-        deadline = time.monotonic() + 120
-        while service.http.get("/readyz").status_code != 200:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
+        wait_for(lambda: service.http.get("/readyz").status_code == 200, (tmp_path / "log").read_text, 120)
         node = service.get("/v1/node")
         assert node["state"] == "ready"
         assert node["vllm_arguments"]["served-model-name"] == "tiny"
@@ -85,10 +82,7 @@ def test_a_node_prepares_itself_and_is_ready_then(tiny_store: Path, tmp_path: Pa
 def test_a_node_that_cannot_prepare_says_why_and_lives(tiny_store: Path, tmp_path: Path) -> None:
     flags = ["--store", tiny_store, "--node", "tiny", "--out", tmp_path / "out", "--gpu-memory", "300MiB"]
     with running(tmp_path / "log", *flags) as service:
-        deadline = time.monotonic() + 120
-        while service.get("/v1/node")["state"] == "preparing":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: service.get("/v1/node")["state"] != "preparing", (tmp_path / "log").read_text, 120)
         answer = service.http.get("/readyz")
         assert answer.status_code == 503
         assert "does not fit" in answer.json()["message"]
