@@ -95,7 +95,6 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         default="free",
         help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
     )
-    parser.add_argument("--solver", choices=["dynamic", "highs", "cp-sat", "scip"], default="dynamic")
 
 
 def _rule(text: str) -> tuple[str, int]:
@@ -122,7 +121,6 @@ def solve_settings(args: argparse.Namespace) -> "SolveSettings":
         ceilings=dict(args.ceiling),
         floors=dict(args.floor),
         fusion=args.fusion,
-        solver=args.solver,
     )
 
 

@@ -83,7 +83,6 @@ def allocate(
         ceilings=request.ceilings,
         floors=request.floors,
         fusion=request.fusion,
-        solver=request.solver,
     )
     started = time.perf_counter()
     if plan_payload is None:

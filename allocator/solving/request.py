@@ -9,7 +9,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.solving.budget import budget_for_average_bits
 from allocator.solving.manifest import make_manifest
-from allocator.solving.program import Solver, solve
+from allocator.solving.program import solve
 from allocator.solving.units import Fusion
 
 __all__ = ["SolveSettings", "solve_scores"]
@@ -26,7 +26,6 @@ class SolveSettings:
     ceilings: Mapping[str, int] = field(default_factory=dict)
     floors: Mapping[str, int] = field(default_factory=dict)
     fusion: Fusion = "free"
-    solver: Solver = "dynamic"
 
 
 def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: float = 60.0) -> Manifest:
@@ -46,7 +45,6 @@ def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: fl
         ceilings=settings.ceilings,
         floors=settings.floors,
         fusion=settings.fusion,
-        solver=settings.solver,
         time_limit_seconds=time_limit_seconds,
     )
     return make_manifest(scores, solution, requested, nbytes)

@@ -37,7 +37,7 @@ def solve_resident(
 ) -> Manifest:
     """The assignment of least total score whose weights take at most `budget_bytes` on the tightest rank.
 
-    `settings` give pins, ceilings, floors, fusion and solver; their budget does not count. `requested` names the budget
+    `settings` give pins, ceilings, floors and fusion; their budget does not count. `requested` names the budget
     for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
     """
     if scores.channel_blocks is not None:
@@ -110,7 +110,6 @@ def _solve_stages(
                     ceilings=_rules_for(settings.ceilings, view, scores),
                     floors=_rules_for(settings.floors, view, scores),
                     fusion=settings.fusion,
-                    solver=settings.solver,
                     time_limit_seconds=seconds / len(stages),
                 )
             )
