@@ -167,11 +167,10 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     learning = parser.add_argument_group("learning")
     learning.add_argument(
         "--method",
-        choices=["gamma", "relaxed", "measured", "fisher", "deltaloss", "uniform"],
+        choices=["gamma", "relaxed", "measured"],
         default="gamma",
         help="where the scores come from: gamma (default); or, to compare with: relaxed (Gumbel samples at a training "
-        "budget, as the method was published), measured (KL divergence of each swap), fisher (ModelOpt's score), "
-        "deltaloss (AutoRound's), uniform (all weights alike)",
+        "budget, as the method was published), measured (KL divergence of each swap)",
     )
     learning.add_argument(
         "--train-average-bits",
