@@ -20,7 +20,7 @@ from allocator.solving.program import Program, Solution
 from allocator.solving.request import SolveSettings
 from allocator.solving.resident import solve_resident
 from allocator.solving.sweep import SweepPoint, UniformPlan, spread_budgets, sweep, uniform_plans
-from allocator.solving.units import Fusion, Rules
+from allocator.solving.units import NO_RULES, Fusion, Rules
 
 __all__ = ["HOURS_A_MONTH", "GpuSettings", "SweepRequest", "run_sweep"]
 
@@ -45,7 +45,7 @@ class SweepRequest:
     lowest: str | None = None
     highest: str | None = None
     points: int = 20
-    rules: Rules = field(default_factory=lambda: Rules({}, {}, {}))
+    rules: Rules = NO_RULES
     fusion: Fusion = "free"
     relative_gap: float = 0.0
     gpus: GpuSettings | None = None
@@ -131,8 +131,7 @@ def _fill(
         return None, 0, str(error)
     if plan.weight_budget_bytes <= 0:
         return None, plan.weight_budget_bytes, plan.verdict.message
-    rules = request.rules
-    settings = SolveSettings(pins=rules.pins, ceilings=rules.ceilings, floors=rules.floors, fusion=request.fusion)
+    settings = SolveSettings(rules=request.rules, fusion=request.fusion)
     try:
         manifest = solve_resident(
             scores, settings, plan.residency, plan.weight_budget_bytes, f"plan for {plan.device.name}"

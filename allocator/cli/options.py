@@ -117,9 +117,7 @@ def solve_settings(args: argparse.Namespace) -> "SolveSettings":
     return SolveSettings(
         budget=args.budget,
         average_bits=args.average_bits,
-        pins=dict(args.pin),
-        ceilings=dict(args.ceiling),
-        floors=dict(args.floor),
+        rules=rules(args),
         fusion=args.fusion,
     )
 

@@ -9,7 +9,6 @@ tolerance let over the budget is refused: then the best assignment found before 
 import itertools
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +22,7 @@ from allocator.solving.core import Core
 from allocator.solving.dynamic import MOST_STATES, improve
 from allocator.solving.quadratic import Quadratic, local_search, lower_bound, quadratic_of
 from allocator.solving.relaxation import Item, Upgrade, fill, relax, survivors, total_bytes, total_gain, upgrades
-from allocator.solving.units import Choice, Fusion, Rules, Unit, undominated, units_of
+from allocator.solving.units import NO_RULES, Choice, Fusion, Rules, Unit, undominated, units_of
 
 __all__ = ["Program", "Solution", "solve"]
 
@@ -55,10 +54,8 @@ class Solution:
 def solve(
     scores: Scores,
     budget_bytes: int,
+    rules: Rules = NO_RULES,
     *,
-    pins: Mapping[str, int] | None = None,
-    ceilings: Mapping[str, int] | None = None,
-    floors: Mapping[str, int] | None = None,
     fusion: Fusion = "free",
     time_limit_seconds: float = 60.0,
     relative_gap: float = 0.0,
@@ -66,16 +63,13 @@ def solve(
 ) -> Solution:
     """The assignment of least total score that has at most `budget_bytes` bytes, all tensors counted.
 
-    `pins`, `ceilings` and `floors` give widths by fnmatch pattern of module names (see `Rules`). With
-    `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the time
-    limit cuts the search; then the best assignment found is returned with the gap that is left. The search ends
+    With `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the
+    time limit cuts the search; then the best assignment found is returned with the gap that is left. The search ends
     when the gap is proven to be at most `relative_gap` times the objective. A program for which the dynamic program
-    would look at more than `most_states` states goes on to HiGHS. Of candidates
-    of one score the smallest is taken. Raises InfeasibleBudgetError naming the feasible range, InputError for
-    rules that cannot be kept.
+    would look at more than `most_states` states goes on to HiGHS. Of candidates of one score the smallest is taken.
+    Raises InfeasibleBudgetError naming the feasible range, InputError for rules that cannot be kept.
     """
-    program = Program.of(scores, Rules(pins or {}, ceilings or {}, floors or {}), fusion)
-    return program.solve(budget_bytes, time_limit_seconds, relative_gap, most_states)
+    return Program.of(scores, rules, fusion).solve(budget_bytes, time_limit_seconds, relative_gap, most_states)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Program:
     upgrades: list[Upgrade]
 
     @classmethod
-    def of(cls, scores: Scores, rules: Rules, fusion: Fusion = "free") -> "Program":
+    def of(cls, scores: Scores, rules: Rules = NO_RULES, fusion: Fusion = "free") -> "Program":
         """Raises InputError for rules that cannot be kept."""
         if fusion not in ("free", "tied"):
             raise InputError(f"fusion {fusion!r} is not known; known are free, tied")

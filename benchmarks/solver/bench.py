@@ -25,13 +25,12 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores  # noqa: E
 from allocator.solving import Program, budget_for_average_bits, solve  # noqa: E402
 from allocator.solving.dynamic import MOST_STATES  # noqa: E402
 from allocator.solving.sweep import spread_budgets, sweep  # noqa: E402
-from allocator.solving.units import Rules  # noqa: E402
+from allocator.solving.units import NO_RULES  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
 SEEDS = [0, 1, 2]
 BITS = [2.3, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 6.0]
 SWEEP = ("2.3bits", "4.5bits", 100)
-NO_RULES = Rules({}, {}, {})
 
 Shapes = Iterator[tuple[str, tuple[int, int]]]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
-from allocator.solving import make_manifest, solve
+from allocator.solving import Rules, make_manifest, solve
 from allocator.solving.dynamic import MOST_STATES
 from allocator.solving.quiet import stdout_to_stderr
 
@@ -91,7 +91,7 @@ def test_answer_equals_brute_force(make_scores, most_states, instance):
     modules, groups, rules, fusion, position, exact = instance
     scores = make_scores(modules, 100, groups)
     everything = brute_force(scores, rules, fusion)
-    arguments = {**rules, "fusion": fusion, "most_states": most_states}
+    arguments = {"rules": Rules(**rules), "fusion": fusion, "most_states": most_states}
     if everything is None:
         with pytest.raises(InputError):
             solve(scores, 10**9, **arguments)
@@ -202,7 +202,7 @@ def test_tied_groups_share_a_width_and_free_ones_need_not(make_scores):
 def test_rules_are_kept_and_do_not_count_for_modules_without_a_choice(make_scores):
     modules = {f"layers.{i}.q": ((32, 64), {2: 1.0, 4: 0.5, 8: 0.0}) for i in range(3)}
     scores = make_scores(modules | {"lm_head": ((32, 64), {16: 0.0})})
-    solution = solve(scores, 10**9, pins={"layers.0.*": 2}, ceilings={"*": 4}, floors={"layers.2.q": 4})
+    solution = solve(scores, 10**9, Rules({"layers.0.*": 2}, ceilings={"*": 4}, floors={"layers.2.q": 4}))
     assert {n: f.num_bits for n, f in solution.assignment.items()} == {
         "layers.0.q": 2,
         "layers.1.q": 4,
@@ -212,23 +212,23 @@ def test_rules_are_kept_and_do_not_count_for_modules_without_a_choice(make_score
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("arguments", "message"),
     [
-        ({"pins": {"nothing.*": 4}}, r"pin nothing\.\*=4 matches no module; a module is named like a\.q"),
-        ({"pins": {"lm_head": 4}}, "pin lm_head=4 matches only modules without a choice: lm_head has 16 bits"),
-        ({"pins": {"a.q": 3}}, r"a\.q: pin a\.q=3 leave no width; it has \[2, 4\]"),
-        ({"pins": {"a.q": 4}, "ceilings": {"*": 2}}, r"a\.q: pin a\.q=4, ceiling \*=2 leave no width"),
-        ({"fusion": "tied", "pins": {"a.q": 2, "a.k": 4}}, r"no common width: a\.k \[4\]; a\.q \[2\]"),
+        ({"rules": Rules({"nothing.*": 4})}, r"pin nothing\.\*=4 matches no module; a module is named like a\.q"),
+        ({"rules": Rules({"lm_head": 4})}, "pin lm_head=4 matches only modules without a choice: lm_head has 16 bits"),
+        ({"rules": Rules({"a.q": 3})}, r"a\.q: pin a\.q=3 leave no width; it has \[2, 4\]"),
+        ({"rules": Rules({"a.q": 4}, ceilings={"*": 2})}, r"a\.q: pin a\.q=4, ceiling \*=2 leave no width"),
+        ({"fusion": "tied", "rules": Rules({"a.q": 2, "a.k": 4})}, r"no common width: a\.k \[4\]; a\.q \[2\]"),
         ({"fusion": "loose"}, "fusion 'loose' is not known; known are free, tied"),
     ],
 )
-def test_rules_that_cannot_be_kept_are_refused(make_scores, rules, message):
+def test_rules_that_cannot_be_kept_are_refused(make_scores, arguments, message):
     both = ((32, 64), {2: 1.0, 4: 0.0})
     scores = make_scores(
         {"a.q": both, "a.k": both, "lm_head": ((32, 64), {16: 0.0})}, 0, {"a.q": "a.qkv", "a.k": "a.qkv"}
     )
     with pytest.raises(InputError, match=message):
-        solve(scores, 10**9, **rules)
+        solve(scores, 10**9, **arguments)
 
 
 def test_infeasible_budget_names_the_range_and_what_to_do(make_large):

@@ -14,9 +14,7 @@ from allocator.contract.layout import module_bytes
 from allocator.solving import Program, budget_for_average_bits, solve
 from allocator.solving.budget import average_bits_of, parse_amount
 from allocator.solving.sweep import best_uniform, spread_budgets, sweep, uniform_plans
-from allocator.solving.units import Rules
-
-NO_RULES = Rules({}, {}, {})
+from allocator.solving.units import NO_RULES, Rules
 
 
 def test_a_sweep_gives_what_single_solves_give(make_large):
