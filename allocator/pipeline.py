@@ -328,7 +328,6 @@ def _verified(
     from allocator.blocks import BlockStream
     from allocator.candidates import BankReader
     from allocator.refining import verify
-    from allocator.solving.units import Rules
     from allocator.student import Student
 
     anew = replace(candidates, seed=candidates.seed + 1, sequences=min(candidates.sequences, _VERIFIED_SEQUENCES))
@@ -337,8 +336,7 @@ def _verified(
     text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
     bank = BankReader(learned.bank_folder)
     student = Student(BlockStream(bank.arranged(inventory), _device()), bank, text.token_ids)
-    rules = Rules(solving.pins, solving.ceilings, solving.floors)
-    return verify(manifest, learned.scores, student, rules, None if plan is None else plan.residency)
+    return verify(manifest, learned.scores, student, solving.rules, None if plan is None else plan.residency)
 
 
 def _device() -> str:

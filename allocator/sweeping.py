@@ -16,11 +16,11 @@ from allocator.progress import Progress, silent
 from allocator.reporting.pareto import Mark, Sweep, key_of_point, key_of_uniform
 from allocator.reporting.recorded import Recorded, recorded_loss
 from allocator.solving.budget import average_bits_of
-from allocator.solving.program import Program, Solution, Solver
+from allocator.solving.program import Program, Solution
 from allocator.solving.request import SolveSettings
 from allocator.solving.resident import solve_resident
 from allocator.solving.sweep import SweepPoint, UniformPlan, spread_budgets, sweep, uniform_plans
-from allocator.solving.units import Fusion, Rules
+from allocator.solving.units import NO_RULES, Fusion, Rules
 
 __all__ = ["HOURS_A_MONTH", "GpuSettings", "SweepRequest", "run_sweep"]
 
@@ -45,9 +45,8 @@ class SweepRequest:
     lowest: str | None = None
     highest: str | None = None
     points: int = 20
-    rules: Rules = field(default_factory=lambda: Rules({}, {}, {}))
+    rules: Rules = NO_RULES
     fusion: Fusion = "free"
-    solver: Solver = "dynamic"
     relative_gap: float = 0.0
     gpus: GpuSettings | None = None
     measure: MeasureSettings | None = None
@@ -64,7 +63,7 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
     uniform = uniform_plans(scores)
     marks = [] if request.gpus is None else _marks(scores, request, request.gpus, uniform, progress)
     budgets = _budgets(scores, request, marks)
-    points = sweep(program, budgets, request.solver, request.relative_gap, progress) if budgets else []
+    points = sweep(program, budgets, request.relative_gap, progress) if budgets else []
     solved = [*points, *(mark.point for mark in marks if mark.point is not None)]
     if not solved:
         raise InfeasibleBudgetError("; ".join(f"{mark.gpu}: {mark.message}" for mark in marks))
@@ -132,10 +131,7 @@ def _fill(
         return None, 0, str(error)
     if plan.weight_budget_bytes <= 0:
         return None, plan.weight_budget_bytes, plan.verdict.message
-    rules = request.rules
-    settings = SolveSettings(
-        pins=rules.pins, ceilings=rules.ceilings, floors=rules.floors, fusion=request.fusion, solver=request.solver
-    )
+    settings = SolveSettings(rules=request.rules, fusion=request.fusion)
     try:
         manifest = solve_resident(
             scores, settings, plan.residency, plan.weight_budget_bytes, f"plan for {plan.device.name}"

@@ -51,8 +51,17 @@ def rewrite_claims(name: str, claims: Sequence[dict[str, Any]]) -> Path:
 
 def _write(name: str, document: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
-    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, "{\n" + ",\n".join(_lines_of(key, value) for key, value in document.items()) + "\n}\n")
     return path
+
+
+def _lines_of(key: str, value: Any) -> str:
+    """An entry of the document; lists, such as the rows, have a line an element."""
+    if isinstance(value, list) and value:
+        text = "[\n" + ",\n".join(f"  {json.dumps(element, ensure_ascii=False)}" for element in value) + "\n ]"
+    else:
+        text = json.dumps(value, ensure_ascii=False)
+    return f" {json.dumps(key)}: {text}"
 
 
 def _machine() -> dict[str, Any]:

@@ -95,7 +95,6 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         default="free",
         help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
     )
-    parser.add_argument("--solver", choices=["dynamic", "highs", "cp-sat", "scip"], default="dynamic")
 
 
 def _rule(text: str) -> tuple[str, int]:
@@ -118,11 +117,8 @@ def solve_settings(args: argparse.Namespace) -> "SolveSettings":
     return SolveSettings(
         budget=args.budget,
         average_bits=args.average_bits,
-        pins=dict(args.pin),
-        ceilings=dict(args.ceiling),
-        floors=dict(args.floor),
+        rules=rules(args),
         fusion=args.fusion,
-        solver=args.solver,
     )
 
 
@@ -169,11 +165,10 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     learning = parser.add_argument_group("learning")
     learning.add_argument(
         "--method",
-        choices=["gamma", "relaxed", "measured", "fisher", "deltaloss", "uniform"],
+        choices=["gamma", "relaxed", "measured"],
         default="gamma",
         help="where the scores come from: gamma (default); or, to compare with: relaxed (Gumbel samples at a training "
-        "budget, as the method was published), measured (KL divergence of each swap), fisher (ModelOpt's score), "
-        "deltaloss (AutoRound's), uniform (all weights alike)",
+        "budget, as the method was published), measured (KL divergence of each swap)",
     )
     learning.add_argument(
         "--train-average-bits",

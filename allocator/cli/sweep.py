@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     figures = [check_figure_path(path) for path in args.figure]
     request = SweepRequest(
         lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
-        solver=args.solver, relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
+        relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
         manifests=[read_manifest(path) for path in args.manifest],
     )  # fmt: skip
     with show_progress() as progress:

@@ -2,8 +2,12 @@
 
 import base64
 import binascii
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
@@ -55,6 +59,22 @@ class Interactions(Strict):
 
     correlations: str
     least_eigenvalue: float
+
+    @classmethod
+    def of(cls, correlations: ArrayLike, least_eigenvalue: float) -> "Interactions":
+        """Of the matrix `[n, n]` of the r_ij; what is not above its diagonal does not count."""
+        matrix = np.asarray(correlations, dtype="<f2")
+        content = matrix[np.triu_indices(len(matrix), 1)].tobytes()
+        return cls(correlations=base64.b64encode(content).decode(), least_eigenvalue=least_eigenvalue)
+
+    def among(self, numbers: Sequence[int]) -> NDArray[np.float16]:
+        """The r_ij of some of the candidates, their places in rising order: `[k, k]`, 0 on and below the diagonal."""
+        stored, places = np.frombuffer(self.content(), dtype="<f2"), np.array(numbers, dtype=np.int64)
+        count = (1 + math.isqrt(1 + 4 * stored.nbytes)) // 2
+        found = np.zeros((len(places), len(places)), dtype=np.float16)
+        for row, i in enumerate(places):
+            found[row, row + 1 :] = stored[i * count - i * (i + 1) // 2 - i - 1 + places[row + 1 :]]
+        return found
 
     def content(self) -> bytes:
         """The float16 numbers as bytes. Raises ValueError if the text is not base64."""

@@ -1,6 +1,5 @@
 """What a method finds, and the scores file that it becomes."""
 
-import base64
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -74,10 +73,8 @@ def _interactions(bank: BankReader, table: Table) -> Interactions:
     assert table.correlations is not None
     owner = torch.cat([torch.full((len(bank.formats(name)) - 1,), number) for number, name in enumerate(table.scores)])
     stored = table.correlations.half().clamp(-1, 1)
-    above = torch.triu_indices(len(owner), len(owner), 1)
-    content = stored[above[0], above[1]].numpy().astype("<f2").tobytes()
     between = torch.where(owner[:, None] == owner[None, :], 0.0, stored.double())
     between += between.T.clone()
     between = between / 2 + torch.eye(len(owner), dtype=torch.float64)
     least = float(torch.linalg.eigvalsh(between)[0])
-    return Interactions(correlations=base64.b64encode(content).decode(), least_eigenvalue=least)
+    return Interactions.of(stored.numpy(), least)

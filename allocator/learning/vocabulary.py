@@ -60,13 +60,9 @@ def measure_vocabulary(
     candidates: VocabularyCandidates,
     text: Text,
     reduce: Callable[[Tensor], Found],
-    one_by_one: bool = False,
 ) -> dict[int, dict[str, Found]]:
     """As `block.measure_swaps` for the modules of `candidates`: by batch of `text` and module what `reduce` makes of
     the errors along the gradients, `[C, B * S * T]`; those of the last candidate, the source itself, are 0.
-
-    With `one_by_one` they are the sums of (g e)^2 over the outputs, which are then taken one by one; of logits its mean
-    over all draws.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in text.batches}
     draws, length = len(text.teacher.gradients), text.token_ids.shape[1]
@@ -74,9 +70,9 @@ def measure_vocabulary(
         for name, formats in candidates.formats.items():
             sums = {n: torch.zeros(len(formats), draws, len(rows) * length) for n, rows in text.batches.items()}
             if name == candidates.embedding:
-                _add_embedding(stream, bank, name, formats[:-1], text, one_by_one, sums)
+                _add_embedding(stream, bank, name, formats[:-1], text, sums)
             if name == candidates.head:
-                _add_head(stream, bank, name, formats[:-1], text, one_by_one, sums)
+                _add_head(stream, bank, name, formats[:-1], text, sums)
             for number, of_batch in sums.items():
                 by_sequence = of_batch.view(len(formats), draws, -1, length).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
@@ -89,7 +85,6 @@ def _add_embedding(
     name: str,
     formats: Sequence[ModuleFormat],
     text: Text,
-    one_by_one: bool,
     sums: Mapping[int, Tensor],
 ) -> None:
     source = stream.read(f"{name}.weight")
@@ -103,8 +98,7 @@ def _add_embedding(
             for number, change in enumerate(changes):
                 errors = stream.embed(place, change)
                 for draw, gradient in enumerate(gradients):
-                    along = gradient * errors
-                    sums[n][number, draw] += (along.square() if one_by_one else along).sum(-1).cpu()
+                    sums[n][number, draw] += (gradient * errors).sum(-1).cpu()
 
 
 def _add_head(
@@ -113,7 +107,6 @@ def _add_head(
     name: str,
     formats: Sequence[ModuleFormat],
     text: Text,
-    one_by_one: bool,
     sums: Mapping[int, Tensor],
 ) -> None:
     stored, norm, softcap = stream.inventory.tensor(f"{name}.weight"), stream.norm(), stream.softcap
@@ -129,10 +122,7 @@ def _add_head(
             weight = read_rows(stored, rows, stream.device).float()
             steps = [bank.stripe(name, form, rows, stream.device) - weight for form in formats]
             for n, head in heads.items():
-                if one_by_one:
-                    head.add_squares(weight, steps)
-                else:
-                    head.add(weight, steps, [text.signs(n, draw, rows) for draw in range(head.draws)])
+                head.add(weight, steps, [text.signs(n, draw, rows) for draw in range(head.draws)])
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()
 
@@ -165,13 +155,6 @@ class _Head:
             change = self._change(logits, step)
             self._signed[number] += torch.bmm(signed, change.unsqueeze(-1)).squeeze(-1).T
             self._mean[number] += (root.square() * change).sum(-1)
-
-    def add_squares(self, weight: Tensor, steps: Sequence[Tensor]) -> None:
-        """The mean over all draws of (g e)^2 is p (1 - p) e^2."""
-        logits = self._logits(weight)
-        p = (logits - self._normaliser.unsqueeze(1)).exp()
-        for number, step in enumerate(steps):
-            self._signed[number] += (p * (1 - p) * self._change(logits, step).square()).sum(-1)
 
     def result(self) -> Tensor:
         """The errors along the gradients of each draw, `[C, S, n]`."""

@@ -20,7 +20,7 @@ from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.solving.quadratic import Quadratic, quadratic_of
-from allocator.solving.units import Rules, units_of
+from allocator.solving.units import NO_RULES, Rules, units_of
 from allocator.student import Student, measure_slopes
 
 __all__ = ["FAILURES", "Refined", "below_zero", "refine"]
@@ -51,13 +51,13 @@ def refine(
     assignment: Mapping[str, ModuleFormat],
     budget_bytes: int,
     seconds: float,
-    rules: Rules | None = None,
+    rules: Rules = NO_RULES,
     seed: int = 0,
     clock: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> Refined:
     """Improve `assignment` for up to `seconds` of `clock`, never over `budget_bytes` (all tensors counted)."""
-    units = units_of(scores, rules or Rules({}, {}, {}), "free")
+    units = units_of(scores, rules, "free")
     choices = [(unit.members[0], choice.formats[0]) for unit in units for choice in unit.choices]
     search = _Search(student, quadratic_of(scores, units), choices)
     now = search.positions(assignment)

@@ -13,7 +13,7 @@ from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.refining.search import refine
 from allocator.refining.uniform import uniform_assignments
-from allocator.solving.units import Rules
+from allocator.solving.units import NO_RULES, Rules
 from allocator.student import Student
 
 __all__ = ["open_student", "refine_manifest", "verify"]
@@ -39,7 +39,7 @@ def verify(
     manifest: Manifest,
     scores: Scores,
     student: Student,
-    rules: Rules | None = None,
+    rules: Rules = NO_RULES,
     residency: Residency | None = None,
 ) -> Manifest:
     """Measure `manifest` and the uniform plans of its budget (see `uniform_assignments`), and keep the best; its figure
@@ -52,9 +52,8 @@ def verify(
     _check(manifest, scores, student)
     if (manifest.budget.kind == "resident") != (residency is not None):
         raise InputError("a budget in bytes after loading is verified with the plan that gave it, others without one")
-    rules = rules or Rules({}, {}, {})
     plans = uniform_assignments(
-        scores, manifest.budget.nbytes, rules.pins, rules.ceilings, rules.floors,
+        scores, manifest.budget.nbytes, rules,
         used_bytes=None if residency is None else lambda assignment: max(residency.stage_bytes(assignment)),
     )  # fmt: skip
     if not plans:

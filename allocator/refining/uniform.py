@@ -1,11 +1,11 @@
 """The best uniform plans of a budget: what an assignment must not be worse than."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.resident import is_in_block
 from allocator.contract.scores import Scores
-from allocator.solving.units import Rules
+from allocator.solving.units import NO_RULES, Rules
 
 __all__ = ["uniform_assignments"]
 
@@ -13,9 +13,7 @@ __all__ = ["uniform_assignments"]
 def uniform_assignments(
     scores: Scores,
     budget_bytes: int,
-    pins: Mapping[str, int] | None = None,
-    ceilings: Mapping[str, int] | None = None,
-    floors: Mapping[str, int] | None = None,
+    rules: Rules = NO_RULES,
     used_bytes: Callable[[dict[str, ModuleFormat]], int] | None = None,
 ) -> list[dict[str, ModuleFormat]]:
     """The widest width that all modules can have together within `budget_bytes`, and the widest that those of the
@@ -30,7 +28,7 @@ def uniform_assignments(
         def used_bytes(assignment: dict[str, ModuleFormat]) -> int:
             return scores.other_bytes + sum(map(module_bytes, assignment.values()))
 
-    allowed = Rules(pins or {}, ceilings or {}, floors or {}).allowed(scores)
+    allowed = rules.allowed(scores)
     forms = {name: sorted((c.format for c in cs), key=lambda f: f.num_bits) for name, cs in allowed.items()}
     widths = sorted({form.num_bits for of_module in forms.values() for form in of_module})
     found: list[dict[str, ModuleFormat]] = []

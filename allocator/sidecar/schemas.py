@@ -79,7 +79,6 @@ class AllocationRequest(Body):
     ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
     floors: Rules = Field(default_factory=dict, description="modules with at least this width")
     fusion: Literal["free", "tied"] = "free"
-    solver: Literal["dynamic", "highs", "cp-sat", "scip"] = "dynamic"
 
     @model_validator(mode="after")
     def _one_budget(self) -> "AllocationRequest":
@@ -107,6 +106,14 @@ class Allocation(Answer):
     unit: str
     proof: Proof | None = None
     weight_budget_bytes: int | None = Field(default=None, description="of a plan: bytes a rank may hold of weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_stored(cls, data: Any) -> Any:
+        """Stores have allocations of the time when a request could name its solver."""
+        if isinstance(data, dict) and isinstance(request := data.get("request"), dict):
+            data = data | {"request": {name: value for name, value in request.items() if name != "solver"}}
+        return data
 
 
 class SweepRequest(Body):

@@ -79,11 +79,8 @@ def allocate(
     settings = SolveSettings(
         budget=request.budget,
         average_bits=request.average_bits,
-        pins=request.pins,
-        ceilings=request.ceilings,
-        floors=request.floors,
+        rules=Rules(request.pins, request.ceilings, request.floors),
         fusion=request.fusion,
-        solver=request.solver,
     )
     started = time.perf_counter()
     if plan_payload is None:
@@ -138,7 +135,7 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, measu
         )
     steps = request.points - 1
     budgets = [first, *(round(first * (last / first) ** (i / steps)) for i in range(1, steps)), last]
-    program = Program.of(scores, Rules({}, {}, {}), request.fusion)
+    program = Program.of(scores, fusion=request.fusion)
     points = [
         SweepPoint(
             budget_bytes=point.budget_bytes, tensor_bytes=point.solution.tensor_bytes, average_bits=point.average_bits,

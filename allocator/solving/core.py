@@ -1,24 +1,17 @@
-"""What the reductions leave of the program, given to an integer solver."""
+"""What the reductions leave of the program, given to an integer solver: HiGHS, which OR-Tools has."""
 
 import datetime
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from allocator.solving.quiet import stdout_to_stderr
 from allocator.solving.relaxation import Item, Picks, total_bytes, total_gain
 
-__all__ = ["SOLVERS", "Core", "Solver"]
+__all__ = ["Core"]
 
-Solver = Literal["dynamic", "highs", "cp-sat", "scip"]
-"""`dynamic` is ours, which asks HiGHS for what has too many states; the others are OR-Tools'."""
-
-SOLVERS = {"highs": "HIGHS", "cp-sat": "CP_SAT", "scip": "GSCIP"}
-"""Names in `mathopt.SolverType`. OR-Tools is imported when it is asked: loading it takes longer than most answers."""
 _LARGEST_GAIN = 2.0**13
-"""Largest objective coefficient given to a floating-point solver, whose tolerances are absolute (1e-6)."""
-_INTEGER_RANGE = 2.0**50
-"""Sum of objective coefficients given to CP-SAT, which takes integers."""
+"""Largest objective coefficient given to the solver, whose tolerances are absolute (1e-6)."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +31,17 @@ class Core:
         floor = [js[0] for js in kept]
         return cls(items, kept, slack_bytes - total_bytes(items, floor), open_units, math.gcd(*steps) or 1)
 
-    def run(self, solver: str, seconds: float, start: Picks, tolerance: float = 0.0) -> tuple[Picks | None, float]:
-        """Picks within the budget (None if the solver has none) and an upper bound on the total gain.
+    def run(self, seconds: float, start: Picks, tolerance: float = 0.0) -> tuple[Picks | None, float]:
+        """Picks within the budget (None if the solver has none) and an upper bound on the total gain, maybe infinite.
 
         The search ends when the two differ by at most `tolerance`.
         """
         floor = [js[0] for js in self.kept]
         if not self.open_units:
             return floor, total_gain(self.items, floor)
-        from ortools.math_opt.python import mathopt
+        from ortools.math_opt.python import mathopt  # here: loading it takes longer than most answers
 
-        scale = self._objective_scale(solver)
+        scale = self._objective_scale()
         model = mathopt.Model(name="gamma")
         variables: dict[tuple[int, int], Any] = {}
         bytes_used, gain, hint = [], [], mathopt.SolutionHint()
@@ -57,9 +50,8 @@ class Core:
             for j in better:
                 x = variables[u, j] = model.add_binary_variable()
                 step = self.items[u][j].nbytes - self.items[u][base].nbytes
-                value = scale * (self.items[u][j].gain - self.items[u][base].gain)
                 bytes_used.append(step // self.divisor * x)
-                gain.append((round(value) if solver == "cp-sat" else value) * x)
+                gain.append(scale * (self.items[u][j].gain - self.items[u][base].gain) * x)
                 hint.variable_values[x] = float(start[u] == j)
             model.add_linear_constraint(mathopt.fast_sum([variables[u, j] for j in better]) <= 1)
         model.add_linear_constraint(mathopt.fast_sum(bytes_used) <= self.slack_bytes // self.divisor)
@@ -67,13 +59,13 @@ class Core:
         with stdout_to_stderr():
             result = mathopt.solve(
                 model,
-                getattr(mathopt.SolverType, SOLVERS[solver]),
-                params=_parameters(solver, seconds, tolerance * scale),
+                mathopt.SolverType.HIGHS,
+                params=_parameters(seconds, tolerance * scale),
                 model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
             )
-        bound = total_gain(self.items, floor) + result.termination.objective_bounds.dual_bound / scale
         if not result.has_primal_feasible_solution():
-            return None, bound
+            return None, math.inf
+        bound = total_gain(self.items, floor) + result.termination.objective_bounds.dual_bound / scale
         values = result.variable_values()
         picks = list(floor)
         for (u, j), x in variables.items():
@@ -82,13 +74,12 @@ class Core:
         fits = total_bytes(self.items, picks) - total_bytes(self.items, floor) <= self.slack_bytes
         return (picks if fits else None), bound
 
-    def _objective_scale(self, solver: str) -> float:
+    def _objective_scale(self) -> float:
         gains = [self.items[u][self.kept[u][-1]].gain - self.items[u][self.kept[u][0]].gain for u in self.open_units]
-        target = _INTEGER_RANGE / math.fsum(gains) if solver == "cp-sat" else _LARGEST_GAIN / max(gains)
-        return 2.0 ** math.floor(math.log2(min(target, 2.0**900)))
+        return 2.0 ** math.floor(math.log2(min(_LARGEST_GAIN / max(gains), 2.0**900)))
 
 
-def _parameters(solver: str, seconds: float, tolerance: float) -> Any:
+def _parameters(seconds: float, tolerance: float) -> Any:
     from ortools.math_opt.python import mathopt
 
     parameters = mathopt.SolveParameters(
@@ -96,16 +87,8 @@ def _parameters(solver: str, seconds: float, tolerance: float) -> Any:
         absolute_gap_tolerance=tolerance,
         relative_gap_tolerance=0.0,
         random_seed=0,
-        threads=None if solver == "highs" else 1,
     )
-    if solver == "highs":
-        parameters.highs.string_options["parallel"] = "off"
-        for name in (
-            "mip_feasibility_tolerance",
-            "primal_feasibility_tolerance",
-            "dual_feasibility_tolerance",
-        ):
-            parameters.highs.double_options[name] = 1e-9
-    elif solver == "scip":
-        parameters.gscip.real_params["numerics/feastol"] = 1e-9
+    parameters.highs.string_options["parallel"] = "off"
+    for name in ("mip_feasibility_tolerance", "primal_feasibility_tolerance", "dual_feasibility_tolerance"):
+        parameters.highs.double_options[name] = 1e-9
     return parameters

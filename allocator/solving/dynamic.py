@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from allocator.solving.relaxation import Item, Picks, Relaxed, total_bytes, total_gain
 
-__all__ = ["improve"]
+__all__ = ["MOST_STATES", "improve"]
+
+MOST_STATES = 40_000_000
 
 _ROUNDING = 1e-12
 
@@ -29,7 +31,7 @@ def improve(
     picks: Picks,
     slack_bytes: int,
     deadline: float = math.inf,
-    most_states: int = 40_000_000,
+    most_states: int = MOST_STATES,
 ) -> tuple[Picks, bool]:
     """The best assignment with the choices `kept` (those that `survivors` leaves for `picks`), and whether that is
     proven. It is not when more than `most_states` states are looked at, or `deadline` (of `time.monotonic`) is past;

@@ -35,14 +35,7 @@ def predicted_loss(scores: Scores, assignment: Mapping[str, ModuleFormat]) -> fl
     total = math.fsum(singles.values())
     if scores.interactions is None:
         return total
-    everything = scores.interacting()
-    chosen = [(i, c.score) for i, (name, c) in enumerate(everything) if assignment[name] == c.format]
-    if len(chosen) < 2:
-        return total
-    position, root = np.array([i for i, _ in chosen]), np.sqrt([score for _, score in chosen])
-    first, second = np.triu_indices(len(chosen), 1)
-    i, j = position[first], position[second]
-    # The upper triangle lies row by row, without its diagonal.
-    place = i * len(everything) - i * (i + 1) // 2 + j - i - 1
-    correlations = np.frombuffer(scores.interactions.content(), dtype="<f2")[place].astype(np.float64)
-    return total + 2 * float((correlations * root[first] * root[second]).sum())
+    chosen = [(i, c.score) for i, (name, c) in enumerate(scores.interacting()) if assignment[name] == c.format]
+    root, above = np.sqrt([score for _, score in chosen]), np.triu_indices(len(chosen), 1)
+    correlations = scores.interactions.among([i for i, _ in chosen])[above].astype(np.float64)
+    return total + 2 * float((correlations * root[above[0]] * root[above[1]]).sum())

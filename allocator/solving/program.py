@@ -1,18 +1,16 @@
 """The integer program: one width for each module, least sum of scores, never a byte over the budget.
 
 A dynamic program finds and proves the answer in milliseconds; where it would have too many states, an integer solver
-does. Solvers compute in floating point; the answer must not. So bytes are integers divided by their common
+does. That one computes in floating point; the answer must not. So bytes are integers divided by their common
 divisor, scores are scaled to the solver's range, every answer is counted anew in integers, and one that a
-tolerance let over the budget is refused and the program given to CP-SAT, which computes in integers.
+tolerance let over the budget is refused: then the best assignment found before stays, with its gap.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 
@@ -20,13 +18,13 @@ from allocator.contract.amounts import format_bytes
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Scores
-from allocator.solving.core import Core, Solver
-from allocator.solving.dynamic import improve
+from allocator.solving.core import Core
+from allocator.solving.dynamic import MOST_STATES, improve
 from allocator.solving.quadratic import Quadratic, local_search, lower_bound, quadratic_of
 from allocator.solving.relaxation import Item, Upgrade, fill, relax, survivors, total_bytes, total_gain, upgrades
-from allocator.solving.units import Choice, Fusion, Rules, Unit, undominated, units_of
+from allocator.solving.units import NO_RULES, Choice, Fusion, Rules, Unit, undominated, units_of
 
-__all__ = ["Program", "Solution", "Solver", "solve"]
+__all__ = ["Program", "Solution", "solve"]
 
 _FIRST_CORE = 8
 """Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
@@ -56,28 +54,22 @@ class Solution:
 def solve(
     scores: Scores,
     budget_bytes: int,
+    rules: Rules = NO_RULES,
     *,
-    pins: Mapping[str, int] | None = None,
-    ceilings: Mapping[str, int] | None = None,
-    floors: Mapping[str, int] | None = None,
     fusion: Fusion = "free",
-    solver: Solver = "dynamic",
     time_limit_seconds: float = 60.0,
     relative_gap: float = 0.0,
+    most_states: int = MOST_STATES,
 ) -> Solution:
     """The assignment of least total score that has at most `budget_bytes` bytes, all tensors counted.
 
-    `pins`, `ceilings` and `floors` give widths by fnmatch pattern of module names (see `Rules`). With
-    `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the time
-    limit cuts the search; then the best assignment found is returned with the gap that is left. The search ends
-    when the gap is proven to be at most `relative_gap` times the objective. Of candidates
-    of one score the smallest is taken. Raises InfeasibleBudgetError naming the feasible range, InputError for
-    rules that cannot be kept.
+    With `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the
+    time limit cuts the search; then the best assignment found is returned with the gap that is left. The search ends
+    when the gap is proven to be at most `relative_gap` times the objective. A program for which the dynamic program
+    would look at more than `most_states` states goes on to HiGHS. Of candidates of one score the smallest is taken.
+    Raises InfeasibleBudgetError naming the feasible range, InputError for rules that cannot be kept.
     """
-    if solver not in get_args(Solver):
-        raise InputError(f"solver {solver!r} is not known; known are {', '.join(get_args(Solver))}")
-    program = Program.of(scores, Rules(pins or {}, ceilings or {}, floors or {}), fusion)
-    return program.solve(budget_bytes, solver, time_limit_seconds, relative_gap)
+    return Program.of(scores, rules, fusion).solve(budget_bytes, time_limit_seconds, relative_gap, most_states)
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ class Program:
     upgrades: list[Upgrade]
 
     @classmethod
-    def of(cls, scores: Scores, rules: Rules, fusion: Fusion = "free") -> "Program":
+    def of(cls, scores: Scores, rules: Rules = NO_RULES, fusion: Fusion = "free") -> "Program":
         """Raises InputError for rules that cannot be kept."""
         if fusion not in ("free", "tied"):
             raise InputError(f"fusion {fusion!r} is not known; known are free, tied")
@@ -116,14 +108,18 @@ class Program:
         return self.scores.other_bytes + sum(unit.choices[-1].nbytes for unit in self.units)
 
     def solve(
-        self, budget_bytes: int, solver: Solver = "dynamic", time_limit_seconds: float = 60.0, relative_gap: float = 0.0
+        self,
+        budget_bytes: int,
+        time_limit_seconds: float = 60.0,
+        relative_gap: float = 0.0,
+        most_states: int = MOST_STATES,
     ) -> Solution:
         """As `solve`."""
         smallest = self.smallest_bytes
         if budget_bytes < smallest:
             raise InfeasibleBudgetError(_infeasible(self, budget_bytes))
         search = _Search(self, budget_bytes - smallest, time.monotonic() + time_limit_seconds, relative_gap)
-        search.run(solver)
+        search.run(most_states)
         chosen = [cs[j] for cs, j in zip(self.choices, search.picks, strict=True)]
         linear = _solution(self, chosen, max(search.missing, 0.0) / self.scale, search.used)
         return linear if self.scores.interactions is None else self._with_interactions(chosen, budget_bytes, linear)
@@ -165,50 +161,43 @@ class _Search:
     def missing(self) -> float:
         return self._bound - total_gain(self._items, self.picks)
 
-    def run(self, solver: Solver) -> None:
+    def run(self, most_states: int) -> None:
         everything = [len(unit) - 1 for unit in self._items]
         if total_bytes(self._items, everything) <= self._slack:
-            self.picks, self._bound, self.used = everything, total_gain(self._items, everything), solver
+            self.picks, self._bound, self.used = everything, total_gain(self._items, everything), "dynamic"
             return
         if self._good_enough():
             self.used = "relaxation"
             return
-        if solver == "dynamic":
-            self.used = "dynamic"
-            if self._solved_by_states():
-                return
-            solver = "highs"
-        self._improve(solver, _FIRST_CORE)
-        if self._good_enough():
-            self.used = f"{self.used}, {solver}" if self.used else solver
+        self.used = "dynamic"
+        if self._solved_by_states(most_states):
             return
-        for name in dict.fromkeys((solver, "cp-sat")):
-            self.used = f"{self.used}, {name}" if self.used else name
-            proven = self._improve(name, None)
-            if proven is not None:
-                self._bound = min(self._bound, proven)
-                break
+        self.used = "dynamic, highs"
+        self._improve(_FIRST_CORE)
+        if self._good_enough():
+            return
+        self._bound = min(self._bound, self._improve(None))
         if self.missing <= _RELATIVE_RESOLUTION * math.fsum(unit[-1].gain for unit in self._items):
             self._bound = total_gain(self._items, self.picks)
 
-    def _solved_by_states(self) -> bool:
+    def _solved_by_states(self, most_states: int) -> bool:
         """Run the dynamic program; whether it proved its answer the best."""
         kept = survivors(self._items, self._relaxed, self.picks)
-        better, proven = improve(self._items, self._relaxed, kept, self.picks, self._slack, self._deadline)
+        better, proven = improve(self._items, self._relaxed, kept, self.picks, self._slack, self._deadline, most_states)
         self.picks = max(self.picks, better, key=lambda picks: total_gain(self._items, picks))
         if proven:
             self._bound = total_gain(self._items, self.picks)
         return proven
 
-    def _improve(self, solver: str, at_most: int | None) -> float | None:
-        """Look for better `picks`; returns a bound on the gain, None if the solver has no answer in the budget."""
+    def _improve(self, at_most: int | None) -> float:
+        """Look for better `picks`; returns an upper bound on the gain of the choices that were left, maybe infinite."""
         core = Core.of(self._items, survivors(self._items, self._relaxed, self.picks, at_most), self._slack)
         seconds = max(self._deadline - time.monotonic(), 0.1)
-        found, bound = core.run(solver, seconds, self.picks, 0.5 * self._tolerance())
+        found, bound = core.run(seconds, self.picks, 0.5 * self._tolerance())
         if found is not None:
             better = fill(self._items, found, self._slack)
             self.picks = max(self.picks, better, key=lambda picks: total_gain(self._items, picks))
-        return None if found is None else bound
+        return bound
 
     def _tolerance(self) -> float:
         return self._relative_gap * abs(self._base - total_gain(self._items, self.picks))

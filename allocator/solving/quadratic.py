@@ -5,7 +5,6 @@ assignment is sum_i s_i + 2 sum_{i<j} q_ij over its chosen candidates. The exact
 start; from there the single change or pair of changes within the budget that gains most is taken, until none gains.
 """
 
-import base64
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -54,10 +53,9 @@ def pair_terms(scores: Scores) -> NDArray[np.float64]:
     All are 0 when the scores have no interactions.
     """
     candidates = [candidate for _, candidate in scores.interacting()]
-    terms = np.zeros((len(candidates), len(candidates)))
     if scores.interactions is None:
-        return terms
-    terms[np.triu_indices(len(candidates), 1)] = np.frombuffer(scores.interactions.content(), dtype="<f2")
+        return np.zeros((len(candidates), len(candidates)))
+    terms = scores.interactions.among(range(len(candidates))).astype(np.float64)
     root = np.sqrt([candidate.score for candidate in candidates])
     terms *= root[:, None] * root[None, :]
     return terms + terms.T
@@ -71,13 +69,7 @@ def interactions_among(scores: Scores, names: Collection[str]) -> Interactions |
     if scores.interactions is None:
         return None
     inside = [i for i, (name, _) in enumerate(scores.interacting()) if name in names]
-    count = len(scores.interacting())
-    table = np.zeros((count, count), dtype="<f2")
-    table[np.triu_indices(count, 1)] = np.frombuffer(scores.interactions.content(), dtype="<f2")
-    content = table[np.ix_(inside, inside)][np.triu_indices(len(inside), 1)].tobytes()
-    return Interactions(
-        correlations=base64.b64encode(content).decode(), least_eigenvalue=scores.interactions.least_eigenvalue
-    )
+    return Interactions.of(scores.interactions.among(inside), scores.interactions.least_eigenvalue)
 
 
 def quadratic_of(scores: Scores, units: Sequence[Unit]) -> Quadratic:

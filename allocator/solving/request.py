@@ -1,7 +1,6 @@
 """From a budget as people write it to a manifest: what `gamma solve` and the sidecar both call."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from allocator.contract.amounts import parse_budget
 from allocator.contract.errors import InputError
@@ -9,8 +8,8 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.solving.budget import budget_for_average_bits
 from allocator.solving.manifest import make_manifest
-from allocator.solving.program import Solver, solve
-from allocator.solving.units import Fusion
+from allocator.solving.program import solve
+from allocator.solving.units import NO_RULES, Fusion, Rules
 
 __all__ = ["SolveSettings", "solve_scores"]
 
@@ -18,15 +17,12 @@ __all__ = ["SolveSettings", "solve_scores"]
 @dataclass(frozen=True)
 class SolveSettings:
     """A budget, in bytes as text (`5.9GiB`) or in average bits (exactly one of them), and what the solver must keep:
-    widths by fnmatch pattern of module names, and whether fused modules get one width."""
+    rules for widths, and whether fused modules get one width."""
 
     budget: str | None = None
     average_bits: float | None = None
-    pins: Mapping[str, int] = field(default_factory=dict)
-    ceilings: Mapping[str, int] = field(default_factory=dict)
-    floors: Mapping[str, int] = field(default_factory=dict)
+    rules: Rules = NO_RULES
     fusion: Fusion = "free"
-    solver: Solver = "dynamic"
 
 
 def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: float = 60.0) -> Manifest:
@@ -42,11 +38,8 @@ def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: fl
     solution = solve(
         scores,
         nbytes,
-        pins=settings.pins,
-        ceilings=settings.ceilings,
-        floors=settings.floors,
+        settings.rules,
         fusion=settings.fusion,
-        solver=settings.solver,
         time_limit_seconds=time_limit_seconds,
     )
     return make_manifest(scores, solution, requested, nbytes)

@@ -6,7 +6,7 @@ to the modules in another round.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -19,6 +19,7 @@ from allocator.solving.manifest import make_manifest
 from allocator.solving.program import Solution, solve
 from allocator.solving.quadratic import interactions_among
 from allocator.solving.request import SolveSettings
+from allocator.solving.units import Rules
 
 __all__ = ["resident_scores", "solve_resident"]
 
@@ -37,7 +38,7 @@ def solve_resident(
 ) -> Manifest:
     """The assignment of least total score whose weights take at most `budget_bytes` on the tightest rank.
 
-    `settings` give pins, ceilings, floors, fusion and solver; their budget does not count. `requested` names the budget
+    `settings` give rules and fusion; their budget does not count. `requested` names the budget
     for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
     """
     if scores.channel_blocks is not None:
@@ -106,11 +107,8 @@ def _solve_stages(
                 solve(
                     view,
                     budget_bytes,
-                    pins=_rules_for(settings.pins, view, scores),
-                    ceilings=_rules_for(settings.ceilings, view, scores),
-                    floors=_rules_for(settings.floors, view, scores),
+                    _rules_for(settings.rules, view, scores),
                     fusion=settings.fusion,
-                    solver=settings.solver,
                     time_limit_seconds=seconds / len(stages),
                 )
             )
@@ -131,10 +129,13 @@ def _solve_stages(
     )
 
 
-def _rules_for(rules: Mapping[str, int], view: Scores, scores: Scores) -> dict[str, int]:
+def _rules_for(rules: Rules, view: Scores, scores: Scores) -> Rules:
     """The rules that a stage's modules know; one that matches no module at all stays, so that it is refused."""
 
-    def matches(pattern: str, names: Iterable[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for name in names)
+    def known(of_kind: Mapping[str, int]) -> dict[str, int]:
+        return {p: b for p, b in of_kind.items() if matches(p, view) or not matches(p, scores)}
 
-    return {p: b for p, b in rules.items() if matches(p, view.modules) or not matches(p, scores.modules)}
+    def matches(pattern: str, of: Scores) -> bool:
+        return any(fnmatchcase(name, pattern) for name in of.modules)
+
+    return Rules(known(rules.pins), known(rules.ceilings), known(rules.floors))

@@ -9,7 +9,7 @@ from allocator.contract.scores import Candidate, Scores
 from allocator.progress import Progress, silent
 from allocator.solving.budget import average_bits_of, parse_amount
 from allocator.solving.predicted import predicted_loss
-from allocator.solving.program import Program, Solution, Solver
+from allocator.solving.program import Program, Solution
 
 __all__ = ["MOST_POINTS", "SweepPoint", "UniformPlan", "best_uniform", "spread_budgets", "sweep", "uniform_plans"]
 
@@ -53,7 +53,6 @@ def spread_budgets(scores: Scores, lowest: str, highest: str, points: int) -> li
 def sweep(
     program: Program,
     budgets: Sequence[int],
-    solver: Solver = "dynamic",
     relative_gap: float = 0.0,
     progress: Progress = silent,
 ) -> list[SweepPoint]:
@@ -62,7 +61,7 @@ def sweep(
     points = []
     for i, budget in enumerate(budgets):
         progress("solving", i / len(budgets))
-        solution = program.solve(budget, solver, relative_gap=relative_gap)
+        solution = program.solve(budget, relative_gap=relative_gap)
         bits = average_bits_of(program.scores, solution.tensor_bytes)
         points.append(SweepPoint(budget, solution, bits, best_uniform(plans, budget)))
     progress("solving", 1.0)

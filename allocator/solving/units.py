@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -10,7 +10,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Candidate, Scores
 
-__all__ = ["Choice", "Fusion", "Rules", "Unit", "undominated", "units_of"]
+__all__ = ["NO_RULES", "Choice", "Fusion", "Rules", "Unit", "undominated", "units_of"]
 
 Fusion = Literal["free", "tied"]
 
@@ -40,9 +40,9 @@ class Rules:
     that have more than one candidate; a rule that counts for none is an error.
     """
 
-    pins: Mapping[str, int]
-    ceilings: Mapping[str, int]
-    floors: Mapping[str, int]
+    pins: Mapping[str, int] = field(default_factory=dict)
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     def allowed(self, scores: Scores) -> dict[str, list[Candidate]]:
         """The candidates of each module that no rule forbids. Raises InputError if a module has none left."""
@@ -62,6 +62,9 @@ class Rules:
                 widths = sorted(c.format.num_bits for c in scores.modules[name].candidates)
                 raise InputError(f"{name}: {', '.join(given[name])} leave no width; it has {widths}")
         return free
+
+
+NO_RULES = Rules()
 
 
 def units_of(scores: Scores, rules: Rules, fusion: Fusion) -> list[Unit]:

@@ -1,8 +1,7 @@
 """Where the divergence of a student would go: its slope along every candidate, from one backward pass in blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +9,7 @@ from torch import Tensor
 from allocator.candidates.block import Candidates
 from allocator.student.student import Assignment, Losses, Student
 
-__all__ = ["Slopes", "WeightSlope", "measure_slopes"]
-
-WeightSlope = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""Given the slope of the loss by a module's weight `[N, K]` and its candidates' weights (16 bits last)."""
+__all__ = ["Slopes", "measure_slopes"]
 
 
 @dataclass(frozen=True)
@@ -24,26 +20,21 @@ class Slopes:
     along: dict[str, Tensor]
 
 
-def _projections(slope: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(slope * weight).sum(dtype=torch.float64) for weight in weights])
+def _projections(slope: Tensor, candidates: Candidates, name: str) -> Tensor:
+    weights = (candidates.weight(name, number) for number in range(len(candidates.formats[name])))
+    return torch.stack([(slope * weight).sum(dtype=torch.float64) for weight in weights]).cpu()
 
 
-def measure_slopes(
-    student: Student,
-    assignment: Assignment,
-    rows: Tensor | None = None,
-    read: WeightSlope = _projections,
-    of_text: bool = False,
-) -> Slopes:
-    """Slopes of the mean KL at `assignment` (of the text's loss with `of_text`), on the sequences `rows` or all.
+def measure_slopes(student: Student, assignment: Assignment, rows: Tensor | None = None) -> Slopes:
+    """Slopes of the mean KL at `assignment`, on the sequences `rows` or all.
 
-    By default what `read` takes from the slope G is <G, Q_b> of every candidate b: by how much the loss would change,
-    to first order, from one candidate to another is the difference of two of these numbers. Blocks are run again on
-    the way back, so that one is resident, with the states between blocks in memory.
+    What is told of the slope G is <G, Q_b> of every candidate b: by how much the loss would change, to first order,
+    from one candidate to another is the difference of two of these numbers. Blocks are run again on the way back, so
+    that one is resident, with the states between blocks in memory.
     """
     with torch.no_grad():
         states = student.states(assignment, rows)
-    losses, slopes, of_head = student.output_slopes(states[-1], assignment, rows, of_text)
+    losses, slopes, of_head = student.output_slopes(states[-1], assignment, rows)
     along: dict[str, Tensor] = {}
     vocabulary = student.vocabulary
     for index in reversed(range(student.stream.blocks)):
@@ -63,12 +54,12 @@ def measure_slopes(
         slopes = below
         states[index + 1].clear()
         for local, name in student.local_names(index).items():
-            along[name] = read(totals[f"{local}.weight"], _Weights(candidates, local)).cpu()
+            along[name] = _projections(totals[f"{local}.weight"], candidates, local)
     outside = {} if of_head is None or vocabulary.head is None else {vocabulary.head: of_head}
     if vocabulary.embedding is not None:
         of_rows = _slope_of_table(student, vocabulary.embedding, assignment, slopes, rows)
         outside[vocabulary.embedding] = of_rows + outside.get(vocabulary.embedding, 0)
-    along |= {name: read(slope, _Weights(vocabulary, name)).cpu() for name, slope in outside.items()}
+    along |= {name: _projections(slope, vocabulary, name) for name, slope in outside.items()}
     return Slopes(losses, along)
 
 
@@ -82,19 +73,3 @@ def _slope_of_table(
     for ids, slope in zip(torch.split(token_ids, [len(s) for s in slopes]), slopes, strict=True):
         total += torch.autograd.grad(student.stream.embed(ids, table), table, slope)[0]
     return total
-
-
-class _Weights(Sequence[Tensor]):
-    """The weights of a module's candidates, each dequantized when it is asked for."""
-
-    def __init__(self, candidates: Candidates, name: str) -> None:
-        self._candidates, self._name = candidates, name
-
-    def __len__(self) -> int:
-        return len(self._candidates.formats[self._name])
-
-    def __getitem__(self, index: Any) -> Any:
-        numbers = range(len(self))[index]
-        if isinstance(numbers, range):
-            return [self._candidates.weight(self._name, i) for i in numbers]
-        return self._candidates.weight(self._name, numbers)

@@ -190,10 +190,10 @@ class Student:
         return None if name is None or _bits(assignment, name) == 16 else self.vocabulary_weight(name, assignment)
 
     def output_slopes(
-        self, states: list[Tensor], assignment: Assignment, rows: Tensor | None = None, of_text: bool = False
+        self, states: list[Tensor], assignment: Assignment, rows: Tensor | None = None
     ) -> tuple[Losses, list[Tensor], Tensor | None]:
-        """Losses, and the slopes of the mean KL (of the text's loss with `of_text`) by the states after the last block
-        and by the weight of the lm_head (None if it has no candidates).
+        """Losses, and the slopes of the mean KL by the states after the last block and by the weight of the lm_head
+        (None if it has no candidates).
 
         The mean is over all positions that predict a token; states and slopes are in chunks as `states` gives them.
         """
@@ -207,7 +207,7 @@ class Student:
             q = self._predict(ours, weight)
             divergence, surprise = _divergence(teacher, q), _surprise(q, ids)
             inputs = [ours] if weight is None else [ours, weight]
-            found = torch.autograd.grad((surprise if of_text else divergence).sum() / positions, inputs)
+            found = torch.autograd.grad(divergence.sum() / positions, inputs)
             kl.append(divergence.detach().double().mean(-1))
             nll.append(surprise.detach().double().mean(-1))
             slopes.append(found[0])

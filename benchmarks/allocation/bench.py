@@ -2,9 +2,9 @@
 
     make bench-allocation
 
-Each cell (model, quantizer, group size, method, budget) is kept in WORK as it is done, so that a stopped run goes on;
-delete a cell's file, and a method's scores, to run it anew. Writes benchmarks/results/allocation.json, figures beside
-it, and tables on stdout.
+Each cell (model, quantizer, group size, method, budget) is kept in WORK as it is done, with the losses of every
+held-out sequence, so that a stopped run goes on; delete a cell's file, and a method's scores, to run it anew. Writes
+benchmarks/results/allocation.json, which has means and intervals, figures into docs/figures, and tables on stdout.
 """
 
 import argparse
@@ -28,14 +28,20 @@ from allocator.blocks import calibration_from_model, calibration_from_text  # no
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.scores import Scores  # noqa: E402
 from allocator.learning import LearningSettings  # noqa: E402
+from allocator.learning.methods import METHODS  # noqa: E402
 from allocator.pipeline import CandidateSettings, learn  # noqa: E402
 from allocator.refining import refine  # noqa: E402
 from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402
+from benchmarks.allocation.deltaloss import learn_deltaloss  # noqa: E402
+from benchmarks.allocation.fisher import learn_fisher  # noqa: E402
 from benchmarks.allocation.laboratory import Laboratory  # noqa: E402
 from benchmarks.allocation.more_text import learn_on  # noqa: E402
 from benchmarks.allocation.relearn import relearn  # noqa: E402
 from benchmarks.allocation.report import JUDGED, MORE, UNIFORM_3, write_report  # noqa: E402
 from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
+from benchmarks.allocation.uniform import learn_uniform  # noqa: E402
+
+METHODS.update(fisher=learn_fisher, deltaloss=learn_deltaloss, uniform=learn_uniform)
 
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
 SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 16, 256, 0
@@ -94,6 +100,16 @@ def texts(shared: Path, work: Path) -> tuple[list[Path], list[Path]] | None:
     return [cut], [folder / "books.valid.txt", folder / "wikitext2.valid.raw"]
 
 
+def check_that_scores_fall(scores: Scores) -> None:
+    """Whatever the method, wider candidates must cost less in all."""
+    totals: dict[int, float] = {}
+    for module in scores.modules.values():
+        for c in module.candidates if len(module.candidates) > 1 else []:
+            totals[c.format.num_bits] = totals.get(c.format.num_bits, 0.0) + c.score
+    by_width = [totals[bits] for bits in sorted(totals)]
+    assert by_width == sorted(by_width, reverse=True), (scores.method, totals)
+
+
 class Bench:
     """The cells of one setting."""
 
@@ -132,6 +148,7 @@ class Bench:
             start = time.process_time()
             result = learn(self.setting.folder, self.work, self.candidates, settings)
             seconds = time.process_time() - start
+            check_that_scores_fall(result.scores)
             result.scores.write(kept)
             record.write_text(str(seconds))
         return Scores.read(kept), float(record.read_text())
@@ -286,7 +303,7 @@ EVERYWHERE = ("uniform", "fisher", "deltaloss", "relaxed", "gamma", "measured")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("demo-out/allocation"), help="folder for the cells")
+    parser.add_argument("--work", type=Path, default=Path("bench-out/allocation"), help="folder for the cells")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="models/ and text/")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="only these, in this order")
     parser.add_argument("--settings", nargs="+", help="only these, e.g. ref-7m-gptq-g128")

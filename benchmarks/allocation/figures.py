@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from allocator.reporting.figures import new_figure, save_figure
 
 __all__ = ["draw_judged", "draw_settings"]
@@ -36,14 +38,14 @@ def draw_judged(rows: Sequence[Row], path: Path) -> None:
     _lines(left, rows, "kl")
     left.set(title="KL on held-out books, nats a token", xlabel="average bits, scales and zero points included")
     left.set_yscale("log")
-    _lines(right, rows, "by_measured", "by_measured_interval")
+    _lines(right, rows, "by_measured", bars=True)
     right.axhline(1.0, color="#333333", linewidth=0.8)
     right.set(title="the same, by that of measured swaps (bars: 95 %)", xlabel="average bits", ylim=NEAR)
     for axes in (left, right):
-        axes.set_xticks(sorted({r["bits"] for r in rows if r["method"] == "measured"}))
+        axes.set_xticks(next(r["bits"] for r in rows if r["method"] == "measured"))
         axes.tick_params(axis="x", labelrotation=45)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    save_figure(figure, [path])
+    _save(figure, path)
 
 
 def draw_settings(rows: Sequence[Row], settings: Sequence[str], path: Path) -> None:
@@ -61,26 +63,31 @@ def draw_settings(rows: Sequence[Row], settings: Sequence[str], path: Path) -> N
     figure.supxlabel("average bits", fontsize=9)
     figure.supylabel("KL on held-out text by that of gamma", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """In 256 colours, which lines and text do not miss, at a third of the bytes."""
     save_figure(figure, [path])
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
-def _lines(axes: Any, rows: Sequence[Row], what: str, interval: str | None = None) -> None:
-    """One line a method; with `interval` its ends as bars, methods set side by side a little."""
+def _lines(axes: Any, rows: Sequence[Row], what: str, bars: bool = False) -> None:
+    """One line a method; with `bars` its intervals too, methods set side by side a little."""
     for place, (name, (colour, marker, line)) in enumerate(LOOK.items()):
-        mine = [r for r in rows if (r["method"] == name or (name == "AutoScheme" and r["method"].startswith(name)))]
-        mine = sorted((r for r in mine if what in r["books"]), key=lambda r: r["bits"])
-        if not mine:
+        row = next(
+            (r for r in rows if r["method"] == name or (name == "AutoScheme" and r["method"].startswith(name))), None
+        )
+        found = [] if row is None else [(b, v) for b, v in zip(row["bits"], row["books"][what], strict=True) if v]
+        if row is None or not found:
             continue
-        shift = (place - len(LOOK) / 2) * 0.008 if interval else 0.0
-        x, y = [r["bits"] + shift for r in mine], [r["books"][what] for r in mine]
         look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.1}
-        label = mine[0]["method"]
-        if interval is None:
-            axes.plot(x, y, label=label, **look)
-        else:
-            ends = [r["books"][interval] for r in mine]
-            bars = [
-                [v - low for v, (low, _) in zip(y, ends, strict=True)],
-                [e[1] - v for v, e in zip(y, ends, strict=True)],
-            ]
-            axes.errorbar(x, y, yerr=bars, label=label, elinewidth=0.7, **look)
+        x, y = [b for b, _ in found], [v if isinstance(v, float) else v[0] for _, v in found]
+        if not bars:
+            axes.plot(x, y, label=row["method"], **look)
+            continue
+        shift = (place - len(LOOK) / 2) * 0.008
+        ends = [[v - low for _, (v, low, _) in found], [high - v for _, (v, _, high) in found]]
+        axes.errorbar([b + shift for b in x], y, yerr=ends, label=row["method"], elinewidth=0.7, **look)

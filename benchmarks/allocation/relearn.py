@@ -7,7 +7,7 @@ import torch
 
 from allocator.contract.scores import Scores
 from allocator.solving.quadratic import local_search, quadratic_of
-from allocator.solving.units import Rules, units_of
+from allocator.solving.units import NO_RULES, units_of
 from allocator.student import measure_slopes
 from benchmarks.allocation.laboratory import Laboratory
 
@@ -24,7 +24,7 @@ def relearn(lab: Laboratory, scores: Scores, plan: list[int], bits: float) -> li
     its own slope is added as a linear term; then it is solved again, from `plan`.
     """
     alone = lab.linears_only(scores)
-    program = quadratic_of(alone, units_of(alone, Rules({}, {}, {}), "free"))
+    program = quadratic_of(alone, units_of(alone, NO_RULES, "free"))
     names = sorted(lab.names)
     width = {name: lab.widths.index(b) for name, b in zip(lab.names, plan, strict=True)}
     now = np.array([u * len(lab.widths) + width[name] for u, name in enumerate(names)])

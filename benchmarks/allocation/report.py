@@ -1,7 +1,7 @@
-"""The cells as one result: rows, paired bootstrap intervals, and the claims."""
+"""The cells as one result: rows, paired bootstrap intervals, and the claims. Losses by sequence stay with the cells."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Cells:
 
 def write_report(work: Path, settings: Sequence[str], bits: Sequence[float], seed: int, figures: Path) -> None:
     cells = Cells.read(work, settings, bits, seed)
-    rows = [_row(cells, *key) for key in sorted(cells.found, key=lambda k: (settings.index(k[0]), *k[1:]))]
+    rows = [_row(cells, setting, method) for setting in settings for method in cells.methods(setting)]
     claims = _claims(cells, bits)
     path = write_result("allocation", "make bench-allocation", [seed], rows, claims)
     for name in settings:
@@ -90,25 +90,41 @@ def write_report(work: Path, settings: Sequence[str], bits: Sequence[float], see
     print(f"written: {path}")
 
 
-def _row(cells: Cells, setting: str, method: str, bits: float) -> dict[str, Any]:
-    cell = cells.found[setting, method, bits]
-    row = {"setting": setting} | {
-        key: cell[key] for key in ("method", "bits", "nbytes", "budget_bytes", "learning_seconds", "seconds")
-    }
-    row["unspent_bytes"] = cell["budget_bytes"] - cell["nbytes"]
-    for number, losses in enumerate(cell["held_out"]):
-        kl = cells.kl(setting, method, bits, number)
-        entry = {
-            "kl": float(kl.mean()),
-            "kl_interval": cells.ratio([(kl, torch.ones_like(kl))])[1],
-            "perplexity": float(torch.tensor(losses["nll"], dtype=torch.float64).mean().exp()),
+def _row(cells: Cells, setting: str, method: str) -> dict[str, Any]:
+    """One method in one setting; its lists have an entry for each of `bits`.
+
+    On each text `by_gamma` and `by_measured` are the KL over that of the other method with the ends of the 95 %
+    interval, None where the other has no such cell.
+    """
+    bits = cells.bits(setting, method)
+    of = [cells.found[setting, method, b] for b in bits]
+    row: dict[str, Any] = {"setting": setting, "method": method, "bits": bits}
+    row |= {key: [cell[key] for cell in of] for key in ("nbytes", "budget_bytes", "learning_seconds", "seconds")}
+    for number, text in enumerate(TEXTS[: len(of[0]["held_out"])]):
+        kl = [cells.kl(setting, method, b, number) for b in bits]
+        nll = [torch.tensor(cell["held_out"][number]["nll"], dtype=torch.float64) for cell in of]
+        row[text] = {
+            "kl": [float(of_cell.mean()) for of_cell in kl],
+            "kl_interval": [_short(cells.ratio([(of_cell, torch.ones_like(of_cell))])[1]) for of_cell in kl],
+            "perplexity": _short(float(of_cell.mean().exp()) for of_cell in nll),
         }
         for reference in ("gamma", "measured"):
-            if (setting, reference, bits) in cells.found:
-                ratio, interval = cells.ratio([(kl, cells.kl(setting, reference, bits, number))])
-                entry |= {f"by_{reference}": ratio, f"by_{reference}_interval": interval}
-        row[TEXTS[number]] = entry
+            row[text][f"by_{reference}"] = [
+                _by(cells, of_cell, (setting, reference, b), number) for of_cell, b in zip(kl, bits, strict=True)
+            ]
     return row
+
+
+def _by(cells: Cells, kl: Tensor, other: tuple[str, str, float], text: int) -> list[float] | None:
+    if other not in cells.found:
+        return None
+    ratio, interval = cells.ratio([(kl, cells.kl(*other, text))])
+    return _short([ratio, *interval])
+
+
+def _short(numbers: Iterable[float]) -> list[float]:
+    """To six digits: their own noise is in the second or third."""
+    return [float(f"{number:.6g}") for number in numbers]
 
 
 def _claims(cells: Cells, bits: Sequence[float]) -> list[dict[str, Any]]:
@@ -187,16 +203,12 @@ def _against_rivals(
 def _print_table(rows: list[dict[str, Any]], name: str, bits: Sequence[float]) -> None:
     print(f"\n{name}: KL on held-out books; * beyond chance from gamma's (CPU seconds: learning + all budgets)")
     print(f"{'':22}" + "".join(f"{b:>10}" for b in bits) + f"{'seconds':>12}")
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = {r["bits"]: r for r in rows if r["method"] == method}
-        line = "".join(
-            f"{mine[b]['books']['kl']:9.5f}{_mark(mine[b]['books'])}" if b in mine else " " * 10 for b in bits
-        )
-        seconds = sum(r["seconds"] for r in mine.values())
-        learning = next(iter(mine.values()))["learning_seconds"]
-        print(f"{method:22}{line}{learning:7.0f}+{seconds:.0f}")
+    for row in rows:
+        cell = {b: f"{kl:9.5f}{_mark(by)}" for b, kl, by in
+                zip(row["bits"], row["books"]["kl"], row["books"]["by_gamma"], strict=True)}  # fmt: skip
+        line = "".join(cell.get(b, " " * 10) for b in bits)
+        print(f"{row['method']:22}{line}{row['learning_seconds'][0]:7.0f}+{sum(row['seconds']):.0f}")
 
 
-def _mark(entry: dict[str, Any]) -> str:
-    low, high = entry.get("by_gamma_interval", (1.0, 1.0))
-    return " " if low <= 1 <= high else "*"
+def _mark(by_gamma: list[float] | None) -> str:
+    return " " if by_gamma is None or by_gamma[1] <= 1 <= by_gamma[2] else "*"

@@ -14,6 +14,7 @@ from allocator.contract.scores import Scores
 from allocator.inventory import read_inventory
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
+from allocator.solving import Rules
 from allocator.student import Student
 
 __all__ = ["BITS", "compare", "paired"]
@@ -48,7 +49,7 @@ def compare(name: str, folder: Path, group_size: int, text: Path | None, work: P
         student = Student(BlockStream(bank.arranged(read_inventory(folder))), bank, held_out)
         for bits in BITS:
             budget = _budget(learned.scores, bits)
-            manifest = solve_scores(learned.scores, SolveSettings(str(budget), pins=VOCABULARY))
+            manifest = solve_scores(learned.scores, SolveSettings(str(budget), rules=Rules(pins=VOCABULARY)))
             losses = student.losses(manifest.modules).kl
             rows.append({
                 "model": name, "group_size": group_size, "bits": bits,

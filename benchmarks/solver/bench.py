@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.solving import Program, budget_for_average_bits, solve  # noqa: E402
+from allocator.solving.dynamic import MOST_STATES  # noqa: E402
 from allocator.solving.sweep import spread_budgets, sweep  # noqa: E402
-from allocator.solving.units import Rules  # noqa: E402
+from allocator.solving.units import NO_RULES  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from tests.drawn_scores import SENSITIVITIES, Shapes, draw_scores, qwen3_30b_a3b, qwen3_32b  # noqa: E402
 
 SEEDS = [0, 1, 2]
 BITS = [2.3, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 6.0]
 SWEEP = ("2.3bits", "4.5bits", 100)
-NO_RULES = Rules({}, {}, {})
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -81,13 +81,13 @@ def sweep_rows(model: str, shapes: Callable[[], Shapes], noise: float) -> list[d
 
 
 def other_rows() -> list[dict[str, Any]]:
-    """The integer solvers on the same programs, for comparison: a draw of each model, one budget."""
+    """HiGHS on the same programs, for comparison: a draw of each model, one budget."""
     rows = []
     for model, shapes in (("Qwen3-32B", qwen3_32b), ("Qwen3-30B-A3B", qwen3_30b_a3b)):
         scores = draw_scores(shapes(), SENSITIVITIES["log-normal, sigma 2"], SEEDS[0], 0.3)
         budget = budget_for_average_bits(scores, 2.5)
-        for name in ("dynamic", "highs", "cp-sat", "scip"):
-            found, cpu, wall = timed(lambda s=scores, b=budget, n=name: solve(s, b, solver=n, time_limit_seconds=60))
+        for name, states in (("dynamic", MOST_STATES), ("highs", 0)):
+            found, cpu, wall = timed(lambda s=scores, b=budget, n=states: solve(s, b, most_states=n))
             rows.append({
                 "what": "one budget", "model": model, "modules": len(scores.modules), "solver": name,
                 "average_bits": 2.5, "cpu_seconds": cpu, "wall_seconds": wall, "objective": found.objective,

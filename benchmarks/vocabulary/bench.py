@@ -25,6 +25,7 @@ from allocator.contract.errors import InfeasibleBudgetError  # noqa: E402
 from allocator.inventory import read_inventory  # noqa: E402
 from allocator.learning import LearningSettings  # noqa: E402
 from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.solving import Rules  # noqa: E402
 from allocator.student import Student  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
@@ -61,7 +62,7 @@ def run(name: str, folder: Path, shared: Path, work: Path) -> list[dict[str, Any
             budget = str(solve_scores(result.scores, SolveSettings(average_bits=bits)).budget.nbytes)
             row: dict[str, Any] = {"model": name, "average_bits": bits, "budget_bytes": int(budget), "vocabulary": way}
             try:
-                manifest = solve_scores(result.scores, SolveSettings(budget, pins=known))
+                manifest = solve_scores(result.scores, SolveSettings(budget, rules=Rules(pins=known)))
             except InfeasibleBudgetError:
                 rows.append(row | {"kl": None, "why": "the budget is below the smallest checkpoint"})
                 continue

@@ -27,7 +27,6 @@ void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, lon
         case 4: return multiply_few<4>(w, x, tokens, out, out_stride);
         case 5: return multiply_few<5>(w, x, tokens, out, out_stride);
         case 6: return multiply_few<6>(w, x, tokens, out, out_stride);
-        case 7: return multiply_few<7>(w, x, tokens, out, out_stride);
         case 8: return multiply_few<8>(w, x, tokens, out, out_stride);
     }
 }
@@ -108,7 +107,7 @@ std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const std::v
     };
     for (size_t i = 0; i < all.size(); i++) {
         const long rows = kinds[4 * i], group_size = kinds[4 * i + 1], bits = kinds[4 * i + 2];
-        STD_TORCH_CHECK((bits >= 2 && bits <= 8) || bits == 16, "gamma::native_layer knows no ", bits, " bits");
+        STD_TORCH_CHECK(is_packed_width(bits) || bits == 16, "gamma::native_layer knows no ", bits, " bits");
         auto& [w, first] = all[i];
         w = {(const uint8_t*)take().const_data_ptr(), nullptr, nullptr, 0, rows, columns, columns, bits};
         first = start;
@@ -172,7 +171,7 @@ uint8_t zero_point_at(const uint32_t* words, long row, long group, long groups, 
 Tensor native_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t bits) {
     const long rows = packed.size(0), groups = scale.size(1), columns = packed.size(1) * 32 / bits, count = ids.numel();
     STD_TORCH_CHECK(ids.is_contiguous() && ids.element_size() == 8, "gamma::native_gather_rows wants contiguous int64 ids");
-    STD_TORCH_CHECK(bits >= 2 && bits <= 8, "gamma::native_gather_rows knows no ", bits, " bits");
+    STD_TORCH_CHECK(is_packed_width(bits), "gamma::native_gather_rows knows no ", bits, " bits");
     const int64_t* wanted = (const int64_t*)ids.const_data_ptr();
     for (long i = 0; i < count; i++) {
         STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < rows, "row ", wanted[i], " of an embedding of ", rows, " rows");

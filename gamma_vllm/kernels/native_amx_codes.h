@@ -154,7 +154,7 @@ void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint16_t* ti
     }
 }
 
-// Of 2 to 7 bits.
+// Of 2 to 6 bits.
 inline void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
                           long out_stride, AmxSpace& space) {
     switch (w.bits) {
@@ -163,7 +163,6 @@ inline void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint1
         case 4: return multiply_some<4>(w, x, tokens, tiles, floats, out, out_stride, space);
         case 5: return multiply_some<5>(w, x, tokens, tiles, floats, out, out_stride, space);
         case 6: return multiply_some<6>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 7: return multiply_some<7>(w, x, tokens, tiles, floats, out, out_stride, space);
     }
 }
 

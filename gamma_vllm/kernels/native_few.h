@@ -16,7 +16,7 @@ constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; mo
 constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, half a microsecond or so
 
 // As many neighbouring codes as a lane of 16 bits holds, wherever in a byte they begin.
-constexpr int most_codes(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : bits == 7 ? 1 : 2; }
+constexpr int most_codes(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : 2; }
 
 // A step of multiplication: 32 lanes of 16 bits, each with the window of CODES neighbouring codes, which are taken out of
 // all lanes one after the other; so the activations are wanted in the order [codes, 32] instead of [32, codes].

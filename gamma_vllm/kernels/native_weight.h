@@ -191,6 +191,8 @@ struct Unpacker {
     }
 };
 
+inline bool is_packed_width(long bits) { return bits >= 2 && bits <= 8 && bits != 7; }
+
 // Calls work(Unpacker<bits>). False for a width that nothing here unpacks.
 template <typename Work>
 bool with_unpacker(long bits, const Work& work) {
@@ -200,7 +202,6 @@ bool with_unpacker(long bits, const Work& work) {
         case 4: work(Unpacker<4>()); return true;
         case 5: work(Unpacker<5>()); return true;
         case 6: work(Unpacker<6>()); return true;
-        case 7: work(Unpacker<7>()); return true;
         case 8: work(Unpacker<8>()); return true;
         default: return false;
     }

@@ -20,6 +20,7 @@ from allocator.contract.served_bank import open_served_bank
 from allocator.inventory import read_inventory
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
+from allocator.solving import Rules
 
 LEARNING = LearningSettings(batch_tokens=128)
 Q = "model.layers.0.self_attn.q_proj"
@@ -37,7 +38,9 @@ def banked(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     model = tiny_model("qwen3")
     candidates = CandidateSettings(quantizer="rtn", group_size=32, sequences=4, sequence_length=32)
     result = learn(model, tmp_path_factory.mktemp("work"), candidates, LEARNING)
-    return Banked(model, result.bank_folder, solve_scores(result.scores, SolveSettings(average_bits=4.5, pins={Q: 4})))
+    return Banked(
+        model, result.bank_folder, solve_scores(result.scores, SolveSettings(average_bits=4.5, rules=Rules({Q: 4})))
+    )
 
 
 @pytest.fixture

@@ -98,13 +98,14 @@ def learned_cut(tmp_path_factory):
     """The same with channel blocks, solved and exported: (bank, manifest file, checkpoint)."""
     from allocator.learning import LearningSettings
     from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.solving import Rules
 
     work = tmp_path_factory.mktemp("learned-cut")
     candidates = CandidateSettings(
         quantizer="rtn", group_size=64, sequences=4, sequence_length=64, widths=(2, 3, 5, 16), channel_blocks=4
     )
     result = learn(DEMO, work, candidates, LearningSettings(batch_tokens=256))
-    manifest = solve_scores(result.scores, SolveSettings(average_bits=3.7, pins={"*.0.mlp.up_proj.rows.3": 16}))
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=3.7, rules=Rules({"*.0.mlp.up_proj.rows.3": 16})))
     manifest.write(work / "manifest.json")
     export(manifest, DEMO, result.bank_folder, work / "gamma")
     return result.bank_folder, work / "manifest.json", work / "gamma"

@@ -42,13 +42,13 @@ def _learned_jobs(folder):
     from allocator.evaluation import load_dequantized
     from allocator.learning import LearningSettings
     from allocator.pipeline import CandidateSettings, export, learn
-    from allocator.solving import SolveSettings, solve_scores
+    from allocator.solving import Rules, SolveSettings, solve_scores
     from tests.e2e.architectures import make_model
 
     model, gamma, plain = make_model("llama", folder / "learned" / "plain"), folder / "learned" / "gamma", folder / "to"
     candidates = CandidateSettings(group_size=32, sequences=4, sequence_length=32)
     result = learn(model, folder / "learned" / "work", candidates, LearningSettings(batch_tokens=64))
-    manifest = solve_scores(result.scores, SolveSettings(average_bits=4.5, ceilings={"*": 8}))
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=4.5, rules=Rules(ceilings={"*": 8})))
     assert {manifest.modules[n].num_bits for n in ("model.embed_tokens", "lm_head")} <= {2, 3, 4, 5, 6, 8}
     export(manifest, model, result.bank_folder, gamma)
     load_dequantized(gamma).save_pretrained(plain)

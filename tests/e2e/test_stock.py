@@ -29,7 +29,7 @@ def declared(stock_kernel, tmp_path_factory):
     """
     from allocator.learning import LearningSettings
     from allocator.pipeline import CandidateSettings, export, learn
-    from allocator.solving import SolveSettings, solve_scores
+    from allocator.solving import Rules, SolveSettings, solve_scores
 
     folder = tmp_path_factory.mktemp("declared")
     for symmetric, name in ((True, "symmetric"), (False, "asymmetric")):
@@ -39,7 +39,7 @@ def declared(stock_kernel, tmp_path_factory):
         result = learn(DEMO, folder / f"{name}-work", candidates, LearningSettings())
         modules = result.scores.modules.items()
         pins = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}
-        manifest = solve_scores(result.scores, SolveSettings(average_bits=8, fusion="tied", pins=pins))
+        manifest = solve_scores(result.scores, SolveSettings(average_bits=8, fusion="tied", rules=Rules(pins)))
         assert {m.num_bits for m in manifest.modules.values()} == {4, 16}
         export(manifest, DEMO, result.bank_folder, folder / name, declaration="compressed-tensors")
     return folder

@@ -15,7 +15,7 @@ from allocator.contract.manifest import Manifest
 from allocator.evaluation import load_dequantized
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, export, learn
-from allocator.solving import SolveSettings, solve_scores
+from allocator.solving import Rules, SolveSettings, solve_scores
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -40,7 +40,7 @@ def make(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         vocabulary = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}
 
         def manifest(pins: Mapping[str, int] = MappingProxyType({}), **rules: Any) -> Manifest:
-            return solve_scores(result.scores, SolveSettings(pins={**vocabulary, **pins}, **rules))
+            return solve_scores(result.scores, SolveSettings(rules=Rules(pins={**vocabulary, **pins}), **rules))
 
         return tiny_model(kind), result.bank_folder, manifest
 

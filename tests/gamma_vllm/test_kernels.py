@@ -17,7 +17,7 @@ from gamma_vllm.shards import Segment
 from tests.skips import lacking_kernel
 
 CPU = torch.device("cpu")
-WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def make_segment(rows, columns, num_bits, group_size, symmetric, scale_dtype=torch.bfloat16):

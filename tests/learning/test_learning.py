@@ -144,11 +144,10 @@ def test_the_least_eigenvalue_bounds_every_assignment(learned: LearnResult) -> N
         assert cost >= learned.scores.interactions.least_eigenvalue * total - 1e-12
 
 
-@pytest.mark.parametrize("method", ["measured", "fisher", "deltaloss", "uniform"])
-def test_every_method_ranks_widths(method: str, learned: LearnResult, tiny_model: Callable[[str], Path]) -> None:
+def test_measured_swaps_rank_widths(learned: LearnResult, tiny_model: Callable[[str], Path]) -> None:
     work = learned.scores_path.parent
-    found = learn(tiny_model("llama"), work, CANDIDATES, LearningSettings(method=method, batch_tokens=128))
-    assert found.scores.method == method
+    found = learn(tiny_model("llama"), work, CANDIDATES, LearningSettings(method="measured", batch_tokens=128))
+    assert found.scores.method == "measured"
     assert found.scores.interactions is None
     for name, module in found.scores.modules.items():
         scores = {c.format.num_bits: c.score for c in module.candidates}
@@ -159,7 +158,7 @@ def test_every_method_ranks_widths(method: str, learned: LearnResult, tiny_model
 
 
 def test_an_unknown_method_is_named(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="choose from gamma, relaxed, measured, fisher, deltaloss, uniform"):
+    with pytest.raises(InputError, match=r"choose from gamma, relaxed, measured$"):
         learn(tiny_model("llama"), tmp_path, CANDIDATES, LearningSettings(method="guess"))
 
 

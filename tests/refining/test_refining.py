@@ -74,7 +74,9 @@ def test_uniform_plans_are_the_widest_that_fit(learned: LearnResult) -> None:
     alike, wide = uniform_assignments(scores, (low + 3 * high) // 4)
     assert len({alike[name].num_bits for name in free}) == 1
     assert {wide[name].num_bits for name in vocabulary} == {16}
-    (plan,) = uniform_assignments(scores, (low + high) // 2, floors={"*.down_proj": 8}, ceilings={"*.q_proj": 3})[:1]
+    (plan,) = uniform_assignments(
+        scores, (low + high) // 2, Rules(floors={"*.down_proj": 8}, ceilings={"*.q_proj": 3})
+    )[:1]
     assert all(f.num_bits >= 8 for name, f in plan.items() if "down_proj" in name)
     assert all(f.num_bits <= 3 for name, f in plan.items() if "q_proj" in name)
 

@@ -30,19 +30,8 @@ def test_models_are_listed(sidecar: Running) -> None:
         ({"budget": "200kB"}, ["--budget", "200kB"]),
         ({"average_bits": 4}, ["--average-bits", "4"]),
         (
-            {"budget": "220_000", "pins": {"*.0.*": 8}, "floors": {"*.mlp.*": 3}, "fusion": "tied", "solver": "cp-sat"},
-            [
-                "--budget",
-                "220_000",
-                "--pin",
-                "*.0.*=8",
-                "--floor",
-                "*.mlp.*=3",
-                "--fusion",
-                "tied",
-                "--solver",
-                "cp-sat",
-            ],
+            {"budget": "220_000", "pins": {"*.0.*": 8}, "floors": {"*.mlp.*": 3}, "fusion": "tied"},
+            ["--budget", "220_000", "--pin", "*.0.*=8", "--floor", "*.mlp.*=3", "--fusion", "tied"],
         ),
     ],
 )

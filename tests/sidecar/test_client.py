@@ -8,6 +8,7 @@ import pytest
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
 from allocator.sidecar.client import Client, ServiceError
+from allocator.sidecar.schemas import Allocation
 
 from .conftest import gamma
 from .serving import Running, running
@@ -29,6 +30,15 @@ def test_the_client_does_what_the_api_does(sidecar: Running) -> None:
     assert len(client.sweep(model="tiny", points=3).points) == 3
     job = client.wait(client.make_checkpoint(allocation.manifest_digest))
     assert job.state == "succeeded"
+
+
+def test_allocations_that_name_a_solver_are_read_but_not_asked_for(sidecar: Running) -> None:
+    """Stores have them of the time when there were several."""
+    made = sidecar.post("/v1/allocations", {"model": "tiny", "average_bits": 4.2})
+    stored = made | {"request": made["request"] | {"solver": "cp-sat"}}
+    assert Allocation.model_validate(stored) == Allocation.model_validate(made)
+    error = sidecar.post("/v1/allocations", stored["request"], 422)["error"]
+    assert (error["param"], error["message"]) == ("solver", "Extra inputs are not permitted (at solver)")
 
 
 def test_the_client_says_what_is_wrong(sidecar: Running) -> None:

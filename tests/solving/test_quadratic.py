@@ -13,7 +13,7 @@ from allocator.solving import solve
 from allocator.solving.predicted import predicted_loss
 from allocator.solving.quadratic import interactions_among, pair_terms, quadratic_of
 from allocator.solving.sweep import uniform_plans
-from allocator.solving.units import Rules, units_of
+from allocator.solving.units import NO_RULES, Rules, units_of
 
 WIDTHS = (2, 4, 8)
 
@@ -84,7 +84,7 @@ def test_descent_never_loses_against_scores_alone() -> None:
         low, high = scores.feasible_bytes()
         budget = (3 * low + high) // 4
         alone = solve(scores.model_copy(update={"interactions": None}), budget)
-        program = quadratic_of(scores, units_of(scores, Rules({}, {}, {}), "free"))
+        program = quadratic_of(scores, units_of(scores, NO_RULES, "free"))
         position = [4 * m + [*WIDTHS, 16].index(f.num_bits) for m, f in enumerate(alone.assignment.values())]
         assert solve(scores, budget).objective <= program.value(np.array(position)) + 1e-12
 
@@ -92,7 +92,7 @@ def test_descent_never_loses_against_scores_alone() -> None:
 def test_rules_and_tied_groups_are_kept() -> None:
     scores = make_scores(8, 1)
     low, high = scores.feasible_bytes()
-    solution = solve(scores, (low + high) // 2, pins={"m00": 2}, floors={"m03": 4}, fusion="tied")
+    solution = solve(scores, (low + high) // 2, Rules({"m00": 2}, floors={"m03": 4}), fusion="tied")
     bits = {name: form.num_bits for name, form in solution.assignment.items()}
     assert bits["m00"] == bits["m01"] == 2
     assert bits["m03"] == bits["m02"] >= 4

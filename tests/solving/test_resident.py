@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.resident import Heads, Kernel, Residency, Stage
-from allocator.solving import SolveSettings, solve_resident
+from allocator.solving import Rules, SolveSettings, solve_resident
 from tests.solving.conftest import build_scores
 
 NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"]
@@ -78,11 +78,11 @@ def test_each_pipeline_stage_keeps_the_budget_of_its_ranks(make_scores):
     stages = where.stage_bytes(manifest.modules)
     assert max(stages) <= budget
     assert min(stages) > 0.9 * budget  # both are filled
-    pinned = SolveSettings(pins={"*.layers.1.mlp.down_proj": 4})
+    pinned = SolveSettings(rules=Rules({"*.layers.1.mlp.down_proj": 4}))
     held = solve_resident(scores, pinned, where, budget, "test").modules["model.layers.1.mlp.down_proj"]
     assert held.num_bits == 4
     with pytest.raises(InputError, match="matches no module"):
-        solve_resident(scores, SolveSettings(pins={"nothing": 4}), where, budget, "test")
+        solve_resident(scores, SolveSettings(rules=Rules({"nothing": 4})), where, budget, "test")
 
 
 def test_budget_that_no_assignment_meets_is_refused_with_the_least(make_scores):

@@ -6,19 +6,15 @@ import itertools
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import module_bytes
-from allocator.solving import Program, budget_for_average_bits, dynamic, solve
-from allocator.solving import program as program_module
+from allocator.solving import Program, budget_for_average_bits, solve
 from allocator.solving.budget import average_bits_of, parse_amount
 from allocator.solving.sweep import best_uniform, spread_budgets, sweep, uniform_plans
-from allocator.solving.units import Rules
-
-NO_RULES = Rules({}, {}, {})
+from allocator.solving.units import NO_RULES, Rules
 
 
 def test_a_sweep_gives_what_single_solves_give(make_large):
@@ -78,17 +74,6 @@ def test_thousands_of_units_are_solved_to_the_proven_best(make_large):
         assert best.tensor_bytes <= budget
         near = program.solve(budget, relative_gap=1e-4)
         assert near.bound <= best.objective <= near.objective
-
-
-def test_with_too_few_states_the_integer_solver_goes_on(make_large, monkeypatch):
-    scores = make_large(60)
-    budget = sum(scores.feasible_bytes()) // 3
-    best = solve(scores, budget)
-    monkeypatch.setattr(program_module, "improve", partial(dynamic.improve, most_states=1))
-    other = solve(scores, budget)
-    assert (best.solver, other.solver) == ("dynamic", "dynamic, highs")
-    assert other.objective == pytest.approx(best.objective, rel=1e-12)
-    assert other.gap == 0
 
 
 def test_rules_and_fusion_hold_in_a_program(make_scores):

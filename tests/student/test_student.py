@@ -20,9 +20,7 @@ TOKENS = torch.randint(0, 320, (6, 24), generator=torch.Generator().manual_seed(
 @pytest.fixture(scope="module")
 def student(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Student:
     candidates = CandidateSettings(quantizer="rtn", group_size=32, sequences=4, sequence_length=32)
-    learned = learn(
-        tiny_model("qwen3"), tmp_path_factory.mktemp("work"), candidates, LearningSettings(method="uniform")
-    )
+    learned = learn(tiny_model("qwen3"), tmp_path_factory.mktemp("work"), candidates, LearningSettings(draws=1))
     inventory = read_inventory(tiny_model("qwen3"))
     return Student(BlockStream(inventory), BankReader(learned.bank_folder), TOKENS)
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.learning.methods.task import Task
+from allocator.learning.methods import Task
 from allocator.learning.tables import Table, with_unseen_experts
 from allocator.learning.teacher import Teacher
-from allocator.learning.vocabulary import Text, measure_vocabulary
 
 __all__ = ["learn_fisher"]
 
@@ -33,15 +32,33 @@ def learn_fisher(task: Task) -> Table:
 
 
 def _measure_vocabulary(task: Task, teacher: Teacher) -> dict[str, Tensor]:
-    """The rows of an embedding and the logits are outputs like others; one module for both has those of both."""
-    partition = teacher.partition(task.settings.batch_tokens)
-    text = Text(teacher, task.token_ids, task.settings.seed, dict(task.journal.team.share(partition)))
-    mine = measure_vocabulary(
-        task.stream, task.bank, task.vocabulary(), text, lambda squares: squares.double().sum(1), one_by_one=True
-    )
-    together = task.journal.team.gather(mine)
-    samples = 2 * task.token_ids.numel() * len(teacher.gradients)
-    return {name: torch.stack([part[name] for part in together]).sum(0) / samples for name in together[0]}
+    """The rows of an embedding and the logits are outputs like others; one module for both has those of both.
+
+    The mean of g^2 over all draws is p (1 - p) of a logit. The whole vocabulary is in memory.
+    """
+    candidates, draws = task.vocabulary(), len(teacher.gradients)
+    norm, softcap = task.stream.norm(), task.stream.softcap
+    totals = {name: torch.zeros(len(formats), dtype=torch.float64) for name, formats in candidates.formats.items()}
+    with torch.inference_mode():
+        for rows in teacher.partition(task.settings.batch_tokens):
+            ids, last = task.token_ids[rows], task.hidden.boundary(task.stream.blocks)[rows]
+            states = norm(last.to(task.stream.device))
+            for name, formats in candidates.formats.items():
+                source = candidates.source(name)
+                steps = [candidates.weight(name, i) - source for i in range(len(formats) - 1)]
+                if name == candidates.embedding:
+                    gradients = teacher.gradients_at(task.stream, 0, rows)
+                    squares = [(gradients * task.stream.embed(ids, step)).square() for step in steps]
+                    totals[name][:-1] += torch.stack([s.sum(dtype=torch.float64) for s in squares]).cpu()
+                if name == candidates.head:
+                    logits, slope = states @ source.T, 1.0
+                    if softcap is not None:
+                        logits = softcap * torch.tanh(logits / softcap)
+                        slope = 1 - (logits / softcap).square()
+                    p = logits.softmax(-1)
+                    squares = [p * (1 - p) * (slope * (states @ step.T)).square() for step in steps]
+                    totals[name][:-1] += draws * torch.stack([s.sum(dtype=torch.float64) for s in squares]).cpu()
+    return {name: total / (2 * task.token_ids.numel() * draws) for name, total in totals.items()}
 
 
 def _measure_block(task: Task, teacher: Teacher, index: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from allocator.learning.methods.task import Task
+from allocator.learning.methods import Task
 from allocator.learning.tables import Table
 
 __all__ = ["learn_uniform"]
