@@ -109,6 +109,7 @@ def learn(
 
     from allocator.blocks import BlockStream
     from allocator.blocks.hidden import HiddenStates
+    from allocator.blocks.opening import open_config, open_tokenizer
     from allocator.candidates import BankReader, build_bank, find_channel_order, make_servable
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
     from allocator.inventory import channel_layout, cut_unsorted, read_inventory, with_channel_blocks
@@ -129,6 +130,9 @@ def learn(
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
     longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
     length = min(candidates.sequence_length, longest)
+    open_config(model)  # before the weights are read, which takes minutes
+    if candidates.calibration is not None:
+        open_tokenizer(model)
     team = team_from_environment()
     folder = WorkFolder(work, team)
     work.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,11 @@
-"""Calibration sequences: token ids from text files, or sampled from the model itself."""
+"""Calibration sequences: token ids from text files, or sampled from the model itself.
 
-from collections.abc import Iterable
+Every sequence that anything is learned, measured or refined on is made here. Each begins as the model's tokenizer
+begins a text: with BOS where it puts one, as Gemma and Llama do. Without it such models are not what they were trained
+to be, and what is measured on them says little of how they will be used.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +13,8 @@ import torch
 from torch import Tensor
 
 from allocator.blocks.texts import PIECE_CHARACTERS, Piece, pieces_of_files, pieces_of_python, sample_pieces
+from allocator.blocks.tokenizer import TextTokenizer
+from allocator.blocks.writing import write_tokens
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 
@@ -30,52 +37,62 @@ class Calibration:
         return digest_bytes(self.token_ids.to(torch.int64).contiguous().numpy().tobytes())
 
 
-def _windows(folder: Path, pieces: Iterable[Piece], sequences: int, length: int, seed: int, source: str) -> Calibration:
+def _windows(
+    tokenizer: TextTokenizer, pieces: Iterable[Piece], sequences: int, length: int, seed: int, source: str
+) -> Calibration:
     """`sequences` windows of `length` tokens, drawn without overlap from a sample of the pieces, in random order."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     enough = max(_LEAST_PIECES, _SURPLUS * sequences * length * _CHARACTERS_A_TOKEN // PIECE_CHARACTERS)
     ids: list[int] = []
+    begins = True
     for piece, ends in sample_pieces(pieces, enough, seed):
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if ends:
-            ids += separator
-    windows = len(ids) // length
-    if windows < sequences:
+        ids += [*(tokenizer.prefix if begins else ()), *tokenizer.ids(piece), *(tokenizer.separator if ends else ())]
+        begins = ends
+    windows = _cut(ids, tokenizer.prefix, length)
+    if len(windows) < sequences:
         raise InputError(
-            f"{source}: {len(ids)} tokens give {windows} sequences of {length}, {sequences} were asked for; "
+            f"{source}: {len(ids)} tokens give {len(windows)} sequences of {length}, {sequences} were asked for; "
             "give more text, or fewer or shorter sequences"
         )
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
-    tokens = torch.tensor(ids[: windows * length]).reshape(windows, length)[order]
-    return Calibration(tokens, source)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:sequences]
+    return Calibration(torch.tensor([windows[i] for i in order.tolist()]), source)
+
+
+def _cut(ids: Sequence[int], prefix: list[int], length: int) -> list[list[int]]:
+    """`ids` in windows of `length`, each of which begins with `prefix`: its own where a text begins there."""
+    if length <= len(prefix):
+        raise InputError(
+            f"sequences of {length} tokens are too short: the tokenizer puts {len(prefix)} before every text"
+        )
+    windows: list[list[int]] = []
+    start = 0
+    while start < len(ids):
+        added = [] if list(ids[start : start + len(prefix)]) == prefix else prefix
+        end = start + length - len(added)
+        if end <= len(ids):
+            windows.append([*added, *ids[start:end]])
+        start = end
+    return windows
 
 
 def calibration_from_text(folder: Path, paths: list[Path], sequences: int, length: int, seed: int) -> Calibration:
-    """Sequences from text files of any size, with the tokenizer of the model in `folder`."""
-    return _windows(folder, pieces_of_files(paths), sequences, length, seed, ", ".join(p.name for p in paths))
+    """Sequences from text files of any size, with the tokenizer of the model in `folder`.
+
+    Raises InputError for a file that cannot be read as text, and for too little text.
+    """
+    tokenizer = TextTokenizer.of(folder)
+    pieces = pieces_of_files(paths, tokenizer.render)
+    return _windows(tokenizer, pieces, sequences, length, seed, ", ".join(p.name for p in paths))
 
 
 def calibration_from_python(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
     """Sequences from the documentation and sources of Python, for when no text is given for a large model."""
-    return _windows(folder, pieces_of_python(), sequences, length, seed, "documentation and sources of Python")
+    source = "documentation and sources of Python"
+    return _windows(TextTokenizer.of(folder), pieces_of_python(), sequences, length, seed, source)
 
 
 def calibration_from_model(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
-    """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory."""
-    from transformers import AutoModelForCausalLM
+    """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    start = model.config.bos_token_id
-    start = start[0] if isinstance(start, list) else start if start is not None else 0
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
-        tokens = model.generate(
-            torch.full((sequences, 1), start),
-            attention_mask=torch.ones(sequences, 1, dtype=torch.int64),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_new_tokens=length - 1, max_new_tokens=length - 1,
-        )  # fmt: skip
-    return Calibration(tokens[:, :length].clone(), "written by the model itself")
+    They begin as the tokenizer begins a text. What generation_config.json says does not count.
+    """
+    return Calibration(write_tokens(folder, sequences, length, seed), "written by the model itself")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
@@ -103,6 +104,7 @@ def _fill_before(
         for store in gradients:
             above = store.boundary(index + 1)[rows].to(stream.device).float()
             (gradient,) = torch.autograd.grad(output, states, above, retain_graph=store is not gradients[-1])
+            require_finite(gradient, f"gradients at the input of {stream.inventory.block_prefix(index)[:-1]}")
             store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
 
 
@@ -120,4 +122,5 @@ def _fill_last(
                 drawn = torch.cat([signs(seed, draw, sequence, part, rows) for rows in stripes], 1)
                 weights = drawn.to(stream.device) * root
                 (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
+                require_finite(gradient, "gradients at the input of the final norm")
                 store.boundary(stream.blocks)[row, part] = gradient.to(store.dtype).cpu()

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.finite import first_not_finite, require_finite
 from allocator.blocks.hidden import HiddenStates
+from allocator.blocks.opening import build_skeleton, open_config
 from allocator.blocks.source import read_tensor
 from allocator.blocks.structure import as_stored, cut_rows
 from allocator.inventory import Inventory
@@ -34,14 +36,10 @@ class BlockStream:
     """
 
     def __init__(self, inventory: Inventory, device: str | torch.device = "cpu") -> None:
-        # Imported here: it takes seconds, and only the parts that run a model need it.
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.inventory = inventory
         self.device = torch.device(device)
-        config = AutoConfig.from_pretrained(inventory.folder)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        config = open_config(inventory.folder)
+        skeleton = build_skeleton(inventory.folder, config)
         self._backbone: Any = skeleton.model
         # Rotary tables are computed in the constructor, so they must not be made on meta.
         self._rotary = type(self._backbone.rotary_emb)(config=config).to(self.device)
@@ -119,7 +117,9 @@ class BlockStream:
     def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, team: Team = ALONE) -> None:
         """Write the states before block 0."""
         for _, batch in team.share(batches(token_ids.shape)):
-            hidden.boundary(0)[batch] = self.embed(token_ids[batch]).cpu()
+            states = self.embed(token_ids[batch])
+            require_finite(states, f"{self.inventory.folder}: the embedding's output")
+            hidden.boundary(0)[batch] = states.cpu()
         self._settle(hidden, 0, team)
 
     def fill_block(
@@ -139,9 +139,11 @@ class BlockStream:
         block = self.block(index) if block is None else block
         with torch.inference_mode():
             for _, batch in team.share(batches(hidden.shape)):
+                states = hidden.boundary(index)[batch].to(self.device)
                 with record_inputs(block, recorded, see):
-                    states = hidden.boundary(index)[batch].to(self.device)
-                    hidden.boundary(index + 1)[batch] = self.run(block, states).cpu()
+                    output = self.run(block, states)
+                self._require_finite(output, block, states)
+                hidden.boundary(index + 1)[batch] = output.cpu()
         self._settle(hidden, index + 1, team)
 
     def fill(
@@ -158,6 +160,15 @@ class BlockStream:
                 self.fill_block(hidden, index, team=journal.team)
                 journal.save(state_step(index + 1), True)
         progress("teacher states", 1.0)
+
+    def _require_finite(self, output: Tensor, block: nn.Module, states: Tensor) -> None:
+        """Raises InputError, with the first module of `block` that did not give finite numbers, if `output` has not."""
+        if bool(torch.isfinite(output).all()):
+            return
+        prefix = self.inventory.block_prefix(self._index_of(block))
+        module = first_not_finite(block, lambda: self.run(block, states))
+        where = f"the output of {prefix}{module}" if module else f"the output of {prefix[:-1]}"
+        require_finite(output, f"{self.inventory.folder}: {where}, and so of its block")
 
     def _settle(self, hidden: HiddenStates, index: int, team: Team) -> None:
         team.wait()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from allocator.blocks.calibration import Calibration
+from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.source import read_rows, torch_dtype, write_safetensors
 from allocator.blocks.stream import BlockStream, state_step
@@ -16,6 +17,7 @@ from allocator.candidates.statistics import MomentSums
 from allocator.candidates.vocabulary import vocabulary_moments
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
+from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.inventory import Inventory
 from allocator.progress import Progress, silent
@@ -141,7 +143,9 @@ class _Statistics:
             return None
         sharing, moments = self._sums.pop(name)
         if sharing not in self._finished:
-            self._finished[sharing] = moments.finish(self._team)
+            found = moments.finish(self._team)
+            require_finite(found.diagonal, f"{name}: second moments of its inputs")
+            self._finished[sharing] = found
         last = not any(other in self._sums for other in sharing)
         return self._finished.pop(sharing) if last else self._finished[sharing]
 
@@ -195,7 +199,13 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None) -> str
             weight = read_rows(stored, rows, work.stream.device).float()
             for candidate in work.formats[name]:
                 stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
-                quantized = work.quantizer.quantize(weight, stripe, torch_dtype(work.inventory.dtype), statistics)
+                try:
+                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(work.inventory.dtype), statistics)
+                except ArithmeticError as error:
+                    advice = "try --quantizer mse, or other calibration text"
+                    raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None
+                what = f"{name}: scales at {candidate.num_bits} bits by {work.quantizer.name}"
+                require_finite(quantized.scale, what, "take another --quantizer")
                 for part, tensor in quantized.packed(candidate.num_bits).items():
                     parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
     tensors = {

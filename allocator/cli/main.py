@@ -3,7 +3,10 @@
 import argparse
 import os
 import re
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -36,6 +39,7 @@ VERBS = {
 }
 _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}
 """What brings the packages of a verb, if not the extra `learn`."""
+_REASON_CHARACTERS = 300
 _EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 a file was refused,
 4 the budget cannot be met, 75 stopped by SIGTERM after a finished step (run it again), 130 interrupted"""
 
@@ -83,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "allocator"):
-            raise
+            print(f"gamma {parsed.verb}: {_unexpected(error)}", file=sys.stderr)
+            return GammaError.exit_code
         print(
             f"gamma {parsed.verb}: needs the package {package}, which is not installed; "
             f"pip install 'gamma-vllm[{_EXTRAS.get(parsed.verb, 'learn')}]' brings what this verb needs",
@@ -96,7 +101,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"gamma {parsed.verb}: {place}{error.strerror or error}", file=sys.stderr)
+        return InputError.exit_code
+    except Exception as error:
+        print(f"gamma {parsed.verb}: {_unexpected(error)}", file=sys.stderr)
+        return GammaError.exit_code
     return 0
+
+
+def _unexpected(error: Exception) -> str:
+    """One line for a fault of ours; the traceback goes into a file, for the report of it."""
+    trace = "".join(traceback.format_exception(error))
+    text = " ".join(str(error).split())[:_REASON_CHARACTERS]
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="gamma-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(f"gamma {__version__}, {shlex.join(sys.argv)}\n{trace}")
+    except OSError:
+        return f"unexpected {type(error).__name__}: {text}\n{trace}"
+    return f"unexpected {type(error).__name__}: {text} (a fault of gamma: please report it with {file.name})"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Candidate(Strict):
 
     format: ModuleFormat
     nbytes: int = Field(ge=0)
-    score: float
+    score: float = Field(allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _bytes_follow_from_format(self) -> "Candidate":

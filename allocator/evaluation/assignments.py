@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocator.blocks.opening import open_model
 from allocator.candidates import BankReader
 from allocator.contract.channels import parent_of
 from allocator.contract.errors import ContractError
@@ -66,6 +67,4 @@ class AssignmentMeter:
 
     @staticmethod
     def _load(folder: Path) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return open_model(folder)

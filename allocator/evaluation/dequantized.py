@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from allocator.blocks.opening import open_config
 from allocator.blocks.source import read_tensor
 from allocator.contract.channels import ChannelBlocks, parent_of, piece_of
 from allocator.contract.checkpoint import check_checkpoint
@@ -19,11 +20,11 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises ContractError when the folder is not what it declares.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     del config.quantization_config
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

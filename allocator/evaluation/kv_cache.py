@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocator.blocks.opening import open_model
 from allocator.evaluation.divergence import Divergence, measure_divergence
 
 __all__ = ["KV_DTYPES", "measure_kv_cache", "round_to_fp8"]
@@ -30,11 +31,8 @@ def measure_kv_cache(folder: Path, token_ids: Tensor, kv_cache_dtype: str = "fp8
     prompt, as vLLM attends from its cache in prefill too. Queries stay as they are; kernels that round them as well
     (FlashAttention 3) cost a little more. The model must fit into memory. Raises KeyError for another dtype.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = KV_DTYPES[kv_cache_dtype]
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    original, rounded = (open_model(folder, attn_implementation="sdpa") for _ in range(2))
     for name, parameter in rounded.named_parameters():  # one copy of the weights
         parameter.data = original.get_parameter(name).data
     rounded.set_attn_implementation(_register(dtype))

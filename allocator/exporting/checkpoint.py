@@ -9,6 +9,7 @@ from torch import Tensor
 
 from allocator.blocks.source import read_tensor, torch_dtype, write_safetensors
 from allocator.candidates.reader import BankReader
+from allocator.candidates.servable import copy_chat_templates
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.compressed_tensors import compressed_tensors_config
 from allocator.contract.documents import write_atomically
@@ -162,6 +163,7 @@ def _write_side_files(manifest: Manifest, inventory: Inventory, declaration: Dec
     for path in sorted(inventory.folder.iterdir()):
         if path.is_file() and path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES:
             shutil.copyfile(path, folder / path.name)
+    copy_chat_templates(inventory.folder, folder)
     config = dict(inventory.config)
     if declaration == "gamma":
         quantization = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from allocator.contract.digest import digest_model
 from allocator.contract.errors import ContractError
 from allocator.contract.safetensors_file import StoredTensor
+from allocator.inventory.finite import refuse_not_finite
 from allocator.inventory.inventory import Inventory
 
 __all__ = ["VOLATILE_CONFIG_KEYS", "model_digest"]
@@ -23,7 +24,7 @@ def model_digest(inventory: Inventory, progress: Progress | None = None) -> str:
 
     Reads every weight once, 4 MiB at a time. `progress(bytes_read, bytes_in_all)` is called after each chunk.
     Tensors that a checkpoint drops (a tied lm_head stored twice) do not count, nor does the cut into files.
-    Raises ContractError when a file is shorter than its header says.
+    Raises ContractError when a file is shorter than its header says, or a number of a tensor is NaN or infinite.
     """
     if inventory.channels is not None:
         raise ValueError("the digest of a model is that of its own tensors, before they are cut into channel blocks")
@@ -44,6 +45,7 @@ def _contents(
                 chunk = file.read(min(left, _CHUNK_BYTES))
                 if not chunk:
                     raise ContractError(f"{tensor.path}: ends inside tensor {tensor.name}; download the model again")
+                refuse_not_finite(tensor, chunk, tensor.nbytes - left)
                 digest.update(chunk)
                 left -= len(chunk)
                 done += len(chunk)

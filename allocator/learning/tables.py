@@ -12,7 +12,7 @@ from allocator.contract.scores import Candidate, Interactions, ScoredModule, Sco
 from allocator.inventory import Inventory
 from allocator.learning.settings import LearningSettings
 
-__all__ = ["Table", "make_scores", "with_unseen_experts"]
+__all__ = ["Table", "make_scores"]
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,6 @@ class Table:
     unit: str
     correlations: Tensor | None = None
     outcome: dict[str, Any] = field(default_factory=dict)
-
-
-def with_unseen_experts(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`losses` `[C]` by module of one block; experts that no token chose, whose losses are all 0, are given what the
-    same matrix of the block's other experts loses on average: of an expert that was not seen nothing else is known.
-    """
-    seen: dict[str, list[Tensor]] = {}
-    for name, values in losses.items():
-        if ".experts." in name and bool(values.any()):
-            seen.setdefault(name.rpartition(".")[2], []).append(values)
-    typical = {matrix: torch.stack(of_experts).mean(0) for matrix, of_experts in seen.items()}
-    return {
-        name: typical.get(name.rpartition(".")[2], values) if ".experts." in name and not bool(values.any()) else values
-        for name, values in losses.items()
-    }
 
 
 def make_scores(inventory: Inventory, bank: BankReader, settings: LearningSettings, table: Table) -> Scores:

@@ -16,6 +16,8 @@ from allocator.quantizers.base import InputStatistics
 __all__ = ["Elimination", "elimination_of"]
 
 _STRIPE = 512
+_MOST_DAMPINGS = 16
+"""Tenfold each: what is finite and symmetric is dominated by its diagonal long before."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Elimination:
 def elimination_of(statistics: InputStatistics, damping: float) -> Elimination:
     """The factors of `statistics.hessian` / tokens + damping x mean diagonal.
 
-    Takes the Hessian's memory: afterwards `statistics.hessian` is None. Damping is raised tenfold until the
-    factorisation succeeds; features that are never seen get the mean diagonal.
+    Takes the Hessian's memory: afterwards `statistics.hessian` is None. Damping is raised tenfold while the
+    factorisation fails, a few times; features that are never seen get the mean diagonal. Raises ArithmeticError for a
+    Hessian that is not finite, or that no damping makes positive definite.
     """
     key = f"elimination-{damping}"
     known = statistics.derived.get(key)
@@ -43,12 +46,16 @@ def elimination_of(statistics: InputStatistics, damping: float) -> Elimination:
     diagonal = statistics.moments
     mean = diagonal.double().mean().clamp_min(1e-30).float()
     dead = torch.where(diagonal == 0, mean, torch.zeros_like(diagonal))
-    while True:
+    if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean)):
+        raise ArithmeticError("the second moments of its inputs are not finite")
+    for _ in range(_MOST_DAMPINGS):
         torch.diagonal(matrix).copy_(diagonal + dead + damping * mean)
         if _factorise(matrix):
             break
         _restore_upper(matrix)
         damping *= 10
+    else:
+        raise ArithmeticError(f"the Hessian of its inputs is not positive definite with damping {damping / 10:g}")
     roots = torch.diagonal(matrix).clone()
     matrix /= roots
     found = Elimination(matrix, roots.square())

@@ -8,7 +8,10 @@ from types import FrameType
 
 from allocator.contract.errors import StoppedError
 
-__all__ = ["finish_step_on_sigterm", "stop_requested"]
+__all__ = ["GRACE_SECONDS", "finish_step_on_sigterm", "stop_requested"]
+
+GRACE_SECONDS = 100.0
+"""For the step at hand; the chart's Job is killed after 120."""
 
 _requested = threading.Event()
 
@@ -20,7 +23,8 @@ def stop_requested() -> bool:
 
 @contextmanager
 def finish_step_on_sigterm() -> Iterator[None]:
-    """The first SIGTERM is a request that `Journal.save` obeys after its step; a second one stops at once.
+    """The first SIGTERM is a request that `Journal.save` obeys after its step; a second one stops at once, and so
+    does a step that has not ended `GRACE_SECONDS` later.
 
     Signals reach the main thread only; in any other thread this does nothing.
     """
@@ -32,11 +36,15 @@ def finish_step_on_sigterm() -> Iterator[None]:
         if _requested.is_set():
             raise StoppedError("stopped at once; the same command goes on from the last finished step")
         _requested.set()
+        patience.start()
 
+    patience = threading.Timer(GRACE_SECONDS, signal.raise_signal, [signal.SIGTERM])
+    patience.daemon = True
     _requested.clear()
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield
     finally:
+        patience.cancel()
         signal.signal(signal.SIGTERM, before)
         _requested.clear()

@@ -38,6 +38,7 @@ __all__ = ["Client", "ServiceError"]
 AnyAnswer = TypeVar("AnyAnswer", bound=BaseModel)
 
 _MOST_WAITS = 5
+_SILENCE_SECONDS = 3600
 
 
 class ServiceError(GammaError):
@@ -124,11 +125,19 @@ class Client:
         return self._parsed(Job, self._ask("GET", f"/v1/jobs/{_digest(identity)}"))
 
     def wait(self, job: Job, tell: Callable[[Job], None] = lambda _job: None, seconds: float = 0.5) -> Job:
-        """The job once it is done. Raises ServiceError with the reason if it failed."""
+        """The job once it is done. Raises ServiceError with the reason if it failed, or if nothing was heard of it for
+        an hour: no service may be left that can write to its disk."""
+        heard = time.monotonic()
         while job.state in ("queued", "running"):
             tell(job)
             time.sleep(seconds)
-            job = self.job(job.id)
+            now = self.job(job.id)
+            if now != job:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_SECONDS:
+                reason = f"job {job.id} is {job.state} and has not changed for {_SILENCE_SECONDS // 60} minutes"
+                raise ServiceError(504, "job_silent", f"{reason}; see the logs of the services of its disk", None)
+            job = now
         if job.state == "failed":
             raise ServiceError(500, "job_failed", job.error or "the job failed", None)
         return job

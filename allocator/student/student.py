@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import HEAD_WEIGHT, BlockStream
 from allocator.candidates.block import BlockCandidates, VocabularyCandidates
@@ -157,7 +158,9 @@ class Student:
             q = self._predict(ours, weight)
             kl.append(_divergence(teacher, q).double().mean(-1))
             nll.append(_surprise(q, ids).double().mean(-1))
-        return Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
+        found = Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
+        require_finite(found.kl, f"{self.stream.inventory.folder}: KL divergences of an assignment, by sequence")
+        return found
 
     def _beside_teacher(self, states: list[Tensor], rows: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of states, of the original's log probabilities `[s, T-1, V]`, and of token ids."""

@@ -80,6 +80,8 @@ def main() -> None:
             budget, asked, begun = int(Fraction(repr(bits)) * parameters / 8), bits, time.process_time()
             while nbytes(plan := choose(args.model, dataset, asked), shapes) > budget:
                 asked = round(asked - 0.002, 4)
+                if asked < min(BITS) / 2:
+                    raise SystemExit(f"{bits}: no plan of {budget} bytes, down to {asked} bits")
             plans[str(bits)] = "".join(str(plan[name]) for name in shapes)
             seconds[str(bits)] = round(time.process_time() - begun, 1)
             print(f"{bits}: asked for {asked}, {budget - nbytes(plan, shapes)} bytes left, {seconds[str(bits)]} CPU s")

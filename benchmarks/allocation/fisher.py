@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.learning.methods import Task
-from allocator.learning.tables import Table, with_unseen_experts
+from allocator.learning.tables import Table
 from allocator.learning.teacher import Teacher
 
 __all__ = ["learn_fisher"]
@@ -27,7 +27,7 @@ def learn_fisher(task: Task) -> Table:
             scores |= task.journal.once("fisher-vocabulary", partial(_measure_vocabulary, task, teacher))
             continue
         found = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
-        scores |= {task.module(index, local): values for local, values in with_unseen_experts(found).items()}
+        scores |= {task.module(index, local): values for local, values in found.items()}
     return Table(task.in_model_order(scores), "nats a token, to second order, outputs taken one by one")
 
 

@@ -182,7 +182,7 @@ def evolutionary_search(
         return plan
 
     def mutate(parent: list[int]) -> list[int]:
-        while True:
+        for _ in range(1000):
             plan = list(parent)
             flips = min(chance.randint(1, 3), chance.randint(1, 3))
             for _ in range(flips):
@@ -192,6 +192,7 @@ def evolutionary_search(
             plan = raise_where_it_fits(lower(plan))
             if plan != parent:
                 return plan
+        raise RuntimeError(f"no other plan of {budget} bytes was found in 1000 mutations of {parent}")
 
     wide = next(b for b in lab.widths if lab.nbytes([b] * len(lab.names)) > budget)
     plans = [raise_where_it_fits(lower([wide] * len(lab.names))) for _ in range(16)]

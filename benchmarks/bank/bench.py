@@ -37,6 +37,7 @@ from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.checkpoints import write_model  # noqa: E402
 
 OUT = ROOT / "demo-out" / "bank"
+_START_SECONDS = 600
 SEED, REPEATS, WIDTHS = 0, 2, (3, 4)
 
 
@@ -108,12 +109,12 @@ def seconds_to_ready(model: Path, log: Path, *flags: str, **environment: str) ->
             command, env=os.environ | variables | environment, stdout=out, stderr=out, start_new_session=True
         )
         try:
-            while process.poll() is None:
+            while process.poll() is None and time.perf_counter() - start < _START_SECONDS:
                 with contextlib.suppress(urllib.error.URLError, ConnectionError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
                     return time.perf_counter() - start, _cpu_seconds(process.pid)
                 time.sleep(0.1)
-            raise SystemExit(f"the server ended with {process.returncode}; see {log}")
+            raise SystemExit(f"the server ended with {process.returncode}, or did not start in time; see {log}")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

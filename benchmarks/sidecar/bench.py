@@ -30,6 +30,7 @@ FRESH_CLIENTS = 8
 CACHED_CLIENTS = 16
 SECONDS = 8
 REPEATS = 3
+START_SECONDS = 120
 
 
 @contextmanager
@@ -39,8 +40,9 @@ def service(store: Path, log: Path) -> Iterator[tuple[str, int]]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
     try:
+        start = time.monotonic()
         while not (port := _port(log)):
-            if process.poll() is not None:
+            if process.poll() is not None or time.monotonic() - start > START_SECONDS:
                 raise SystemExit(log.read_text())
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}", process.pid
@@ -111,6 +113,8 @@ def main() -> None:
             before, answered = memory_mib(pid), 0
             while answered < 100_000:
                 row = load(url, pid, "cached", CACHED_CLIENTS, SECONDS)
+                if not row["requests"]:
+                    raise SystemExit(f"the sidecar answered nothing in {SECONDS} seconds")
                 answered += row["requests"]
             rows.append({"kind": "memory", "requests": answered, "before_mib": before, "after_mib": memory_mib(pid)})
             print(rows[-1], flush=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allocator.learning.methods.task import Task
 from allocator.learning.objective import UNIT, Kinds, correlations, losses_of_errors
-from allocator.learning.tables import Table, with_unseen_experts
+from allocator.learning.tables import Table
 from allocator.learning.teacher import Teacher
 
 __all__ = ["learn_gamma"]
@@ -30,7 +30,7 @@ def learn_gamma(task: Task) -> Table:
     for index, teacher in task.descend("measuring", vocabulary=True):
         step = f"measured-{index:04d}" if index >= 0 else "measured-vocabulary"
         found = task.journal.once(step, partial(_measure, task, teacher, index, pairs))
-        losses |= with_unseen_experts({name: of_module for name, (of_module, _) in found.items()})
+        losses |= {name: of_module for name, (of_module, _) in found.items()}
         errors |= {name: kept[:-1] for name, (_, kept) in found.items()}
     scores = task.in_model_order(losses)
     kept = [errors[name] for name in scores]

@@ -1,0 +1,102 @@
+"""Config, model and tokenizer of a folder as transformers opens them; what it cannot open is refused in one line.
+
+Python code that a folder brings along is never run: what transformers has no code for itself is refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allocator.contract.errors import GammaError, InputError
+
+__all__ = ["build_skeleton", "has_tokenizer", "open_config", "open_model", "open_tokenizer"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt",
+    "spiece.model",
+)  # fmt: skip
+_REASON_CHARACTERS = 200
+
+
+def open_config(folder: Path) -> Any:
+    """The transformers config of a model folder. Raises InputError if it is none that a model can be built from."""
+    from transformers import AutoConfig
+
+    with _explained(folder / "config.json", "transformers cannot read it", "take that of the original model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+    rows, pad = text.vocab_size, getattr(text, "pad_token_id", None)
+    if isinstance(pad, int) and not -rows <= pad < rows:
+        raise InputError(
+            f"{folder / 'config.json'}: pad_token_id {pad} is outside the vocabulary of {rows} tokens; "
+            "set it to one of them, or to null"
+        )
+    return config
+
+
+def build_skeleton(folder: Path, config: Any) -> Any:
+    """The causal language model of `config` on the meta device: structure without weights. Raises InputError."""
+    from transformers import AutoModelForCausalLM
+
+    with (
+        _explained(folder / "config.json", "transformers cannot build this model", "take that of the original model"),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+
+
+def open_model(folder: Path, **options: Any) -> Any:
+    """The whole causal language model of a folder in float32, in eval mode. Raises InputError."""
+    from transformers import AutoModelForCausalLM
+
+    config = open_config(folder)
+    with _explained(folder, "transformers cannot load the model", "`gamma inspect` checks its files"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, trust_remote_code=False, **options
+        )
+    return model.eval()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises InputError if it has none, or one that is code of its own."""
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        raise InputError(
+            f"{folder}: has no tokenizer, so no text can be read for the model; copy tokenizer.json and "
+            "tokenizer_config.json of the original model into it"
+        )
+    advice = "copy the tokenizer files of the original model again"
+    with _explained(folder, "transformers cannot open its tokenizer", advice):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise InputError(
+                f"{folder}: its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which gamma "
+                "does not run; put a tokenizer.json beside it that says the same, and take auto_map out"
+            ) from None
+
+
+@contextmanager
+def _explained(what: Path, fault: str, advice: str) -> Iterator[None]:
+    """Whatever transformers raises, as an InputError of one line."""
+    try:
+        yield
+    except (GammaError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # a folder can be wrong in as many ways as transformers has errors
+        text = " ".join(str(error).split())[:_REASON_CHARACTERS]
+        reason = type(error).__name__ if not text or "trust_remote_code" in text else f"{type(error).__name__}: {text}"
+        raise InputError(f"{what}: {fault} ({reason}); {advice}") from error
