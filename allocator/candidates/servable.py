@@ -7,16 +7,13 @@ from pathlib import Path
 
 from allocator.contract.documents import write_atomically
 from allocator.contract.safetensors_file import INDEX_NAME
-from allocator.inventory import Inventory
+from allocator.inventory import Inventory, carry
 
 __all__ = ["make_servable"]
 
-_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-_NOT_COPIED = {INDEX_NAME, "pytorch_model.bin.index.json", "training.json"}
-
 
 def make_servable(inventory: Inventory, bank_folder: Path, *, copy: bool = False) -> None:
-    """Put the model's config and tokenizer files, links to its safetensors files (`copy`: the files themselves) and
+    """Put the model's config and side files, links to its safetensors files (`copy`: the files themselves) and
     an index of the tensors that a checkpoint has into `bank_folder`.
 
     What is there already is replaced.
@@ -30,9 +27,8 @@ def make_servable(inventory: Inventory, bank_folder: Path, *, copy: bool = False
             shutil.copyfile(path, target)
         else:
             os.symlink(path.resolve(), target)
-    for path in sorted(inventory.folder.iterdir()):
-        if path.is_file() and path.suffix in _SIDE_SUFFIXES and path.name not in _NOT_COPIED:
-            shutil.copyfile(path, bank_folder / path.name)
+    shutil.copyfile(inventory.folder / "config.json", bank_folder / "config.json")
+    carry(inventory, bank_folder)
     weight_map = {tensor.name: tensor.path.name for tensor in tensors}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
     write_atomically(bank_folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")

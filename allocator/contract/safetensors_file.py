@@ -108,8 +108,10 @@ def _stored(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     return tensor
 
 
-def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_folder_headers(folder: Path, unindexed: Sequence[Path] | None = None) -> dict[str, StoredTensor]:
     """Headers of all safetensors files of a Hugging Face model folder, following the index where there is one.
+
+    `unindexed` are the files to read where there is none (default: all).
 
     Raises ContractError when a file of the index is missing, a tensor stands in two files, or there is none.
     """
@@ -119,7 +121,7 @@ def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
         files = sorted({folder / name for name in weight_map.values()})
     else:
         weight_map = None
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors") if unindexed is None else unindexed)
     if not files:
         raise ContractError(f"{folder}: no safetensors files; expected model.safetensors or {INDEX_NAME}")
     tensors: dict[str, StoredTensor] = {}

@@ -19,25 +19,27 @@ from allocator.contract.safetensors_file import INDEX_NAME
 from allocator.contract.tensor_digests import DIGESTS_NAME, digest_folder
 from allocator.exporting.declaration import Declaration, check_declarable
 from allocator.exporting.plan import MAX_SHARD_BYTES, plan_checkpoint
-from allocator.inventory import Inventory
+from allocator.inventory import Inventory, SideFiles, carry, side_files
 from allocator.progress import Progress, silent
 from allocator.running import Journal
 
 __all__ = ["ExportReport", "check_target", "export_checkpoint"]
 
 _JOURNAL = ".journal"
-_NOT_COPIED = {"config.json", INDEX_NAME, "pytorch_model.bin.index.json", "training.json"}
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Bytes of the safetensors files, by file name, as predicted from the manifest and as found on disk."""
+    """Bytes of the safetensors files, by file name, as predicted from the manifest and as found on disk.
+
+    `side_files` says what became of the other files of the model's folder.
+    """
 
     folder: Path
     tensor_bytes: int
     predicted: dict[str, int]
     written: dict[str, int]
+    side_files: SideFiles
 
 
 def export_checkpoint(
@@ -94,7 +96,7 @@ def export_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     progress("writing", 1.0)
-    return ExportReport(out, plan.tensor_bytes, predicted, written)
+    return ExportReport(out, plan.tensor_bytes, predicted, written, side_files(inventory))
 
 
 def _partial_folder(out: Path, of: str) -> Path:
@@ -159,9 +161,7 @@ def _content(
 
 def _write_side_files(manifest: Manifest, inventory: Inventory, declaration: Declaration, folder: Path) -> None:
     """config.json with the declaration, the manifest, and tokenizer and generation files as they are."""
-    for path in sorted(inventory.folder.iterdir()):
-        if path.is_file() and path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES:
-            shutil.copyfile(path, folder / path.name)
+    carry(inventory, folder)
     config = dict(inventory.config)
     if declaration == "gamma":
         quantization = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)

@@ -195,21 +195,23 @@ def _in_model_order(shape: ModelShape) -> Iterator[tuple[ModuleKind, int | None,
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
+    # Mistral's second copy of the weights, in names of its own.
+    files = [path for path in found if not path.name.startswith("consolidated")]
     indexed = (folder / INDEX_NAME).exists()
     if not files and not indexed:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        found = f", only {', '.join(others[:3])}" if others else ""
+        others = found or sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        only = f", only {', '.join(path.name for path in others[:3])}" if others else ""
         raise InputError(
-            f"{folder}: no safetensors files{found}; "
+            f"{folder}: no safetensors files{' in the format of Hugging Face' if found else ''}{only}; "
             "convert the model: load it with transformers and call save_pretrained"
         )
     if len(files) > 1 and not indexed:
         raise InputError(
-            f"{folder}: {len(files)} safetensors files ({', '.join(files[:3])}) but no {INDEX_NAME}; "
-            "leave only those of the model, or add the index"
+            f"{folder}: {len(files)} safetensors files ({', '.join(path.name for path in files[:3])}) but no "
+            f"{INDEX_NAME}; leave only those of the model, or add the index"
         )
-    return read_folder_headers(folder)
+    return read_folder_headers(folder, files)
 
 
 def _refuse_more_blocks(folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int) -> None:

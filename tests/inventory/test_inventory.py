@@ -194,8 +194,8 @@ def test_folders_that_are_no_models_are_refused_with_what_to_do(make_model, tmp_
 
 def test_second_safetensors_file_without_an_index_is_refused(make_model):
     folder = make_model()
-    save_file({"x": torch.zeros(1)}, folder / "consolidated.safetensors")
-    with pytest.raises(InputError, match=r"2 safetensors files .*consolidated.safetensors"):
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"2 safetensors files .*adapter_model.safetensors"):
         read_inventory(folder)
 
 
