@@ -25,7 +25,7 @@ from pydantic import Field
 from allocator.contract.channels import parent_of, piece_name, piece_of
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
-from allocator.contract.layout import PACK_UNIT, ModuleFormat
+from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat
 
 __all__ = [
     "ARK_ROWS",
@@ -59,6 +59,8 @@ ARK_ROWS = {"ark": 24, "ark-amx": 48}
 _ARK_HEADER_BYTES = 128
 _HUMMING_ROWS, _HUMMING_COLUMNS = 256, 128
 _EXPERT_ALIGNMENT_BYTES = 64
+_MOST_RANKS = 64
+"""Where the heads are not known, more are not named in errors."""
 
 
 class Heads(Strict):
@@ -67,6 +69,11 @@ class Heads(Strict):
     query: int = Field(ge=1)
     key_value: int = Field(ge=1)
     size: int = Field(ge=1)
+
+    def rank_counts(self) -> list[int]:
+        """The numbers of ranks that vLLM can divide the heads among, replicating those of keys and values."""
+        kv = self.key_value
+        return [n for n in range(1, self.query + 1) if self.query % n == 0 and (kv % n == 0 or n % kv == 0)]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def rank_shape(
         case "replicated":
             return shape
         case "embedding" | "head" | "tied":
-            return _divided("the padded vocabulary", pad(rows, VOCABULARY_PADDING), ranks), columns
+            return _divided("the padded vocabulary", pad(rows, VOCABULARY_PADDING), split, ranks, heads), columns
         case "kv" | "qkv":
             if heads is None:
                 raise InputError("key and value heads are needed to divide qkv_proj among ranks")
@@ -103,38 +110,56 @@ def rank_shape(
         case "expert_column" | "expert_row" if ranks.expert_parallel:
             return shape
         case "row" | "expert_row":
-            part = _divided("in_features", columns, ranks)
+            part = _divided("in_features", columns, split, ranks, heads)
             if group_size is not None and (part % group_size or part % PACK_UNIT):
+                fitting = [n for n in _rank_counts(heads) if columns % (n * group_size) == 0]
+                smaller = [g for g in GROUP_SIZES if g < group_size and part % g == 0]
+                ways = [f"group_size {max(smaller)}"] if smaller else []
+                ways += [f"tensor_parallel_size {_either(fitting)}"]
                 raise InputError(
                     f"tensor_parallel_size {ranks.tensor_parallel_size} gives each rank {part} of {columns} "
-                    f"in_features, no multiple of group_size {group_size}; use a smaller group size or fewer ranks"
+                    f"in_features, no multiple of group_size {group_size}{'' if smaller else ' or of a smaller one'}; "
+                    f"use {' or '.join(ways)}{_expert_parallelism(split)}"
                 )
             return rows, part
         case _:
-            return _divided("out_features", rows, ranks), columns
+            return _divided("out_features", rows, split, ranks, heads), columns
 
 
-def _divided(what: str, value: int, ranks: Ranks) -> int:
+def _divided(what: str, value: int, split: Split, ranks: Ranks, heads: Heads | None) -> int:
     size = ranks.tensor_parallel_size
     if value % size:
-        fitting = [n for n in range(1, 65) if value % n == 0]
-        raise InputError(f"tensor_parallel_size {size} does not divide {what} {value}; possible are {fitting}")
+        fitting = [n for n in _rank_counts(heads) if value % n == 0]
+        raise InputError(
+            f"tensor_parallel_size {size} does not divide {what} {value}; "
+            f"possible are {_either(fitting)}{_expert_parallelism(split)}"
+        )
     return value // size
+
+
+def _rank_counts(heads: Heads | None) -> list[int]:
+    return list(range(1, _MOST_RANKS + 1)) if heads is None else heads.rank_counts()
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join([", ".join(map(str, numbers[:-1])), str(numbers[-1])] if numbers[1:] else map(str, numbers))
+
+
+def _expert_parallelism(split: Split) -> str:
+    return ", or --enable-expert-parallel, which leaves experts whole" if split.startswith("expert") else ""
 
 
 def _kv_rows(rows: int, split: Split, ranks: Ranks, heads: Heads) -> int:
     size = ranks.tensor_parallel_size
-    if size <= heads.key_value:
-        kept = _divided("key and value heads", heads.key_value, ranks)
-    elif size % heads.key_value:
+    if heads.key_value % size and size % heads.key_value:
+        what = "does not divide" if size < heads.key_value else "is no multiple of"
         raise InputError(
-            f"tensor_parallel_size {size} is no multiple of the {heads.key_value} key and value heads, "
-            "which it exceeds; vLLM cannot replicate them"
+            f"tensor_parallel_size {size} {what} the {heads.key_value} key and value heads, which vLLM would have to "
+            f"cut; possible are {_either(_rank_counts(heads))}"
         )
-    else:
-        kept = 1
+    kept = max(heads.key_value // size, 1)
     if split == "qkv":
-        return (_divided("attention heads", heads.query, ranks) + 2 * kept) * heads.size
+        return (_divided("attention heads", heads.query, split, ranks, heads) + 2 * kept) * heads.size
     return rows // heads.key_value * kept
 
 

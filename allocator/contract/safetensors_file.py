@@ -1,9 +1,10 @@
 """Safetensors files without weights: read and check headers, predict the exact bytes of a file to be written."""
 
 import json
+import shutil
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from allocator.contract.layout import DTYPE_BYTES, TensorSpec
 __all__ = [
     "INDEX_NAME",
     "StoredTensor",
+    "copy_renamed",
     "header_bytes",
     "predict_file_bytes",
     "read_folder_headers",
@@ -28,10 +30,14 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: where its bytes are (`start` counts from the begin of the file)."""
+    """A tensor in a file: where its bytes are (`start` counts from the begin of the file).
+
+    `stored_as` is its name in the file where that is another one.
+    """
 
     path: Path
     start: int
+    stored_as: str | None = field(default=None, kw_only=True)
 
 
 def serialized_order(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -95,6 +101,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def copy_renamed(source: Path, target: Path, prefix: str, unchanged: str) -> None:
+    """Copy a safetensors file with `prefix` before the name of each tensor that does not begin with `unchanged`.
+
+    `target` appears as a whole.
+    """
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        with source.open("rb") as reader, temporary.open("wb") as writer:
+            entries = json.loads(reader.read(struct.unpack("<Q", reader.read(8))[0]))
+            kept = (unchanged, "__metadata__")
+            header = {name if name.startswith(kept) else prefix + name: entry for name, entry in entries.items()}
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            writer.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(reader, writer, 1 << 22)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _stored(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -108,8 +134,10 @@ def _stored(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     return tensor
 
 
-def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_folder_headers(folder: Path, unindexed: Sequence[Path] | None = None) -> dict[str, StoredTensor]:
     """Headers of all safetensors files of a Hugging Face model folder, following the index where there is one.
+
+    `unindexed` are the files to read where there is none (default: all).
 
     Raises ContractError when a file of the index is missing, a tensor stands in two files, or there is none.
     """
@@ -119,7 +147,7 @@ def read_folder_headers(folder: Path) -> dict[str, StoredTensor]:
         files = sorted({folder / name for name in weight_map.values()})
     else:
         weight_map = None
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors") if unindexed is None else unindexed)
     if not files:
         raise ContractError(f"{folder}: no safetensors files; expected model.safetensors or {INDEX_NAME}")
     tensors: dict[str, StoredTensor] = {}

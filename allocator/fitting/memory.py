@@ -149,10 +149,8 @@ def attention_workspace_bytes(request: PlanRequest, capability: tuple[int, int] 
 def position_bytes(shape: ModelShape) -> int:
     """Tables of sines and cosines of rotary embeddings, 16 bits each, one for all layers of a kind. They are
     loaded with the weights and are no parameters."""
-    if shape.max_model_len is None:
-        return 0
     kinds = len({layer.window is None for layer in shape.attention})
-    return 2 * kinds * shape.max_model_len * shape.rotary_size
+    return 2 * kinds * shape.context.positions * shape.rotary_size
 
 
 def slack_bytes(shape: ModelShape) -> int:

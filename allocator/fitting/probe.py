@@ -137,8 +137,8 @@ def lines_of_record(
     shape: ModelShape, device: Device, request: PlanRequest, record: ProbeRecord | None = None
 ) -> dict[str, int]:
     """The lines of a plan of `shape` that `record` replaces, or else the best record of `device` that is kept."""
-    if request.max_model_len is None and shape.max_model_len is not None:
-        request = request.model_copy(update={"max_model_len": shape.max_model_len})
+    if request.max_model_len is None:
+        request = request.model_copy(update={"max_model_len": shape.context.default})
     if record is None:
         record = find_record([device.name, device.product_label or device.name], shape.config, request)
     return {} if record is None else probed_lines(record, shape.config, request)

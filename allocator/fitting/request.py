@@ -74,23 +74,23 @@ def check_request(
                 f"--gpu-memory-utilization {utilization:g} leaves less than the {CONTEXT_BYTES >> 20} MiB that CUDA "
                 f"takes before vLLM starts; give at most {max(int(possible * 1000) / 1000, _DEFAULT_UTILIZATION):g}"
             )
-    longest = shape.max_model_len
+    context = shape.context
     if request.max_model_len is None:
-        if longest is None:
-            raise InputError("config.json has no max_position_embeddings; give --max-model-len")
-        request = request.model_copy(update={"max_model_len": longest})
-    elif longest is not None and request.max_model_len > longest:
+        request = request.model_copy(update={"max_model_len": context.default})
+    elif request.max_model_len > context.longest:
+        more = f". {context.hint}" if context.hint else ""
         raise InputError(
-            f"--max-model-len {request.max_model_len} is beyond the model's {longest} (max_position_embeddings); "
-            f"give at most {longest}"
+            f"--max-model-len {request.max_model_len} is beyond the model's {context.longest} ({context.reason}); "
+            f"give at most {context.longest}{more}"
         )
     size = request.tensor_parallel_size
     if shape.heads.query % size:
-        fitting = [n for n in range(1, shape.heads.query + 1) if shape.heads.query % n == 0]
         raise InputError(
             f"--tensor-parallel-size {size} does not divide the model's {shape.heads.query} attention heads; "
-            f"possible are {', '.join(map(str, fitting))}"
+            f"possible are {', '.join(map(str, shape.heads.rank_counts()))}"
         )
+    if request.expert_parallel and shape.experts is None:
+        raise InputError(f"--enable-expert-parallel: {shape.architecture} has no experts; leave it out")
     if request.pipeline_parallel_size > shape.blocks:
         raise InputError(
             f"--pipeline-parallel-size {request.pipeline_parallel_size} is more than the model's {shape.blocks} blocks"

@@ -84,6 +84,7 @@ class Architecture(Strict):
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
     `use_sliding_window` covers all, or by `layer_types` / `sliding_window_pattern` (`pattern`). `plan_only` says
     why the architecture can be planned and not learned. `text_config`: the language model's keys stand there.
+    `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
     """
 
     block: str = Field(pattern=r"\{i\}")
@@ -98,6 +99,7 @@ class Architecture(Strict):
     experts: Experts | None = None
     tied_by_default: bool = False
     text_config: bool = False
+    length_is_stretched: bool = False
     plan_only: str | None = None
 
     def language(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, Dtype16
 from allocator.contract.resident import Heads, Split
 from allocator.inventory.architectures import Architecture, Linear, OtherTensor, architecture_of
+from allocator.inventory.context import ContextLength, context_length
 
 __all__ = ["AttentionLayer", "ExpertCounts", "ModelShape", "ModuleKind", "OtherKind", "Role", "read_shape", "why_16"]
 
@@ -115,7 +116,7 @@ class ModelShape:
     intermediate_size: int
     vocabulary: int
     experts: ExpertCounts | None
-    max_model_len: int | None
+    context: ContextLength
     plan_only: str | None
 
     @cached_property
@@ -152,7 +153,6 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
     if rules.experts is not None and any(sparse):
         sizes = (rules.experts.count, rules.experts.per_token, rules.experts.size)
         experts = ExpertCounts(*(rules.dimension(key, language) for key in sizes))
-    longest = language.get("max_position_embeddings", rules.defaults.get("max_position_embeddings"))
     return ModelShape(
         architecture=name,
         config=config,
@@ -172,7 +172,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
         intermediate_size=rules.dimension("intermediate_size", language),
         vocabulary=rules.dimension("vocab_size", language),
         experts=experts,
-        max_model_len=longest if isinstance(longest, int) else None,
+        context=context_length(language, rules.defaults, rules.length_is_stretched),
         plan_only=rules.plan_only,
     )
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
-from allocator.inventory import Inventory
+from allocator.inventory import Inventory, side_files
 
 if TYPE_CHECKING:  # brings torch
     from allocator.exporting import ExportReport
@@ -28,6 +28,7 @@ def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -
         }
         modules[module.name] = entry | ({"why_16": module.why_16} if module.why_16 else {})
     low, high = inventory.feasible_bytes(WIDTHS, group_size, symmetric)
+    files = side_files(inventory)
     return {
         "architecture": inventory.architecture,
         "blocks": inventory.blocks,
@@ -36,6 +37,10 @@ def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -
         "modules": modules,
         "other_bytes": inventory.other_bytes,
         "feasible_bytes": [low, high],
+        "notes": inventory.told(),
+        "unknown_tensors": list(inventory.unknown),
+        "carried_files": list(files.carried),
+        "left_out_files": files.left_out,
     }
 
 
@@ -69,10 +74,11 @@ def manifest_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def export_document(report: "ExportReport") -> dict[str, Any]:
-    """Predicted and written bytes of each file."""
+    """Predicted and written bytes of each file, and why files of the model's folder are not in the checkpoint."""
     return {
         "checkpoint": str(report.folder),
         "tensor_bytes": report.tensor_bytes,
         "predicted_file_bytes": report.predicted,
         "written_file_bytes": report.written,
+        "left_out": report.side_files.left_out,
     }

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.text import Text
 
 from allocator.contract.amounts import format_bytes
 from allocator.contract.manifest import Manifest, average_bits
@@ -85,11 +85,12 @@ def _resident_rows(manifest: Manifest) -> list[tuple[str, str]]:
     return [("on a rank", f"{held:,} bytes ({held / 2**30:.4f} GiB) of weights after loading; the budget is of these")]
 
 
-def export_table(report: "ExportReport") -> Table:
-    """Predicted and written bytes, file by file."""
+def export_table(report: "ExportReport") -> RenderableType:
+    """Predicted and written bytes, file by file; and which files of the model's folder did not come along."""
     rows: list[tuple[str, int, int | None]] = [
         (name, predicted, report.written[name]) for name, predicted in report.predicted.items()
     ]
     if len(rows) > 1:
         rows.append(("all files", sum(report.predicted.values()), sum(report.written.values())))
-    return bytes_table(rows, f"bytes of {report.folder}, headers included")
+    table = bytes_table(rows, f"bytes of {report.folder}, headers included")
+    return Group(table, *map(Text, report.side_files.told()))

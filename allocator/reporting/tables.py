@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from allocator.contract.layout import ModuleFormat, module_bytes
-from allocator.inventory import Inventory, Module
+from allocator.inventory import Inventory, Module, side_files
 from allocator.reporting.grid import grid_of, kind_of, local_name, short_kind, short_name
 
 __all__ = ["bytes_table", "inventory_table", "joined_rows", "new_table", "width_text", "widths_table"]
@@ -126,6 +126,7 @@ def _inventory_lines(
     lines += [f"16 bits only: {note} ({count})" for note, count in notes.items()]
     if inventory.dropped:
         lines.append(f"tied, stored twice, left out: {', '.join(t.name for t in inventory.dropped)}")
+    lines += [*inventory.told(), *side_files(inventory).told()]
     lines.append(f"group size {group_size}, {'symmetric' if symmetric else 'asymmetric'}")
     lines.append(f"feasible budgets: {smallest:,} to {largest:,} bytes")
     unit, divisor = ("GiB", 2**30) if smallest >= 2**30 else ("MiB", 2**20)

@@ -12,6 +12,7 @@ from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
+from allocator.inventory import CARRIED_FOLDERS
 from allocator.progress import Progress, silent
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.store import Store, document_text, hex_of
@@ -94,7 +95,8 @@ def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -
     at = f"sources/{hex_of(entry.model.digest)}"
     if store.backend.folder is not None:
         return str(store.backend.folder / at)
-    names = store.backend.names(at)
+    names = [name for name in store.backend.names(at) if name not in CARRIED_FOLDERS]
+    names += [f"{folder}/{name}" for folder in CARRIED_FOLDERS for name in store.backend.names(f"{at}/{folder}")]
     for done, name in enumerate(names):
         progress("model", done / len(names))
         _copy(store, f"{at}/{name}", target / name)

@@ -10,8 +10,9 @@ from allocator.contract.digest import digest_file
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.kv_cache import KV_CACHE_NAME, KvCacheScores
 from allocator.contract.manifest import Manifest
+from allocator.contract.safetensors_file import INDEX_NAME
 from allocator.contract.scores import Scores
-from allocator.inventory import model_digest, read_inventory
+from allocator.inventory import Inventory, model_digest, read_inventory, side_files
 from allocator.progress import Progress, silent
 from allocator.sidecar.entry import Entry, Source
 from allocator.sidecar.store import Store, hex_of
@@ -20,7 +21,6 @@ from allocator.solving.predicted import single_losses
 
 __all__ = ["Published", "publish", "publish_manifest"]
 
-_MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -67,7 +67,7 @@ def publish(
     store.check_conditions()
     written = _add_bank(store, bank_folder, bank, progress)
     if source.kind == "store":
-        written += _add_source(store, model, digest, progress)
+        written += _add_source(store, inventory, digest, progress)
     store.add_scores(scores)
     if (work / KV_CACHE_NAME).exists():
         measured = KvCacheScores.read(work / KV_CACHE_NAME)
@@ -134,18 +134,20 @@ def _add_bank(store: Store, folder: Path, bank: Bank, progress: Progress) -> int
     return written + (folder / BANK_NAME).stat().st_size
 
 
-def _add_source(store: Store, model: Path, digest: str, progress: Progress) -> int:
+def _add_source(store: Store, inventory: Inventory, digest: str, progress: Progress) -> int:
     """config.json is written last: without it a source is unfinished."""
     at, written = f"sources/{hex_of(digest)}", 0
     if store.backend.exists(f"{at}/config.json"):
         return 0
-    files = [p for p in sorted(model.iterdir()) if p.is_file() and p.suffix in _MODEL_FILES and p.name[0] != "."]
-    files.sort(key=lambda p: p.name == "config.json")
-    total = sum(p.stat().st_size for p in files)
-    for path in files:
-        if _FILE_NAME.fullmatch(path.name) is None:
+    weights = {t.path.name for t in (*(m.tensor for m in inventory.modules), *inventory.others, *inventory.dropped)}
+    index = [INDEX_NAME] if (inventory.folder / INDEX_NAME).exists() else []
+    names = [*sorted(weights), *index, *side_files(inventory).carried, "config.json"]
+    total = sum((inventory.folder / name).stat().st_size for name in names)
+    for name in names:
+        path = inventory.folder / name
+        if any(_FILE_NAME.fullmatch(part) is None for part in name.split("/")):
             raise InputError(f"{path}: the store takes names of letters, digits, dots, dashes and underscores only")
-        store.backend.upload(path, f"{at}/{path.name}")
+        store.backend.upload(path, f"{at}/{name}")
         written += path.stat().st_size
         progress("model", written / max(total, 1))
     return written

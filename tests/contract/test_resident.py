@@ -116,7 +116,17 @@ BAD = {
     "rows": ((100, 128), "column", 3, None, "tensor_parallel_size 3 does not divide out_features 100"),
     "columns": ((128, 100), "row", 3, None, "does not divide in_features 100"),
     "group": ((128, 512), "row", 8, 128, "gives each rank 64 of 512 in_features, no multiple of group_size 128"),
-    "heads": ((512, 128), "kv", 3, None, "does not divide key and value heads 8"),
+    "group, smaller": ((128, 29568), "row", 4, 128, "use group_size 32 or tensor_parallel_size 1$"),
+    "group, none smaller": ((128, 29568), "row", 8, 32, "or of a smaller one; use tensor_parallel_size 1, 2 or 4$"),
+    "group of experts": ((128, 768), "expert_row", 4, 128, "use group_size 64 or .*or --enable-expert-parallel"),
+    "rows of experts": ((100, 128), "expert_column", 8, None, "possible are 1, 2 or 4, or --enable-expert-parallel"),
+    "heads": (
+        (512, 128),
+        "kv",
+        3,
+        None,
+        "does not divide the 8 key and value heads.*possible are 1, 2, 4, 8, 16 or 32",
+    ),
     "replicas": ((512, 128), "kv", 12, None, "no multiple of the 8 key and value heads"),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allocator.candidates import BankReader
+from allocator.candidates import BankReader, make_servable
 from allocator.contract.bank import BANK_NAME
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, InputError
@@ -186,3 +186,23 @@ def test_an_unfinished_export_leaves_nothing(
     with pytest.raises(OSError, match="disk full"):
         export(f.manifest, f.model, f.bank, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_renders_tools_in_checkpoint_and_bank_as_in_the_model(
+    fitted: Callable[..., Fitted], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    f = fitted()
+    shutil.copytree(f.model, tmp_path / "model")
+    shutil.copytree(f.bank, tmp_path / "bank")
+    tokenizer = AutoTokenizer.from_pretrained(f.model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "TOOLS {{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_servable(read_inventory(tmp_path / "model"), tmp_path / "bank")
+    report = export(f.manifest, tmp_path / "model", f.bank, tmp_path / "out")
+    assert "additional_chat_templates/tool_use.jinja" in report.side_files.carried
+    for folder in ("model", "out", "bank"):
+        read = AutoTokenizer.from_pretrained(tmp_path / folder)
+        told = read.apply_chat_template([{"role": "user", "content": "hi"}], tools=[{"name": "f"}], tokenize=False)
+        assert told.startswith("TOOLS"), folder

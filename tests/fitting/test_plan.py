@@ -9,6 +9,7 @@ from allocator.contract.layout import ModuleFormat
 from allocator.fitting import Plan, PlanRequest, find_gpu, load_catalogue, make_plan, memory_device
 from allocator.fitting.plan import plans_of_catalogue
 from allocator.fitting.serving import vllm_arguments
+from allocator.inventory import read_shape
 from tests.configs import PUBLISHED_PARAMETERS, config_of, shape_of
 
 GIB = 2**30
@@ -162,3 +163,24 @@ def test_config_without_rules_for_its_layers_is_refused():
 
     with pytest.raises(InputError, match="hidden_size must be a positive integer, given -5"):
         read_shape(config_of("qwen3-8b") | {"hidden_size": -5})
+
+
+def test_a_length_that_rope_scaling_does_not_reach_is_refused_with_what_would_make_it_reach():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    stretched = read_shape(config_of("qwen3-8b") | {"max_position_embeddings": 32768, "rope_scaling": yarn})
+    told = r"beyond the model's 32768 .*set max_position_embeddings to 131072 in config\.json"
+    with pytest.raises(InputError, match=told):
+        make_plan(stretched, find_gpu("h100"), PlanRequest(max_model_len=131072))
+    linear = read_shape(
+        config_of("qwen3-8b") | {"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    )
+    assert make_plan(linear, find_gpu("h100"), PlanRequest()).request.max_model_len == 131072
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rope_scaling": "yarn"}, {"rope_scaling": {"type": "linear", "factor": "4"}}, {"max_position_embeddings": -1}],
+)
+def test_a_length_that_means_nothing_is_refused_by_its_key(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong)) if "factor" not in str(wrong) else "factor"):
+        read_shape(config_of("qwen3-8b") | wrong)

@@ -10,7 +10,11 @@ import pytest
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.scores import Scores
 from allocator.sidecar.backends import open_backend
+from allocator.sidecar.entry import Source
+from allocator.sidecar.materialise import materialise
+from allocator.sidecar.publish import publish
 from allocator.sidecar.store import Store
+from allocator.solving import SolveSettings, solve_scores
 
 from .conftest import gamma
 
@@ -106,3 +110,16 @@ def test_another_model_is_refused(learned: tuple[Path, Path], tiny_model, tmp_pa
     _, work = learned
     refused = gamma("store", "add", work, "--model", tiny_model("llama"), "--store", tmp_path / "s", code=3)
     assert "was learned from model" in refused.stderr
+
+
+def test_a_copied_model_has_all_its_side_files(learned: tuple[Path, Path], tmp_path: Path) -> None:
+    model, work = tmp_path / "model", learned[1]
+    shutil.copytree(learned[0], model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    store = Store(f"file://{tmp_path}/store")
+    entry = publish(work, model, store, Source(kind="store")).entry
+    manifest = solve_scores(Scores.read(work / "scores.json"), SolveSettings(average_bits=5))
+    materialise(manifest, entry, store, tmp_path / "out")
+    names = ("additional_chat_templates/tool_use.jinja", "tokenizer.json", "generation_config.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in names)

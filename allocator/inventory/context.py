@@ -1,0 +1,112 @@
+"""The longest sequence that vLLM lets a model have, from config.json alone: its own length, stretched by RoPE scaling.
+
+The rule is that of `_get_and_verify_max_len` of vLLM 0.30 and later. There, as in transformers, the factor of YaRN,
+Llama 3 and LongRoPE is in `max_position_embeddings` already; vLLM 0.29 took `original_max_position_embeddings` times
+the factor for YaRN.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from allocator.contract.errors import InputError
+
+__all__ = ["ContextLength", "context_length"]
+
+_LENGTH_KEYS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+_ALREADY_STRETCHED = {"llama3", "longrope", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+_OTHER_NAMES = {"su": "longrope", "mrope": "default", "telechat3-yarn": "yarn"}
+_LENGTH_WITHOUT_ANY_KEY = 2048
+
+
+@dataclass(frozen=True)
+class ContextLength:
+    """`default` is what vLLM takes without `--max-model-len`, `longest` what it accepts, both in tokens.
+
+    `reason` says how `longest` follows from config.json, `hint` how it can be more, empty if it cannot. `positions`
+    are the rows of the tables of sines and cosines.
+    """
+
+    default: int
+    longest: int
+    reason: str
+    hint: str
+    positions: int
+
+
+def context_length(language: Mapping[str, Any], defaults: Mapping[str, int | str], stretched: bool) -> ContextLength:
+    """The lengths of the model whose language part of config.json is `language`; `defaults` are its config class's.
+
+    `stretched`: the architecture's lengths count every RoPE scaling already (Gemma 3). Raises InputError naming a key
+    whose value is not allowed.
+    """
+    config = {**defaults, **{key: value for key, value in language.items() if value is not None}}
+    given = {key: _positive(config[key], key) for key in _LENGTH_KEYS if key in config}
+    key = min(given, key=lambda k: given[k]) if given else "max_position_embeddings"
+    if "model_max_length" in given:
+        key = "model_max_length"
+    own = given.get(key, _LENGTH_WITHOUT_ANY_KEY)
+    scalings = [] if stretched else _scalings(language)
+    factor, kinds = 1.0, {kind for kind, _ in scalings}
+    for kind, scaling in scalings:
+        if kind not in _ALREADY_STRETCHED and "factor" in scaling:
+            factor = _factor(scaling["factor"])
+    derived = int(own * factor)
+    longest = max(derived, given.get("model_max_length", 0))
+    default = derived
+    if "longrope" in kinds and "original_max_position_embeddings" in config:
+        default = _positive(config["original_max_position_embeddings"], "original_max_position_embeddings")
+    reason = f"{key} {own}" + (f", times the factor {factor:g} of RoPE scaling" if factor != 1 else "")
+    table = int(given.get("max_position_embeddings", own) * factor)
+    hint = ""
+    for kind, scaling in scalings:
+        before = scaling.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if not isinstance(before, int):
+            continue
+        if kind == "longrope":
+            table += before
+        elif kind in ("yarn", "deepseek_yarn"):
+            table = int(before * _factor(scaling.get("factor")))
+            if table > longest:
+                hint = (
+                    f"YaRN's factor does not raise it, as max_position_embeddings counts it already: if the model is "
+                    f"made for {table}, set max_position_embeddings to {table} in config.json"
+                )
+    return ContextLength(default, longest, reason, hint, table)
+
+
+def _scalings(language: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Kind and parameters of each RoPE scaling: one, or one for each kind of layer."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = language.get(key)
+        if not scaling:
+            continue
+        if not isinstance(scaling, dict):
+            raise InputError(f"config.json: {key} must be an object, given {scaling!r:.40}")
+        of_layers = [part for part in scaling.values() if isinstance(part, dict)]
+        return [(_kind(part, key), part) for part in of_layers or [scaling]]
+    return []
+
+
+def _kind(scaling: Mapping[str, Any], key: str) -> str:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str):
+        raise InputError(f"config.json: rope_type in {key} must be a name, given {kind!r:.40}")
+    return _OTHER_NAMES.get(kind, kind)
+
+
+def _factor(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise InputError(f"config.json: factor of RoPE scaling must be a positive number, given {value!r:.40}")
+    return float(value)
+
+
+def _positive(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise InputError(f"config.json: {key} must be a positive integer, given {value!r:.40}")
+    return int(value)
