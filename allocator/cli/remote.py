@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("model", metavar="MODEL", help="name in the store, or digest of a model or of scores")
     for name in ("plan", "allocate"):
         _add_hardware(made[name])
-    made["allocate"].add_argument("--budget", help="bytes of all tensors, e.g. 5.9GiB")
+    made["allocate"].add_argument("--budget", help="bytes of all tensors, e.g. 5.9GiB, or 3.25bits")
     made["allocate"].add_argument("--average-bits", type=float)
     made["allocate"].add_argument("--fusion", choices=["free", "tied"], default="free")
     made["allocate"].add_argument("--out", type=Path, metavar="MANIFEST", help="write the manifest to this file")
@@ -106,9 +106,10 @@ def _allocate(args: argparse.Namespace, client: "Client") -> None:
     fields |= {k: v for k, v in {"budget": args.budget, "average_bits": args.average_bits}.items() if v is not None}
     if hardware:
         fields["plan"] = hardware
-    allocation = client.allocate(**fields)
+    allocation = client.allocate(manifest=args.out is not None, **fields)
     if args.out is not None:
-        client.manifest(allocation.manifest_digest).write(args.out)
+        client.manifest_of(allocation).write(args.out)
+        allocation = allocation.model_copy(update={"manifest": None})
     if args.json:
         return print_json(allocation.model_dump(mode="json", exclude_none=True))
     print_tables(
