@@ -7,6 +7,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from allocator.contract.errors import GammaError
+from allocator.sidecar.backends import StoreUnreachableError
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.logs import Log
@@ -80,7 +81,7 @@ class Catalogue:
                 self._log("error", "store cannot be read", reason=str(error))
             self.problem = str(error)
             self._metrics.store_reachable.set(0)
-            raise
+            raise StoreUnreachableError(str(error)) from None
         if self.problem is not None:
             self._log("info", "store can be read again", store=self._store.url)
         self.problem, self.was_read = None, True

@@ -1,7 +1,6 @@
 """What operators rely on: a light start, metrics, --node, what is logged."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess

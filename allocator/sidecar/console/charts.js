@@ -15,8 +15,8 @@ export function swatch(kind) {
   return draw("svg", { viewBox: "0 0 11 11", "aria-hidden": "true" }, draw("rect", { width: 11, height: 11, rx: 2.5, class: kind }));
 }
 
-// parts: [{kind, label, bytes}] from left to right; total: bytes of the device.
-export function memoryBar(parts, total) {
+// parts: [{kind, label, bytes}] from left to right; total: bytes of the device; limit: what of them may be used.
+export function memoryBar(parts, total, limit) {
   const used = parts.reduce((sum, part) => sum + part.bytes, 0);
   const width = 1000, height = 34, whole = Math.max(total, used);
   const text = parts.map((part) => `${part.label} ${gib(part.bytes)}`).join(", ");
@@ -27,9 +27,9 @@ export function memoryBar(parts, total) {
     if (share > 0.3) svg.append(draw("rect", { x, y: 0, width: Math.max(share - 2, 0.6), height, class: part.kind, rx: 0 }));
     x += share;
   }
-  if (used > total) {
-    const end = (total / whole) * width;
-    svg.append(draw("rect", { x: end, y: 0, width: width - end, height, class: "m-beyond" }), draw("rect", { x: end - 1.5, y: -5, width: 3, height: height + 10, class: "m-over" }));
+  if (used > limit) {
+    const end = (limit / whole) * width;
+    svg.append(draw("rect", { x: end, y: 0, width: ((used - limit) / whole) * width, height, class: "m-beyond" }), draw("rect", { x: end - 1.5, y: -5, width: 3, height: height + 10, class: "m-over" }));
   }
   return svg;
 }
