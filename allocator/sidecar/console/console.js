@@ -6,6 +6,11 @@ import * as panels from "./panels.js";
 
 const { $, element } = panels;
 const STEPS = 1000, WAIT = 140;
+// Which input a parameter of the API is.
+const FIELDS = {
+  model: "model", gpu: "gpu", gpu_memory: "memory", max_model_len: "length", max_num_seqs: "sequences", tensor_parallel_size: "count",
+  gpu_memory_utilization: "utilization", budget: "budget",
+};
 const MARKED = ["rtx4060ti", "l4", "rtx4090", "rtx5090", "a100-40gb", "l40s", "h100", "h200", "b200"];
 
 const state = {
@@ -318,7 +323,9 @@ function fail(error) {
   state.allocation = state.manifest = null;
   state.changed = new Set();
   panels.nothing();
-  panels.verdict("bad", error.param ? `${error.param}:` : "No answer.", error.message);
+  const name = (error.param || "").replace(/^hardware\./, ""), field = FIELDS[name] && $(FIELDS[name]);
+  if (field) panels.markWrong(field);
+  panels.verdict("bad", field ? `${panels.labelOf(field)}:` : name ? `${name}:` : "No answer.", error.message);
   panels.advice([], takeAdvice);
 }
 

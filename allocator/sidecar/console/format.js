@@ -15,7 +15,7 @@ export function loss(value) {
 }
 
 // Nothing is served at such a loss: its size says no more than that.
-const UNUSABLE_NATS = 3;
+export const UNUSABLE_NATS = 3;
 
 export const unusable = (value, unit) => unit.startsWith("nats") && value > UNUSABLE_NATS;
 
@@ -72,11 +72,14 @@ export const CHART_PROFILES = ["rtx4090", "rtx5090", "l4", "l40s", "a10g", "a100
 
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "");
 
+// As the chart takes it: with a unit, without spaces.
+const memoryOf = (text) => text.replace(/[\s_]+/g, "").replace(/^([0-9.]+)$/, "$1B").replace(/kB$/, "KB");
+
 // `state.productLabel`: what the GPU's nodes carry as nvidia.com/gpu.product; `state.deviceBytes`: its memory.
 export function helmValues(state) {
   const profile = state.gpu ? (CHART_PROFILES.includes(state.gpu) ? state.gpu : slug(state.gpu)) : `memory-${slug(state.memory)}`;
   const lines = [
-    "allocations:", `  - name: ${slug(state.model).slice(0, 40)}`, `    model: ${JSON.stringify(state.model)}`, `    gpu: ${profile}`, `    count: ${state.count}`,
+    "allocations:", `  - name: ${slug(slug(state.model).slice(0, 32))}`, `    model: ${JSON.stringify(state.model)}`, `    gpu: ${profile}`, `    count: ${state.count}`,
     `    maxModelLen: ${state.length}`, `    maxNumSeqs: ${state.sequences}`, `    kvCacheDtype: ${state.kv}`,
     `    gpuMemoryUtilization: ${state.utilization}`, `    budget: ${state.automatic ? "auto" : JSON.stringify(String(state.budget))}`,
   ];
@@ -84,6 +87,6 @@ export function helmValues(state) {
   if (state.gpu && CHART_PROFILES.includes(state.gpu)) return lines.join("\n");
   lines.push("# A profile that the chart does not have: what these nodes are called may differ in your cluster.", "gpuProfiles:", `  ${profile}:`);
   if (state.gpu) lines.push(`    catalogue: ${JSON.stringify(state.gpu)}`, "    resource: nvidia.com/gpu", `    nodeSelector: {nvidia.com/gpu.product: ${JSON.stringify(state.productLabel)}}`);
-  else lines.push(`    gpuMemory: ${JSON.stringify(state.memory.replace(/\s+/g, ""))}`, "    resource: nvidia.com/gpu", `    minMemoryMiB: ${Math.floor((0.95 * state.deviceBytes) / 2 ** 20)}`);
+  else lines.push(`    gpuMemory: ${JSON.stringify(memoryOf(state.memory))}`, "    resource: nvidia.com/gpu", `    minMemoryMiB: ${Math.floor((0.95 * state.deviceBytes) / 2 ** 20)}`);
   return lines.join("\n");
 }

@@ -40,8 +40,13 @@ export function empty(is) {
 // The first field of the form whose value cannot be used.
 export function wrongField() {
   const fields = [...$("controls").elements].filter((field) => field.willValidate && !field.closest("[hidden]"));
-  for (const field of fields) field.toggleAttribute("aria-invalid", !field.checkValidity());
+  for (const field of $("controls").elements) field.removeAttribute("aria-invalid");
+  fields.filter((field) => !field.checkValidity()).forEach(markWrong);
   return fields.find((field) => !field.checkValidity());
+}
+
+export function markWrong(field) {
+  field.setAttribute("aria-invalid", "true");
 }
 
 export const labelOf = (field) => field.labels[0].textContent;
@@ -142,7 +147,7 @@ export function pareto(sweep, gpus, allocation, onPick) {
     measured: sweep.unit.startsWith("nats") ? sweep.measured.map((m) => ({ bytes: m.tensor_bytes, loss: m.measured_loss, text: measuredText(m) })) : [],
     gpus,
     unit: sweep.unit,
-    chosen: allocation ? { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss } : { bytes: Infinity, loss: null },
+    chosen: { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss },
     onPick,
   });
   measuredTable(sweep.measured);
