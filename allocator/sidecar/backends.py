@@ -18,7 +18,7 @@ __all__ = ["Backend", "FolderBackend", "ObjectBackend", "StoreUnreachableError",
 _OBJECT_SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "memory": "fsspec"}
 _CHUNK_BYTES = 1 << 22
 # A storage that does not answer is told within seconds, not after botocore's five times 60.
-_S3_OPTIONS = {"config_kwargs": {"connect_timeout": 5, "retries": {"max_attempts": 2}}}
+_S3_OPTIONS = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}}}
 
 
 class StoreUnreachableError(GammaError, OSError):

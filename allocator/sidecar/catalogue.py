@@ -55,6 +55,13 @@ class Catalogue:
         self._listed = _Listing(self._list)
         self._measured: dict[str, _Listing[list[str]]] = {}
 
+    @property
+    def remarks(self) -> str:
+        """What is wrong with the store while the service can be used; empty if nothing is."""
+        if self.problem is not None:
+            return self.problem
+        return "; ".join(f"left out, cannot be read: {reason}" for reason in self._unreadable.values())
+
     async def entries(self) -> list[Entry]:
         """All entries, the newest last."""
         return (await self._listed())[0]

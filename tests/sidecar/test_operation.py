@@ -172,6 +172,7 @@ def test_one_unreadable_entry_hides_no_model(tiny_store: Path, tmp_path: Path) -
         assert [m["name"] for m in service.get("/v1/models")["data"]] == ["tiny"]
         assert service.post("/v1/allocations", {"model": "tiny", "average_bits": 4})["tensor_bytes"]
         assert "gamma_store_unreadable_entries 1.0" in service.http.get("/metrics").text
+        assert broken.name in service.get("/readyz")["message"]
         lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
         assert [line["entry"] for line in lines if "left out" in line["event"]] == [f"entries/{broken.name}"]
     listed = gamma("store", "list", "--store", folder)

@@ -135,10 +135,12 @@ export function memory(plan) {
 const MEASURED = "KL divergence from the original in nats a token, on the text named";
 
 export function noCurve() {
+  $("curve-note").hidden = true;
   $("curve").replaceChildren(element("p", "Solving for the sizes between the smallest and the largest …", "hint waiting"));
 }
 
 export function pareto(sweep, gpus, allocation, onPick) {
+  $("curve-note").hidden = false;
   $("curve-unit").textContent = sweep.unit.length > 60 ? sweep.unit.split(",")[0] : sweep.unit;
   curve($("curve"), {
     points: sweep.points,
