@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from allocator.contract.amounts import parse_budget
+from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.bank import candidate_tensors
 from allocator.contract.documents import Document
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
@@ -328,7 +328,8 @@ def fit(
     inventory = read_inventory(model)
     cut = cut_unsorted(inventory, candidates.channel_blocks)
     low, high = cut.feasible_bytes(candidates.widths, candidates.group_size, candidates.symmetric)
-    if solving.budget is not None and parse_budget(solving.budget) < low:
+    in_bytes = solving.budget is not None and parse_average_bits(solving.budget) is None
+    if solving.budget is not None and in_bytes and parse_budget(solving.budget) < low:
         raise InfeasibleBudgetError(
             f"budget {solving.budget} is below the smallest checkpoint; feasible are {low} to {high} bytes "
             f"({low / 2**30:.2f} to {high / 2**30:.2f} GiB). Raise the budget, or allow narrower widths"

@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> None:
     from allocator.sidecar.prepare import prepare
     from allocator.sidecar.store import Store
 
-    settings = prepare_settings(args)
+    settings, store = prepare_settings(args), Store(args.store)
+    store.check()
     with show_progress() as progress:
-        prepared = prepare(settings, Store(args.store), args.out.absolute(), progress)
+        prepared = prepare(settings, store, args.out.absolute(), progress)
     if args.json:
         print_json(prepared.model_dump(mode="json", exclude_none=True))
     else:

@@ -21,11 +21,15 @@ EXAMPLES = """examples:
   gamma remote plan Qwen3-8B --gpu l4 --max-model-len 8192
   gamma remote allocate Qwen3-8B --budget 5.9GiB --out manifest.json
   gamma remote allocate Qwen3-8B --gpu l4 --max-model-len 8192
-  gamma remote checkpoint sha256:..."""
+  gamma remote checkpoint sha256:...
+  gamma remote jobs
+  gamma remote cancel sha256:... | gamma remote delete-job sha256:..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="action", metavar="models|gpus|plan|allocate|sweep|checkpoint", required=True)
+    verbs = parser.add_subparsers(
+        dest="action", metavar="models|gpus|plan|allocate|sweep|checkpoint|jobs|cancel|delete-job", required=True
+    )
     made = {
         name: verbs.add_parser(name, help=text)
         for name, text in {
@@ -35,18 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "allocate": "the best assignment for a budget or a GPU",
             "sweep": "size against predicted loss",
             "checkpoint": "make the checkpoint of a manifest, and wait for it",
+            "jobs": "the checkpoints that were asked for, and how they stand",
+            "cancel": "end a job that waits or is being made",
+            "delete-job": "forget a job that has ended; its checkpoint stays",
         }.items()
     }
     for name in ("plan", "allocate", "sweep"):
         made[name].add_argument("model", metavar="MODEL", help="name in the store, or digest of a model or of scores")
     for name in ("plan", "allocate"):
         _add_hardware(made[name])
-    made["allocate"].add_argument("--budget", help="bytes of all tensors, e.g. 5.9GiB")
+    made["allocate"].add_argument("--budget", help="bytes of all tensors, e.g. 5.9GiB, or 3.25bits")
     made["allocate"].add_argument("--average-bits", type=float)
     made["allocate"].add_argument("--fusion", choices=["free", "tied"], default="free")
     made["allocate"].add_argument("--out", type=Path, metavar="MANIFEST", help="write the manifest to this file")
     made["sweep"].add_argument("--points", type=int, default=17)
     made["checkpoint"].add_argument("manifest", metavar="DIGEST", help="of an allocation's manifest")
+    for name in ("cancel", "delete-job"):
+        made[name].add_argument("job", metavar="DIGEST", help="id of the job")
     for verb in made.values():
         verb.add_argument("--url", default=os.environ.get("GAMMA_URL", "http://127.0.0.1:8080"))
         verb.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -109,9 +118,10 @@ def _allocate(args: argparse.Namespace, client: "Client") -> None:
     fields |= {k: v for k, v in {"budget": args.budget, "average_bits": args.average_bits}.items() if v is not None}
     if hardware:
         fields["plan"] = hardware
-    allocation = client.allocate(**fields)
+    allocation = client.allocate(manifest=args.out is not None, **fields)
     if args.out is not None:
-        client.manifest(allocation.manifest_digest).write(args.out)
+        client.manifest_of(allocation).write(args.out)
+        allocation = allocation.model_copy(update={"manifest": None})
     if args.json:
         return print_json(allocation.model_dump(mode="json", exclude_none=True))
     print_tables(
@@ -144,6 +154,27 @@ def _checkpoint(args: argparse.Namespace, client: "Client") -> None:
     print_tables(f"{done.checkpoint} on the machine of the service, {done.tensor_bytes:,} bytes of tensors")
 
 
+def _jobs(args: argparse.Namespace, client: "Client") -> None:
+    jobs = list(client.jobs())
+    if args.json:
+        return print_json([job.model_dump(mode="json", exclude_none=True) for job in jobs])
+    print_tables(*(f"{job.id}  {job.state:9} {job.updated}  {job.checkpoint or job.error or job.step}" for job in jobs))
+
+
+def _cancel(args: argparse.Namespace, client: "Client") -> None:
+    job = client.cancel(args.job)
+    if args.json:
+        return print_json(job.model_dump(mode="json", exclude_none=True))
+    print_tables(f"job {job.id}: {job.state}" + (", asked to end" if job.state == "running" else ""))
+
+
+def _delete_job(args: argparse.Namespace, client: "Client") -> None:
+    client.delete_job(args.job)
+    if args.json:
+        return print_json({"id": args.job, "deleted": True})
+    print_tables(f"job {args.job}: deleted")
+
+
 def _hardware(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "gpu", "gpu_memory", "max_model_len", "max_num_seqs", "kv_cache_dtype", "tensor_parallel_size",
@@ -157,4 +188,5 @@ def _hardware(args: argparse.Namespace) -> dict[str, Any]:
 
 _ACTIONS = {
     "models": _models, "gpus": _gpus, "plan": _plan, "allocate": _allocate, "sweep": _sweep, "checkpoint": _checkpoint,
+    "jobs": _jobs, "cancel": _cancel, "delete-job": _delete_job,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Fill and list a store: a folder or object storage (s3://, gs://) that the sidecar and `gamma prepare` read."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,17 @@ EXAMPLES = """examples:
   gamma store add work --model ./Qwen3-8B --store /store
   gamma store add work --model Qwen/Qwen3-8B --store s3://models/gamma --copy-model
   gamma store add-manifest tested.json --store /store
-  gamma store list --store /store"""
+  gamma store list --store /store
+  gamma store remove Qwen3-8B --store /store --dry-run"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="action", metavar="add|add-manifest|list", required=True)
+    verbs = parser.add_subparsers(dest="action", metavar="add|add-manifest|list|remove", required=True)
     add = verbs.add_parser("add", help="publish the bank and scores of a work folder")
     add.add_argument("work", type=Path, metavar="WORK", help="folder that `gamma learn` wrote")
     add.add_argument("--model", required=True, help="the model folder or hub id that it was learned from")
     add.add_argument("--revision", help="branch, tag or commit of a hub id")
-    add.add_argument("--name", help="name to offer it under (default: the model's)")
+    add.add_argument("--name", help="name to offer it under (default: the model's); may be added again under more")
     add.add_argument(
         "--copy-model",
         action="store_true",
@@ -42,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more = verbs.add_parser("add-manifest", help="add manifests of scores that the store has, as add --manifest does")
     more.add_argument("manifest", type=Path, nargs="+", metavar="MANIFEST", help="manifest, or folder of a checkpoint")
     listing = verbs.add_parser("list", help="what a store offers")
-    for verb in (add, more, listing):
+    removal = verbs.add_parser("remove", help="take a model off, with all that nothing else in the store needs")
+    removal.add_argument("which", metavar="NAME", help="name in the store, or digest of scores or of a model")
+    removal.add_argument("--dry-run", action="store_true", help="say what would go and what would stay, delete nothing")
+    for verb in (add, more, listing, removal):
         verb.add_argument("--store", required=True, metavar="DIR_OR_URL")
         add_json(verb)
 
@@ -50,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.sidecar.store import Store
 
-    {"add": _add, "add-manifest": _add_manifests, "list": _list}[args.action](args, Store(args.store))
+    store = Store(args.store)
+    if args.action != "add":
+        store.check()
+    {"add": _add, "add-manifest": _add_manifests, "list": _list, "remove": _remove}[args.action](args, store)
 
 
 def _add(args: argparse.Namespace, store: "Store") -> None:
@@ -107,7 +115,10 @@ def _line(manifest: "Manifest") -> str:
 def _list(args: argparse.Namespace, store: "Store") -> None:
     from allocator.reporting.tables import new_table
 
-    entries = store.entries()
+    found = store.listing()
+    entries = found.entries
+    for reason in found.unreadable.values():
+        print(f"gamma store: left out, cannot be read: {reason}", file=sys.stderr)
     if args.json:
         print_json([entry.payload() for entry in entries])
         return
@@ -121,3 +132,22 @@ def _list(args: argparse.Namespace, store: "Store") -> None:
         size = f"{low:.2f}-{high:.2f}"
         table.add_row(e.name, e.scores_digest[7:19], e.method, widths, size, measured, e.added[:10])
     print_tables(table)
+
+
+def _remove(args: argparse.Namespace, store: "Store") -> None:
+    from allocator.sidecar.removal import plan_removal, remove
+
+    removal = plan_removal(store, args.which)
+    if not args.dry_run:
+        remove(store, removal)
+    if args.json:
+        print_json({
+            "removed": removal.paths, "bytes": removal.nbytes, "kept": removal.kept, "dry_run": args.dry_run,
+        })  # fmt: skip
+        return
+    what = "would be removed" if args.dry_run else "removed"
+    print_tables(
+        *(f"{nbytes:>16,}  {path}" for path, nbytes in removal.paths.items()),
+        f"{what}: {len(removal.paths)} objects, {removal.nbytes:,} bytes",
+        *(f"stays: {what}, {reason}" for what, reason in removal.kept.items()),
+    )

@@ -15,7 +15,7 @@ MANIFEST_NAME = "gamma_manifest.json"
 
 
 class Budget(Strict):
-    """What was asked for, in the user's words, and in bytes.
+    """What was asked for in words, the same ones for the same amount (`2000000 bytes`, `3.25 bits`), and in bytes.
 
     They are bytes of checkpoint tensors, or, where `kind` says "resident", bytes of weights that a rank of vLLM holds
     after loading: then `resident_bytes` is what the assignment takes on the tightest rank.

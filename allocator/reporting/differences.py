@@ -15,6 +15,7 @@ from allocator.contract.scores import Scores
 from allocator.reporting.grid import grid_of, short_kind
 from allocator.reporting.summaries import block_bits
 from allocator.reporting.tables import joined_rows, new_table
+from allocator.solving.budget import average_bits_of
 from allocator.solving.predicted import predicted_loss, single_losses
 
 __all__ = [
@@ -58,7 +59,11 @@ class Comparison:
     changes: list[Change]
     loss_before: float | None
     loss_after: float | None
-    unit: str | None
+    scores: Scores | None = None
+
+    @property
+    def unit(self) -> str | None:
+        return None if self.scores is None else self.scores.unit
 
     @property
     def loss_change(self) -> float | None:
@@ -101,15 +106,15 @@ def compare(before: Manifest, after: Manifest, scores: Scores | None = None) -> 
         else (m.proof.objective if known and m.proof is not None else None)
         for m in (before, after)
     ]
-    return Comparison(before, after, changes, totals[0], totals[1], None if scores is None else scores.unit)
+    return Comparison(before, after, changes, totals[0], totals[1], scores)
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """All of a comparison as plain data."""
     return {
         "model": comparison.before.model.model_dump(mode="json"),
-        "before": _side(comparison.before, comparison.loss_before),
-        "after": _side(comparison.after, comparison.loss_after),
+        "before": _side(comparison.before, comparison.loss_before, comparison.scores),
+        "after": _side(comparison.after, comparison.loss_after, comparison.scores),
         "tensor_bytes_change": comparison.after.tensor_bytes - comparison.before.tensor_bytes,
         "predicted_loss_change": comparison.loss_change,
         "unit": comparison.unit,
@@ -196,13 +201,14 @@ def _totals(comparison: Comparison) -> Table:
     return table
 
 
-def _side(manifest: Manifest, loss: float | None) -> dict[str, Any]:
+def _side(manifest: Manifest, loss: float | None, scores: Scores | None) -> dict[str, Any]:
     return {
         "digest": manifest.digest,
         "requested": manifest.budget.requested,
         "budget_bytes": manifest.budget.nbytes,
         "tensor_bytes": manifest.tensor_bytes,
-        "average_bits": block_bits(manifest),
+        "average_bits": None if scores is None else average_bits_of(scores, manifest.tensor_bytes),
+        "block_bits": block_bits(manifest),
         "predicted_loss": loss,
         "method": manifest.method,
     }

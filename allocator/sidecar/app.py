@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from allocator import __version__
 from allocator.sidecar import routes_jobs, routes_ops, routes_plans, routes_solving
 from allocator.sidecar.errors import install_handlers
+from allocator.sidecar.examples import add_examples
 from allocator.sidecar.middleware import Guard, Limits, Observer
 from allocator.sidecar.service import Service
 from allocator.sidecar.settings import ServiceSettings
@@ -47,12 +48,12 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_middleware(Limits, most_bytes=settings.body_bytes, seconds=settings.body_seconds)
     app.add_middleware(Guard, tokens=service.tokens, hosts=hosts, read_only=settings.read_only)
     app.add_middleware(Observer, metrics=service.metrics, log=service.log, tracing=service.tracing)
-    _declare_tokens(app)
+    _complete_document(app)
     return app
 
 
-def _declare_tokens(app: FastAPI) -> None:
-    """Name the bearer token in the OpenAPI document."""
+def _complete_document(app: FastAPI) -> None:
+    """Name the bearer token in the OpenAPI document, and give an example of every answer."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -63,6 +64,7 @@ def _declare_tokens(app: FastAPI) -> None:
                 if path.startswith("/v1/"):
                     for operation in methods.values():
                         operation["security"] = [{"bearer": []}, {}]
+            add_examples(document)
         assert app.openapi_schema is not None
         return app.openapi_schema
 

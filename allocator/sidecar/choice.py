@@ -21,7 +21,6 @@ from allocator.solving import SolveSettings, solve_scores
 
 __all__ = ["Choice", "choose", "find_entry"]
 
-_BITS = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?bits?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -37,7 +36,8 @@ class Choice:
 
 def find_entry(store: Store, model: str) -> Entry:
     """The newest entry of a model given by name in the store, digest of model or scores, folder or hub id."""
-    entries = store.entries()
+    listing = store.listing()
+    entries = listing.entries
     wanted = model.rstrip("/")
     last = wanted.rpartition("/")[2]
     for keys in ({wanted}, {last}):
@@ -45,7 +45,10 @@ def find_entry(store: Store, model: str) -> Entry:
         if found:
             return found[-1]
     offers = ", ".join(sorted({e.name for e in entries})) or "nothing"
-    raise InputError(f"{store.url} has no scores of {model!r}; it offers {offers}. `gamma store add` adds a model")
+    broken = "".join(f"; cannot be read: {reason}" for reason in listing.unreadable.values())
+    raise InputError(
+        f"{store.url} has no scores of {model!r}; it offers {offers}. `gamma store add` adds a model{broken}"
+    )
 
 
 def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Progress) -> Choice:
@@ -134,9 +137,7 @@ def _explicit(budget: str, entry: Entry, store: Store) -> Manifest:
                 f"manifest {budget} is of bank {manifest.bank_digest}, {entry.name} has {entry.bank_digest}"
             )
         return manifest
-    bits = _BITS.fullmatch(budget)
-    solving = SolveSettings(average_bits=float(bits[1])) if bits else SolveSettings(budget=budget)
-    return solve_scores(_scores(store, entry), solving)
+    return solve_scores(_scores(store, entry), SolveSettings(budget=budget))
 
 
 def _scores(store: Store, entry: Entry) -> Scores:

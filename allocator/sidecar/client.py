@@ -8,23 +8,30 @@ client.manifest(allocation.manifest_digest).write(Path("manifest.json"))
 import http.client
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
+from allocator.contract.documents import parse_json
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.fitting import Plan
 from allocator.sidecar.schemas import (
     Allocation,
+    AllocationList,
     AllocationRequest,
     CheckpointRequest,
     DiffRequest,
+    Fit,
+    FitRequest,
     GpuInfo,
     GpuList,
     Job,
+    JobList,
+    ManifestInfo,
+    ManifestList,
     ModelInfo,
     ModelList,
     NodeStatus,
@@ -36,6 +43,7 @@ from allocator.sidecar.schemas import (
 __all__ = ["Client", "ServiceError"]
 
 AnyAnswer = TypeVar("AnyAnswer", bound=BaseModel)
+AnyPage = TypeVar("AnyPage", AllocationList, JobList, ManifestList)
 
 _MOST_WAITS = 5
 _SILENCE_SECONDS = 3600
@@ -92,10 +100,31 @@ class Client:
         content = self._post("/v1/plans", PlanRequestBody, fields)
         return Plan.parse(json.loads(content), f"{self.url}/v1/plans")
 
-    def allocate(self, *, keep: bool = True, **fields: Any) -> Allocation:
-        """Fields of `AllocationRequest`."""
-        path = "/v1/allocations" if keep else "/v1/allocations?keep=false"
+    def allocate(self, *, keep: bool = True, manifest: bool = False, **fields: Any) -> Allocation:
+        """Fields of `AllocationRequest`. With `manifest` the answer has the manifest's text, which a service that keeps
+        nothing may not know any more when it is asked again."""
+        given = [f"{name}={value}" for name, value, usual in (("keep", keep, True), ("manifest", manifest, False))
+                 if value is not usual]  # fmt: skip
+        path = "/v1/allocations" + ("?" + "&".join(given).lower() if given else "")
         return self._parsed(Allocation, self._post(path, AllocationRequest, fields))
+
+    def allocations(self) -> Iterator[Allocation]:
+        """Those that the store keeps, by id."""
+        return self._all("/v1/allocations", AllocationList)
+
+    def manifests(self) -> Iterator[ManifestInfo]:
+        """Those that the store keeps, by digest."""
+        return self._all("/v1/manifests", ManifestList)
+
+    def fit(self, **fields: Any) -> Fit:
+        """Fields of `FitRequest`: plan, allocation and manifest in one answer."""
+        return self._parsed(Fit, self._post("/v1/fits", FitRequest, fields))
+
+    def delete_allocation(self, identity: str) -> None:
+        self._ask("DELETE", f"/v1/allocations/{_digest(identity)}")
+
+    def delete_manifest(self, digest: str) -> None:
+        self._ask("DELETE", f"/v1/manifests/{_digest(digest)}")
 
     def allocation(self, identity: str) -> Allocation:
         return self._parsed(Allocation, self._ask("GET", f"/v1/allocations/{_digest(identity)}"))
@@ -108,12 +137,23 @@ class Client:
             raise ContractError(f"{where}: is manifest {manifest.digest}")
         return manifest
 
+    def manifest_of(self, allocation: Allocation) -> Manifest:
+        """The manifest that came with an allocation (`allocate(manifest=True)`)."""
+        where = f"{self.url}/v1/allocations"
+        if allocation.manifest is None:
+            raise InputError("the allocation came without its manifest; allocate(manifest=True) asks for it")
+        manifest = Manifest.parse(parse_json(allocation.manifest, where), where)
+        if manifest.digest != allocation.manifest_digest:
+            raise ContractError(f"{where}: the manifest is {manifest.digest}, not {allocation.manifest_digest}")
+        return manifest
+
     def sweep(self, **fields: Any) -> SweepResult:
         """Fields of `SweepRequest`."""
         return self._parsed(SweepResult, self._post("/v1/sweeps", SweepRequest, fields))
 
     def diff(self, before: str | dict[str, Any], after: str | dict[str, Any]) -> dict[str, Any]:
-        """What changed between two manifests, each by digest or whole (`Manifest.payload()` and its digest)."""
+        """What changed between two manifests, each by digest, by the request that it answers (`{"allocation": {...}}`),
+        or whole (`Manifest.payload()` and its digest)."""
         document: dict[str, Any] = json.loads(self._post("/v1/diff", DiffRequest, {"before": before, "after": after}))
         return document
 
@@ -124,9 +164,24 @@ class Client:
     def job(self, identity: str) -> Job:
         return self._parsed(Job, self._ask("GET", f"/v1/jobs/{_digest(identity)}"))
 
+    def jobs(self) -> Iterator[Job]:
+        """All jobs of the store, by id."""
+        return self._all("/v1/jobs", JobList)
+
+    def cancel(self, identity: str) -> Job:
+        """End a job that waits or is being made; needs a write token."""
+        return self._parsed(Job, self._ask("POST", f"/v1/jobs/{_digest(identity)}/cancel"))
+
+    def delete_job(self, identity: str) -> None:
+        """Forget a job that has ended."""
+        self._ask("DELETE", f"/v1/jobs/{_digest(identity)}")
+
     def wait(self, job: Job, tell: Callable[[Job], None] = lambda _job: None, seconds: float = 0.5) -> Job:
-        """The job once it is done. Raises ServiceError with the reason if it failed, or if nothing was heard of it for
-        an hour: no service may be left that can write to its disk."""
+        """The job once it is done.
+
+        Raises ServiceError with the reason if it failed or was cancelled, or if nothing was heard of it for an hour: no
+        service may be left that can write to its disk.
+        """
         heard = time.monotonic()
         while job.state in ("queued", "running"):
             tell(job)
@@ -140,7 +195,18 @@ class Client:
             job = now
         if job.state == "failed":
             raise ServiceError(500, "job_failed", job.error or "the job failed", None)
+        if job.state == "cancelled":
+            raise ServiceError(409, "job_cancelled", f"job {job.id} was cancelled", None)
         return job
+
+    def _all(self, path: str, kind: type[AnyPage]) -> Iterator[Any]:
+        after = ""
+        while True:
+            page = self._parsed(kind, self._ask("GET", path + after))
+            yield from page.data
+            if page.next is None:
+                return
+            after = f"?after={page.next}"
 
     def _post(self, path: str, kind: type[BaseModel], fields: dict[str, Any]) -> bytes:
         try:

@@ -46,6 +46,10 @@ class _Limited(asyncio.Protocol):
         elif self._timer is None:
             self._start()
 
+    def send_400_response(self, _message: str) -> None:
+        """What uvicorn says in plain text of bytes that are no HTTP."""
+        self._refuse("400 Bad Request", "invalid_http", "what came is no valid HTTP request")
+
     def _start(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self.header_seconds, self._late)
 

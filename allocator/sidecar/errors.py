@@ -1,6 +1,7 @@
 """Every answer that is no success: `{"error": {"type", "message", "param"}}`, one status for one kind of mistake."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,15 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
+from allocator.sidecar.backends import StoreUnreachableError
 from allocator.sidecar.schemas import ErrorResponse
 
 __all__ = ["ApiError", "error_response", "install_handlers", "of_gamma_error", "responses"]
 
 _TYPES = {
     400: "invalid_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    408: "timeout", 409: "conflict", 413: "too_large", 421: "misdirected", 422: "invalid_schema",
-    429: "too_many_requests", 500: "internal", 503: "unavailable",
+    408: "timeout", 409: "conflict", 413: "too_large", 415: "unsupported_media_type", 421: "misdirected",
+    422: "invalid_schema", 429: "too_many_requests", 500: "internal", 503: "unavailable",
 }  # fmt: skip
 _DESCRIPTIONS = {
     400: "the request cannot be used: broken JSON, or a value that means nothing here, such as an unknown unit",
@@ -28,12 +30,17 @@ _DESCRIPTIONS = {
     408: "the body did not come in time",
     409: "what is stored contradicts the request",
     413: "the body is too large",
+    415: "the body is not sent as application/json",
     421: "the Host header is not of this service",
     422: "the body is not of the schema, or no assignment fits the budget",
     429: "too much at once; try again after Retry-After seconds",
     500: "a mistake of the service; the log has the request id",
     503: "not possible at the moment",
 }
+
+
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+"""Options of the command line: the fields of a request have their names, with underscores."""
 
 
 class ApiError(Exception):
@@ -67,14 +74,17 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def of_gamma_error(error: GammaError, param: str | None) -> ApiError:
-    """The answer for an error that the command line would print."""
+    """The answer for an error that the command line would print; options are named as the fields of requests."""
+    if isinstance(error, StoreUnreachableError):
+        return ApiError(503, str(error), None)
+    message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), str(error))
     if isinstance(error, InfeasibleBudgetError):
-        return ApiError(422, str(error), param, "infeasible_budget")
+        return ApiError(422, message, param, "infeasible_budget")
     if isinstance(error, InputError):
-        return ApiError(400, str(error), param)
+        return ApiError(400, message, param)
     if isinstance(error, ContractError):
-        return ApiError(409, str(error), param)
-    return ApiError(500, str(error), param)
+        return ApiError(409, message, param)
+    return ApiError(500, message, param)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
     jobs/<hex>/request.json    what is asked for, created once
     jobs/<hex>/claim-<n>.json  who makes attempt n: created by one service only, however many try
+    jobs/<hex>/cancel-<n>.json empty: attempt n is to end, wherever it is made
     jobs/<hex>/state.json      what the claimant says of it, and when it said so last
 
 A claimant that died is known at once on its own machine (its process is gone), elsewhere when it has been silent for
@@ -145,6 +146,20 @@ class JobFiles:
             error=job.error, updated=time.time(),
         )  # fmt: skip
         self._backend.replace(f"{_at(job.id)}/state.json", state.model_dump_json().encode())
+
+    def ask_to_cancel(self, identity: str, attempt: int) -> None:
+        """Tell the service that makes attempt `attempt`, which looks for it with each word it writes."""
+        self._backend.create(f"{_at(identity)}/cancel-{attempt:06d}.json", b"")
+
+    def cancel_asked(self, identity: str, attempt: int) -> bool:
+        return self._backend.exists(f"{_at(identity)}/cancel-{attempt:06d}.json")
+
+    def delete(self, identity: str) -> None:
+        """Forget a job. The request goes first: without it nobody takes the job up."""
+        at = _at(identity)
+        self._backend.delete(f"{at}/request.json")
+        for name in self._backend.names(at):
+            self._backend.delete(f"{at}/{name}")
 
     def _is_dead(self, at: str, attempt: int, updated: float) -> bool:
         content = self._backend.read(f"{at}/claim-{attempt:06d}.json")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import subprocess
 import time
 import uuid
@@ -9,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from allocator.contract.checkpoint import check_checkpoint
-from allocator.contract.errors import ContractError, GammaError, InputError
+from allocator.contract.errors import ContractError, GammaError, InputError, StoppedError
 from allocator.sidecar.backends import FolderBackend
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.job_files import JobFiles, JobRecord, JobRequest, Owner, now_text
@@ -43,6 +44,7 @@ class Jobs:
         self._tasks: list[asyncio.Task[None]] = []
         self._process: subprocess.Popen[str] | None = None
         self._closing = False
+        self._cancelled: set[str] = set()
         self._volume = "" if folder is None else _volume_of(folder)
 
     def start(self) -> None:
@@ -103,6 +105,65 @@ class Jobs:
             raise ApiError(404, f"there is no job {identity}", "id")
         return record.job
 
+    async def page(self, most: int, after: str | None) -> tuple[list[Job], str | None]:
+        """At most `most` jobs after the id `after`, and the id to go on after, None at the end."""
+        ids = [one for one in await asyncio.to_thread(self._files.ids) if after is None or one > after]
+        found = []
+        for identity in ids[:most]:
+            with contextlib.suppress(ApiError):  # deleted meanwhile
+                found.append(await self.get(identity))
+        return found, ids[most - 1] if len(ids) > most else None
+
+    async def cancel(self, identity: str) -> Job:
+        """End a job that waits or is made, here or by another service. Raises ApiError 404, 409 when it has ended.
+
+        One that is being made is "running" until its process is gone.
+        """
+        job = await self.get(identity)
+        if job.state == "cancelled":
+            return job
+        if job.state in ("succeeded", "failed"):
+            raise ApiError(409, f"job {identity} has {job.state} already", "id")
+        record = await asyncio.to_thread(self._files.read, identity)
+        if record is None:
+            raise ApiError(404, f"there is no job {identity}", "id")
+        here = self._here.get(identity)
+        if here is not None and here.state == "running":
+            self._end(identity)
+            return here
+        if record.open and await asyncio.to_thread(self._files.claim, identity, record.attempt + 1):
+            ended = record.job.model_copy(
+                update={"state": "cancelled", "attempt": record.attempt + 1, "updated": now_text(time.time())}
+            )
+            await asyncio.to_thread(self._files.write, ended)
+            if here is not None:
+                self._here[identity] = ended
+            await self._count()
+            return ended
+        record = await asyncio.to_thread(self._files.read, identity)
+        if record is not None:
+            await asyncio.to_thread(self._files.ask_to_cancel, identity, record.attempt)
+        return await self.get(identity)
+
+    async def delete(self, identity: str) -> None:
+        """Forget a job that has ended; its checkpoint stays. Raises ApiError 404, 409 for one that has not."""
+        job = await self.get(identity)
+        if job.state in ("queued", "running"):
+            raise ApiError(409, f"job {identity} is {job.state}; cancel it first", "id")
+        await asyncio.to_thread(self._files.delete, identity)
+        self._here.pop(identity, None)
+        await self._count()
+
+    async def _count(self) -> None:
+        with contextlib.suppress(Exception):
+            self._metrics.set_jobs(await self.counts())
+
+    def _end(self, identity: str) -> None:
+        """End the attempt that is made here."""
+        self._cancelled.add(identity)
+        if self._process is not None:
+            self._process.kill()
+
     async def counts(self) -> dict[str, int]:
         """Number of jobs of the store by state."""
         found: Counter[str] = Counter()
@@ -138,19 +199,20 @@ class Jobs:
         while True:
             record = await self._waiting.get()
             identity = record.job.id
+            self._here.setdefault(identity, record.job)
             try:
                 await self._make(record)
             except Exception as error:
                 self._log("error", "job cannot be run", job=identity, reason=f"{type(error).__name__}: {error}")
             finally:
                 if not self._closing:
-                    job = self._here[identity]
+                    job = self._here.get(identity, record.job)
                     if await self._tell(job) or job.state in ("queued", "running"):
-                        self._here.pop(identity)
+                        self._here.pop(identity, None)
                     elif len(self._here) > 256:  # told by nobody but us, while the store cannot be written
                         self._here.pop(next(iter(self._here)))
-                    with contextlib.suppress(Exception):
-                        self._metrics.set_jobs(await self.counts())
+                    self._cancelled.discard(identity)
+                    await self._count()
 
     async def _make(self, record: JobRecord) -> None:
         request, attempt = record.request, record.attempt + 1
@@ -170,7 +232,11 @@ class Jobs:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            if not self._closing:
+            if identity in self._cancelled:
+                await asyncio.to_thread(_clean, self._out(request.manifest))
+                self._update(identity, state="cancelled", step="")
+                self._log("info", "job cancelled", job=identity)
+            elif not self._closing:
                 reason = str(error) if isinstance(error, GammaError) else f"{type(error).__name__}: {error}"
                 self._update(identity, state="failed", error=reason[:2000])
                 self._log("error", "job failed", job=identity, reason=reason)
@@ -185,8 +251,7 @@ class Jobs:
             await asyncio.gather(beat, return_exceptions=True)
 
     def _export(self, request: JobRequest) -> None:
-        assert self._folder is not None
-        out = self._folder / hex_of(request.manifest)
+        out = self._out(request.manifest)
         if self._whole(request.manifest):
             return
         manifest = self._store.manifest(request.manifest)
@@ -197,6 +262,8 @@ class Jobs:
             raise InputError(f"the store offers no bank {manifest.bank_digest}; add it with `gamma store add`")
 
         def progress(what: str, share: float) -> None:
+            if request.identity in self._cancelled:
+                raise StoppedError("cancelled")
             self._update(request.identity, step=what, progress=min(max(share, 0.0), 1.0))
 
         materialise(manifest, entries[-1], self._store, out, progress, self._take_process)
@@ -206,8 +273,12 @@ class Jobs:
 
     def _take_process(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        if self._closing:
+        if self._closing or self._cancelled:
             process.kill()
+
+    def _out(self, manifest_digest: str) -> Path:
+        assert self._folder is not None
+        return self._folder / hex_of(manifest_digest)
 
     def _whole(self, manifest_digest: str) -> bool:
         assert self._folder is not None
@@ -222,7 +293,11 @@ class Jobs:
 
     async def _beat(self, identity: str, ended: asyncio.Event) -> None:
         while not ended.is_set():
-            await self._tell(self._here[identity])
+            job = self._here[identity]
+            if await self._tell(job) and job.state == "running" and identity not in self._cancelled:
+                with contextlib.suppress(OSError):
+                    if await asyncio.to_thread(self._files.cancel_asked, identity, job.attempt):
+                        self._end(identity)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), _BEAT_SECONDS)
 
@@ -236,6 +311,12 @@ class Jobs:
             self._log("warning", "state of a job cannot be written", job=job.id, reason=str(error))
             return False
         return True
+
+
+def _clean(out: Path) -> None:
+    """Remove what a checkpoint that will not be made has left beside its place."""
+    for left in (".sources", ".partial"):
+        shutil.rmtree(out.with_name(f".{out.name}{left}"), ignore_errors=True)
 
 
 def _volume_of(folder: Path) -> str:

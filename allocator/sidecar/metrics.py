@@ -51,6 +51,17 @@ class Metrics:
             "gamma_manifest_info", "The manifest in service on this node.", ["model", "manifest", "method"],
             registry=self.registry,
         )  # fmt: skip
+        self.store_reachable = Gauge(
+            "gamma_store_reachable", "1 while the store answers, 0 while it does not.", registry=self.registry
+        )
+        self.unreadable_entries = Gauge(
+            "gamma_store_unreadable_entries", "Entries of the store that are left out because they cannot be read.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.unusable_token_files = Gauge(
+            "gamma_sidecar_unusable_token_files", "Token files that cannot be used: their tokens are refused.",
+            registry=self.registry,
+        )  # fmt: skip
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def observe(self, route: str, method: str, code: int, seconds: float) -> None:
@@ -64,7 +75,7 @@ class Metrics:
         children[1].observe(seconds)
 
     def set_jobs(self, counts: Mapping[str, int]) -> None:
-        for state in ("queued", "running", "succeeded", "failed"):
+        for state in ("queued", "running", "succeeded", "failed", "cancelled"):
             self.jobs.labels(state).set(counts.get(state, 0))
 
     def text(self) -> bytes:

@@ -130,7 +130,8 @@ class Guard:
             raise ApiError(401, "a bearer token is needed: Authorization: Bearer TOKEN", headers=_CHALLENGE)
         granted = self._tokens.scope_of(token.strip())
         if granted is None:
-            raise ApiError(401, "the token is not known", headers=_CHALLENGE)
+            why = "; a token file cannot be used, the service's log has the reason" if self._tokens.problems else ""
+            raise ApiError(401, f"the token is not known{why}", headers=_CHALLENGE)
         return granted
 
 
@@ -139,8 +140,14 @@ def _host_of(header: bytes) -> str:
     return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
 
 
+def _is_json(scope: Dictionary) -> bool:
+    """A missing type is none: a page elsewhere can make a browser send such a body without asking us first."""
+    given = next((v for k, v in scope["headers"] if k == b"content-type"), b"").partition(b";")[0].strip().lower()
+    return bool(given == b"application/json" or (given.startswith(b"application/") and given.endswith(b"+json")))
+
+
 class Limits:
-    """A body of at most `most_bytes`, all of it within `seconds`."""
+    """A body of at most `most_bytes`, all of it within `seconds`, and JSON by its type."""
 
     def __init__(self, app: Asgi, most_bytes: int, seconds: float) -> None:
         self._app, self._most, self._seconds = app, most_bytes, seconds
@@ -159,6 +166,11 @@ class Limits:
             await error_response(late)(scope, receive, send)
             return
         if body is None:
+            return
+        if body and not _is_json(scope):
+            await error_response(ApiError(415, "the body must be JSON: send Content-Type: application/json"))(
+                scope, receive, send
+            )
             return
         first: Dictionary | None = {"type": "http.request", "body": body, "more_body": False}
 

@@ -33,15 +33,17 @@ async def healthz() -> Health:
 
 @router.get(
     "/readyz",
-    responses=responses() | {503: {"model": Health, "description": "not prepared yet, or preparing failed"}},
+    responses=responses()
+    | {503: {"model": Health, "description": "not prepared yet, preparing failed, or the store was never read"}},
     summary="The service can be used; with --node: checkpoint and vllm.yaml are there",
 )
 async def readyz(request: Request, response: Response) -> Health:
-    node = service_of(request).node
-    if node.ready:
-        return Health(status="ok", message=node.status.message)
+    service = service_of(request)
+    reason = service.not_ready
+    if reason is None:
+        return Health(status="ok", message=service.node.status.message or service.catalogue.remarks)
     response.status_code = 503
-    return Health(status="not ready", message=node.status.message or f"{node.status.state}: {node.status.step}")
+    return Health(status="not ready", message=reason)
 
 
 @router.get("/version", responses=responses(), summary="Release of the service and version of the API")

@@ -1,13 +1,14 @@
 """/v1/gpus, /v1/plans."""
 
-from typing import Annotated, Any
+import json
+from typing import Annotated
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Body, Request, Response
 
 from allocator.fitting import Gpu, load_catalogue
 from allocator.sidecar.errors import responses
 from allocator.sidecar.routes_solving import service_of
-from allocator.sidecar.schemas import GpuInfo, GpuList, PlanRequestBody
+from allocator.sidecar.schemas import GpuInfo, GpuList, PlanAnswer, PlanRequestBody
 
 __all__ = ["router"]
 
@@ -21,8 +22,8 @@ async def list_gpus() -> GpuList:
 
 @router.post(
     "/plans",
-    response_model=dict[str, Any],
-    responses=responses(401, 404, 408, 409, 413, 422),
+    response_model=PlanAnswer,
+    responses=responses(401, 404, 408, 409, 413, 415, 422, 503),
     summary="What fits: memory by line, what is left for weights, and what would make it fit",
 )
 async def plan(
@@ -36,11 +37,12 @@ async def plan(
             }
         ),
     ],
-) -> dict[str, Any]:
+) -> Response:
     service = service_of(request)
     entry = await service.catalogue.find(body.model)
     manifest = None if body.manifest is None else await service.allocations.manifest_text(body.manifest)
-    return await service.allocations.plan(body, entry, manifest)
+    made = await service.allocations.plan(body, entry, manifest)
+    return Response(json.dumps(made), media_type="application/json")
 
 
 def _gpu(gpu: Gpu) -> GpuInfo:

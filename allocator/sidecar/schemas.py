@@ -4,13 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest
-from allocator.contract.manifest import Proof
+from allocator.contract.manifest import Manifest, Proof
+from allocator.fitting import Plan
 
 __all__ = [
-    "Allocation", "AllocationRequest", "CheckpointRequest", "DiffRequest", "ErrorBody", "ErrorResponse", "GpuInfo",
-    "Health", "Job", "JobState", "MeasuredPoint", "ModelInfo", "NodeStatus", "PlanHardware", "PlanRequestBody",
-    "SweepPoint", "SweepRequest", "SweepResult", "Version", "page_of",
+    "Allocation", "AllocationList", "AllocationRequest", "CheckpointRequest", "Deleted", "DiffRequest", "DiffResult",
+    "ErrorBody", "ErrorResponse", "Fit", "FitRequest", "GpuInfo", "GpuList", "Health", "Job", "JobList", "JobState",
+    "ManifestAnswer", "ManifestInfo", "ManifestList", "MeasuredPoint", "ModelInfo", "ModelList", "NodeStatus",
+    "OfAllocation", "PlanAnswer", "PlanHardware", "PlanRequestBody", "SweepPoint", "SweepRequest", "SweepResult",
+    "Version",
 ]  # fmt: skip
 
 ModelId = Annotated[
@@ -24,9 +28,32 @@ ModelId = Annotated[
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Width = Literal[2, 3, 4, 5, 6, 8, 16]
 Rules = Annotated[dict[Pattern, Width], Field(max_length=64)]
-Amount = Annotated[
-    str, Field(min_length=1, max_length=40, description="bytes: 123456789, 5.9GiB or 6GB", examples=["18GiB"])
+Memory = Annotated[
+    str, Field(min_length=1, max_length=40, description="bytes: 123456789, 5.9GiB or 6GB", examples=["24GiB"])
 ]
+Amount = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=40, description="bytes (123456789, 5.9GiB, 6GB), or average bits: 3.5bits",
+        examples=["18GiB"],
+    ),
+]  # fmt: skip
+AverageBits = Annotated[
+    float,
+    Field(
+        description="stored bits a weight, scales and zero points included, over all modules that have a choice of "
+        "widths, embedding and lm_head among them; what `average_bits` of a request counts"
+    ),
+]
+
+
+def _exactly_one_of(*names: str) -> dict[str, Any]:
+    """For the OpenAPI document: of these fields one has a value."""
+    return {"oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names]}
+
+
+_ONE_DEVICE = _exactly_one_of("gpu", "gpu_memory")
+_ONE_BUDGET = _exactly_one_of("budget", "average_bits", "plan")
 
 
 class Body(BaseModel):
@@ -44,8 +71,10 @@ class Answer(BaseModel):
 class PlanHardware(Body):
     """The hardware, and how vLLM is started on it; defaults are vLLM's."""
 
+    model_config = ConfigDict(json_schema_extra=_ONE_DEVICE)
+
     gpu: str | None = Field(default=None, max_length=80, examples=["l4"], description="a GPU of /v1/gpus")
-    gpu_memory: Amount | None = Field(default=None, description="memory of one GPU instead of a name")
+    gpu_memory: Memory | None = Field(default=None, description="memory of one GPU instead of a name")
     max_model_len: int | None = Field(default=None, ge=1, le=1 << 26, description="default: what the model allows")
     max_num_seqs: int = Field(default=1, ge=1, le=1 << 16, description="sequences of max_model_len that must fit")
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
@@ -71,6 +100,8 @@ class PlanRequestBody(PlanHardware):
 class AllocationRequest(Body):
     """`POST /v1/allocations`: a model, and exactly one of `budget`, `average_bits` and `plan`."""
 
+    model_config = ConfigDict(json_schema_extra=_ONE_BUDGET)
+
     model: ModelId
     budget: Amount | None = None
     average_bits: float | None = Field(default=None, gt=0, le=16)
@@ -88,7 +119,10 @@ class AllocationRequest(Body):
 
 
 class Allocation(Answer):
-    """An assignment that was solved. `id` is the digest of the request, `predicted_loss` the sum of scores."""
+    """An assignment that was solved. `id` is the digest of the request, `predicted_loss` the sum of scores.
+
+    In `request` amounts are bytes: 2MB and 2000000 are one request.
+    """
 
     object: Literal["allocation"] = "allocation"
     id: Digest
@@ -101,11 +135,24 @@ class Allocation(Answer):
     requested: str
     budget_bytes: int
     tensor_bytes: int
-    average_bits: float
+    average_bits: AverageBits
     predicted_loss: float
     unit: str
     proof: Proof | None = None
     weight_budget_bytes: int | None = Field(default=None, description="of a plan: bytes a rank may hold of weights")
+    manifest: str | None = Field(
+        default=None, description="with ?manifest=true: the manifest, byte for byte as `gamma solve --out` writes it"
+    )
+
+
+class FitRequest(Body):
+    """`POST /v1/fits`: a model on some hardware. Without `budget` the weights get what the hardware leaves, or,
+    where that is too little, the smallest assignment."""
+
+    model: ModelId
+    hardware: PlanHardware
+    budget: Amount | None = None
+    fusion: Literal["free", "tied"] = "free"
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +178,7 @@ class SweepPoint(Answer):
 
     budget_bytes: int
     tensor_bytes: int
-    average_bits: float
+    average_bits: AverageBits
     predicted_loss: float
     bound: float
 
@@ -145,7 +192,7 @@ class MeasuredPoint(Answer):
 
     manifest_digest: Digest
     tensor_bytes: int
-    average_bits: float
+    average_bits: AverageBits
     predicted_loss: float
     measured_loss: float
     record: Literal["verification", "refinement"]
@@ -168,11 +215,63 @@ class SweepResult(Answer):
     measured: list[MeasuredPoint] = Field(description="of manifests that `gamma store add-manifest` brought")
 
 
-class DiffRequest(Body):
-    """`POST /v1/diff`: two manifests of one model, by digest of the store or whole."""
+class OfAllocation(Body):
+    """The manifest that answers a request. It need not be in the store: what is not known is solved."""
 
-    before: Digest | dict[str, Any] = Field(description="digest of a stored manifest, or a manifest")
-    after: Digest | dict[str, Any]
+    allocation: AllocationRequest
+
+
+class DiffRequest(Body):
+    """`POST /v1/diff`: two manifests of one model, by digest of the store, by request, or whole."""
+
+    before: Digest | OfAllocation | dict[str, Any] = Field(
+        description="digest of a stored manifest, the request of an allocation, or a manifest"
+    )
+    after: Digest | OfAllocation | dict[str, Any]
+
+
+class DiffSide(Answer):
+    """One of the two. `block_bits` is what `average_bits` is, but over the linear modules of the blocks alone."""
+
+    digest: Digest
+    requested: str
+    budget_bytes: int
+    tensor_bytes: int
+    average_bits: AverageBits | None = Field(
+        description="null: without scores it is not known which modules have a choice"
+    )
+    block_bits: float
+    predicted_loss: float | None
+    method: str
+
+
+class DiffChange(Answer):
+    """One module that is stored differently; losses are null where scores are not known."""
+
+    module: str
+    bits_before: int
+    bits_after: int
+    group_size_before: int | None
+    group_size_after: int | None
+    bytes_before: int
+    bytes_after: int
+    bytes_change: int
+    loss_before: float | None
+    loss_after: float | None
+    loss_change: float | None
+
+
+class DiffResult(Answer):
+    """What `after` has otherwise than `before`."""
+
+    model: ModelReference
+    before: DiffSide
+    after: DiffSide
+    tensor_bytes_change: int
+    predicted_loss_change: float | None
+    unit: str | None
+    modules: int
+    changed: list[DiffChange]
 
 
 class CheckpointRequest(Body):
@@ -181,7 +280,7 @@ class CheckpointRequest(Body):
     manifest: Digest
 
 
-JobState = Literal["queued", "running", "succeeded", "failed"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 class Job(Answer):
@@ -245,6 +344,78 @@ class GpuList(Answer):
     data: list[GpuInfo]
 
 
+class _Page(Answer):
+    """Part of a list, by id. `next` is the `after` of the next part, null at the end."""
+
+    object: Literal["list"] = "list"
+    next: str | None = None
+
+
+class AllocationList(_Page):
+    data: list[Allocation]
+
+
+class JobList(_Page):
+    data: list[Job]
+
+
+class ManifestInfo(Answer):
+    """One stored manifest. `measured`: it says what was measured."""
+
+    object: Literal["manifest"] = "manifest"
+    id: Digest
+    model: str
+    model_digest: Digest
+    bank_digest: Digest
+    scores_digest: Digest | None
+    method: str
+    requested: str
+    budget_bytes: int
+    tensor_bytes: int
+    measured: bool
+
+
+class ManifestList(_Page):
+    data: list[ManifestInfo]
+
+
+class Deleted(Answer):
+    """What is no longer in the store."""
+
+    object: Literal["deleted"] = "deleted"
+    id: Digest
+    deleted: Literal[True] = True
+
+
+class PlanAnswer(Plan):
+    """A plan as `gamma plan --out` writes it."""
+
+    schema_: Literal["gamma.plan"] = Field(alias="schema")
+    schema_version: Literal[1]
+    digest_: Digest = Field(alias="digest")
+
+
+class ManifestAnswer(Manifest):
+    """A manifest as `gamma solve --out` writes it."""
+
+    schema_: Literal["gamma.manifest"] = Field(alias="schema")
+    schema_version: Literal[1]
+    digest_: Digest = Field(alias="digest")
+
+
+class Fit(Answer):
+    """All that a page shows of one choice, so that no other answer is needed, nor the same service twice.
+
+    `plan` is what the hardware leaves for the weights, `planned` the plan of the assignment: what is left for the KV
+    cache. `allocation` has its manifest.
+    """
+
+    object: Literal["fit"] = "fit"
+    plan: PlanAnswer
+    allocation: Allocation
+    planned: PlanAnswer
+
+
 class NodeStatus(Answer):
     """What `gamma sidecar --node` prepared."""
 
@@ -279,8 +450,3 @@ class ErrorResponse(Answer):
     """Every answer that is no success."""
 
     error: ErrorBody
-
-
-def page_of(items: list[Any]) -> dict[str, Any]:
-    """The shape of a list."""
-    return {"object": "list", "data": items}

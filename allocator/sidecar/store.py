@@ -1,6 +1,7 @@
 """The store: scores, banks, manifests, allocations and jobs by content digest. The service keeps no other state.
 
     entries/<scores hex>.json      what is offered (`Entry`)
+    entries/<scores hex>.<name>.json   the same scores under one more name
     scores/<hex>.json              `Scores`
     banks/<hex>/...                a bank folder, `bank.json` written last
     sources/<model hex>/...        the 16-bit model, if it was published too
@@ -17,6 +18,7 @@ object write the same bytes, and it does not matter which was first.
 
 import json
 import re
+from dataclasses import dataclass
 from typing import TypeVar
 
 from allocator.contract.documents import Document, parse_json
@@ -25,10 +27,10 @@ from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
 from allocator.contract.scores import Scores
-from allocator.sidecar.backends import Backend, open_backend
+from allocator.sidecar.backends import Backend, StoreUnreachableError, open_backend
 from allocator.sidecar.entry import Entry
 
-__all__ = ["Store", "document_text", "hex_of"]
+__all__ = ["Listing", "Store", "document_text", "hex_of"]
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 AnyDocument = TypeVar("AnyDocument", bound=Document)
@@ -44,6 +46,20 @@ def hex_of(digest: str) -> str:
 def document_text(document: Document) -> str:
     """The document as `Document.write` writes it."""
     return json.dumps(document.payload() | {"digest": document.digest}, indent=1, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a store offers, by the path of each entry; `unreadable` is why not, by path of those that cannot be read."""
+
+    files: dict[str, Entry]
+    unreadable: dict[str, str]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The newest last; scores stand once under each of their names."""
+        found = {(e.scores_digest, e.name): e for e in sorted(self.files.values(), key=lambda e: e.added)}
+        return sorted(found.values(), key=lambda e: (e.added, e.scores_digest, e.name))
 
 
 class Store:
@@ -67,14 +83,30 @@ class Store:
         if self.backend.folder is not None:
             check_output_folder(self.backend.folder, "--store")
 
-    def entries(self) -> list[Entry]:
-        """Everything on offer, the newest last."""
-        found = []
+    def check(self) -> None:
+        """Raises InputError when there is no such store, StoreUnreachableError when it does not answer."""
+        self.backend.check()
+
+    def listing(self) -> Listing:
+        """Everything on offer. An entry that cannot be read hides none of the others."""
+        files, unreadable = {}, {}
         for name in self.backend.names("entries"):
-            content = self.backend.read(f"entries/{name}")
-            if content is not None:
-                found.append(_parse(Entry, content, f"{self.url}/entries/{name}"))
-        return sorted(found, key=lambda e: (e.added, e.scores_digest))
+            path = f"entries/{name}"
+            try:
+                content = self.backend.read(path)
+                if content is not None:
+                    files[path] = _parse(Entry, content, f"{self.url}/{path}")
+            except StoreUnreachableError as error:
+                if self.backend.folder is None:
+                    raise
+                unreadable[path] = str(error)  # one file of a folder: its rights, or the disk
+            except ContractError as error:
+                unreadable[path] = str(error)
+        return Listing(files, unreadable)
+
+    def entries(self) -> list[Entry]:
+        """Everything on offer that can be read, the newest last."""
+        return self.listing().entries
 
     def scores(self, digest: str) -> Scores | None:
         return self._document(Scores, "scores", digest)
@@ -98,7 +130,16 @@ class Store:
         self.backend.replace(path, document_text(measured).encode())
 
     def add_entry(self, entry: Entry) -> None:
-        self.backend.replace(f"entries/{hex_of(entry.scores_digest)}.json", document_text(entry).encode())
+        """Offer scores under a name. The same name again replaces the entry, another one is offered beside it."""
+        first, content = f"entries/{hex_of(entry.scores_digest)}.json", document_text(entry).encode()
+        if self.backend.create(first, content):
+            return
+        present = self.backend.read(first)
+        try:
+            same = present is None or _parse(Entry, present, first).name == entry.name
+        except ContractError:
+            same = True
+        self.backend.replace(first if same else first.replace(".json", f".{entry.name}.json"), content)
 
     def add_scores(self, scores: Scores) -> None:
         self.backend.create(f"scores/{hex_of(scores.digest)}.json", document_text(scores).encode())

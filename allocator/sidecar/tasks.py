@@ -32,6 +32,7 @@ from allocator.sidecar.schemas import (
 )
 from allocator.sidecar.store import Store, document_text
 from allocator.solving import SolveSettings, solve_scores
+from allocator.solving.budget import parse_amount
 from allocator.solving.program import Program
 from allocator.solving.sweep import UniformPlan, uniform_plans
 from allocator.solving.sweep import sweep as solve_sweep
@@ -109,7 +110,7 @@ def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> di
     """The plan of a model on some hardware, with a manifest for that assignment."""
     entry = Entry.model_validate_json(entry_json)
     hardware = PlanHardware.model_validate_json(hardware_json)
-    memory = None if hardware.gpu_memory is None else parse_budget(hardware.gpu_memory)
+    memory = None if hardware.gpu_memory is None else parse_budget(hardware.gpu_memory, "gpu_memory")
     request = PlanRequest(**hardware.model_dump(exclude={"gpu", "gpu_memory"}))
     formats = None
     if manifest_text is not None:
@@ -126,8 +127,8 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, measu
     request = SweepRequest.model_validate_json(request_json)
     scores = _scores_of(scores_digest)
     low, high = scores.feasible_bytes()
-    first = low if request.smallest is None else parse_budget(request.smallest)
-    last = high if request.largest is None else parse_budget(request.largest)
+    first = low if request.smallest is None else parse_amount(request.smallest, scores, "smallest")
+    last = high if request.largest is None else parse_amount(request.largest, scores, "largest")
     if not low <= first < last:
         raise InputError(
             f"smallest {first} and largest {last} bytes: smallest must be at least {low} (the smallest assignment) "

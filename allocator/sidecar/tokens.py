@@ -12,6 +12,7 @@ from allocator.contract.errors import InputError
 __all__ = ["Scope", "Tokens"]
 
 Scope = Literal["read", "write"]
+Stamp = tuple[int, int, int, int]
 
 _MAX_BYTES = 1 << 20
 _LEAST_LENGTH = 16
@@ -21,56 +22,57 @@ _LOOK_SECONDS = 1.0
 class Tokens:
     """Which token may do what. Only hashes are kept; comparison takes the same time for every token.
 
-    Lines that begin with # are comments. A file that becomes unreadable or wrong later leaves the tokens as they
-    were, and `problem` says why. Raises InputError when it is so from the start.
+    Lines that begin with # are comments. Each file stands for itself: one that is emptied, deleted or broken later
+    gives no token any more, and `problems` says why, by path. Raises InputError when one cannot be used from the start.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
-        self._seen: list[tuple[int, int, int] | None] = []
-        self._hashes: list[tuple[Scope, bytes]] = []
+        self._paths = list(dict.fromkeys(paths))
+        self._seen: dict[Path, Stamp | None] = {}
+        self._hashes: dict[Path, list[tuple[Scope, bytes]]] = {}
         self._looked = 0.0
-        self.problem: str | None = None
-        self._load()
+        self.problems: dict[Path, str] = {}
+        self.look()
+        if self.problems:
+            raise InputError("; ".join(self.problems.values()))
 
     def scope_of(self, token: str) -> Scope | None:
         """What `token` may do, None if it is not known."""
-        self._look()
+        if time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self.look()
         given = _hash(token)
         found: Scope | None = None
-        for scope, known in self._hashes:
+        for scope, known in [entry for entries in self._hashes.values() for entry in entries]:
             if hmac.compare_digest(given, known) and found != "write":
                 found = scope
         return found
 
-    def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
-            return
-        self._looked = now
-        if [_stamp(path) for path in self._paths] != self._seen:
+    def look(self) -> None:
+        """Read the files that changed."""
+        self._looked = time.monotonic()
+        for path in self._paths:
+            stamp = _stamp(path)
+            if path in self._seen and stamp is not None and stamp == self._seen[path]:
+                continue
+            self._seen[path] = stamp
             try:
-                self._load()
-                self.problem = None
+                self._hashes[path] = _read(path)
+                self.problems.pop(path, None)
             except InputError as error:
-                self.problem = str(error)
-
-    def _load(self) -> None:
-        seen = [_stamp(path) for path in self._paths]
-        hashes = [entry for path in self._paths for entry in _read(path)]
-        self._seen, self._hashes = seen, hashes
+                self._hashes[path] = []
+                self.problems[path] = str(error)
 
 
 def _hash(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _read(path: Path) -> list[tuple[Scope, bytes]]:

@@ -1,16 +1,13 @@
 """Budgets as an average number of bits, `3.25bits`, in bytes of a given model."""
 
 import math
-import re
 from fractions import Fraction
 
-from allocator.contract.amounts import parse_budget
+from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.scores import Scores
 
 __all__ = ["average_bits_of", "budget_for_average_bits", "parse_amount"]
-
-_BITS = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,10})?)\s*bits?", re.ASCII)
 
 
 def budget_for_average_bits(scores: Scores, bits: float) -> int:
@@ -40,13 +37,11 @@ def average_bits_of(scores: Scores, tensor_bytes: int) -> float:
     return 8 * (tensor_bytes - fixed) / parameters
 
 
-def parse_amount(text: str, scores: Scores) -> int:
+def parse_amount(text: str, scores: Scores, what: str = "budget") -> int:
     """Bytes of a budget given as an amount of memory (`5.9GiB`) or as average bits (`3.25bits`). Raises InputError for
     anything else, InfeasibleBudgetError for average bits that no assignment has."""
-    match = _BITS.fullmatch(text.strip())
-    if match is not None:
-        return budget_for_average_bits(scores, float(match[1]))
-    return parse_budget(text)
+    bits = parse_average_bits(text)
+    return parse_budget(text, what) if bits is None else budget_for_average_bits(scores, bits)
 
 
 def _fixed_and_parameters(scores: Scores) -> tuple[int, int]:

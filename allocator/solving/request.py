@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from allocator.contract.amounts import parse_budget
+from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
@@ -16,7 +16,7 @@ __all__ = ["SolveSettings", "solve_scores"]
 
 @dataclass(frozen=True)
 class SolveSettings:
-    """A budget, in bytes as text (`5.9GiB`) or in average bits (exactly one of them), and what the solver must keep:
+    """A budget, as text (`5.9GiB`, `3.25bits`) or in average bits (exactly one of them), and what the solver must keep:
     rules for widths, and whether fused modules get one width."""
 
     budget: str | None = None
@@ -29,12 +29,13 @@ def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: fl
     """The manifest of the best assignment for a budget. Raises InputError, InfeasibleBudgetError."""
     if (settings.budget is None) == (settings.average_bits is None):
         raise InputError("give exactly one of --budget and --average-bits")
-    if settings.budget is not None:
-        requested, nbytes = settings.budget, parse_budget(settings.budget)
+    bits = settings.average_bits if settings.budget is None else parse_average_bits(settings.budget)
+    if bits is None:
+        assert settings.budget is not None
+        nbytes = parse_budget(settings.budget)
+        requested = f"{nbytes} bytes"  # not as typed: the manifests of 2MB and of 2000000 are one
     else:
-        assert settings.average_bits is not None
-        requested = f"{settings.average_bits} bits"
-        nbytes = budget_for_average_bits(scores, settings.average_bits)
+        requested, nbytes = f"{bits} bits", budget_for_average_bits(scores, bits)
     solution = solve(
         scores,
         nbytes,

@@ -30,6 +30,17 @@ def test_the_client_does_what_the_api_does(sidecar: Running) -> None:
     assert len(client.sweep(model="tiny", points=3).points) == 3
     job = client.wait(client.make_checkpoint(allocation.manifest_digest))
     assert job.state == "succeeded"
+    assert allocation in list(client.allocations())
+    assert allocation.manifest_digest in {one.id for one in client.manifests()}
+    assert job.id in {one.id for one in client.jobs()}
+    with pytest.raises(ServiceError, match="succeeded already"):
+        client.cancel(job.id)
+    whole = client.allocate(model="tiny", average_bits=3.1, keep=False, manifest=True)
+    assert client.manifest_of(whole).digest == whole.manifest_digest
+    fit = client.fit(model="Qwen3-32B", hardware={"gpu": "l4", "max_model_len": 4096})
+    assert client.manifest_of(fit.allocation).model.digest == fit.allocation.model_digest
+    by_request = client.diff({"allocation": {"model": "tiny", "average_bits": 3.1}}, allocation.manifest_digest)
+    assert by_request["before"]["digest"] == whole.manifest_digest
 
 
 def test_allocations_that_name_a_solver_are_read_but_not_asked_for(sidecar: Running) -> None:
@@ -69,6 +80,10 @@ def test_remote_verbs_print_what_the_local_ones_compute(
     digest = Manifest.read(tmp_path / "remote.json").digest
     made = json.loads(gamma("remote", "checkpoint", digest, "--json", *url).stdout)
     assert made["state"] == "succeeded"
+    assert made["id"] in gamma("remote", "jobs", *url).stdout
+    assert "succeeded already" in gamma("remote", "cancel", made["id"], *url, code=3).stderr
+    assert "deleted" in gamma("remote", "delete-job", made["id"], *url).stdout
+    assert made["id"] not in gamma("remote", "jobs", *url).stdout
     assert "tiny" in gamma("remote", "models", *url).stdout
     assert "l4" in gamma("remote", "gpus", *url).stdout
     assert "fits at" in gamma("remote", "plan", "Qwen3-32B", "--gpu", "l4", "--max-model-len", 4096, *url).stdout

@@ -4,8 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from allocator.contract.manifest import Manifest
+from tests.helm.charts import CHART, Helm, by_kind, render
 
 from .browser import Page, browser, needs_chromium
+from .conftest import gamma
+from .replicas import in_turn
 from .serving import Running, running
 
 pytestmark = [
@@ -14,6 +20,7 @@ pytestmark = [
 ]
 SHOWN = ("#map svg", "#curve path", ".answer:not(.busy)")
 READY = " && ".join(f"document.querySelector('{what}')" for what in SHOWN)
+BOX = "e.getBoundingClientRect()"
 TINY = "#model=tiny&gpu=l4&length=128"
 
 
@@ -111,20 +118,181 @@ def test_what_is_too_large_is_drawn_as_large_as_it_is(page: Page, sidecar: Runni
     assert too_much in page.js("document.querySelector('#verdict').textContent")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_nothing_is_cut_off(page: Page, sidecar: Running, scheme: str) -> None:
-    page.size(360, 740, mobile=True)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 360), ("dark", 768), ("light", 1280)])
+def test_nothing_is_cut_off(page: Page, sidecar: Running, scheme: str, width: int) -> None:
+    page.size(width, 740, mobile=width < 500)
     page.scheme(scheme)
     page.open("about:blank")
     page.open(f"{sidecar.url}/{TINY}")
     page.until(READY)
-    assert page.js("document.documentElement.scrollWidth") <= 360
+    assert page.js("document.documentElement.scrollWidth") <= width
+    page.js("document.querySelector('#verdict small').textContent = 'sha256:' + '0'.repeat(64)")
+    page.js("document.querySelector('#job').textContent = 'Done: /store/checkpoints/' + '0'.repeat(64)")
+    assert page.js("document.documentElement.scrollWidth") <= width
+    assert page.js(f"[...document.querySelectorAll('#verdict small, #job')].every((e) => {BOX}.right <= {width})")
+    apart = "{code: document.querySelector('#code'), copy: document.querySelector('#copy')}"
+    code, copy = page.js(f"Object.values({apart}).map((e) => {BOX}.toJSON())")
+    text = page.js("(() => { const r = document.createRange(); r.selectNodeContents(document.querySelector('#code'));"
+                   " return [...r.getClientRects()].map((b) => b.toJSON()); })()")  # fmt: skip
+    seen = [line for line in text if line["left"] < code["right"]]
+    assert seen
+    assert not [
+        b
+        for b in seen
+        if min(b["right"], code["right"]) > copy["left"] and b["bottom"] > copy["top"] and b["top"] < copy["bottom"]
+    ]
     unlabelled = """[...document.querySelectorAll('input, select, button')].filter((e) => e.getClientRects().length &&
         !(e.labels && e.labels.length) && !e.textContent.trim() && !e.getAttribute('aria-label')).length"""
     assert page.js(unlabelled) == 0
     colours = page.js("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].join()")
     dark = "rgb(19, 20, 22)" in colours
     assert dark == (scheme == "dark")
+
+
+def _open(page: Page, sidecar: Running, state: str, until: str = READY) -> Page:
+    page.size(1280, 900)
+    page.open("about:blank")
+    page.open(f"{sidecar.url}/#{state}")
+    page.until(until)
+    return page
+
+
+def _text(page: Page, what: str) -> str:
+    return str(page.js(f"document.querySelector({what!r}).textContent"))
+
+
+def test_advice_to_take_another_gpu_takes_it(page: Page, sidecar: Running) -> None:
+    _open(page, sidecar, "model=Qwen3-32B&gpu=rtx4060&length=256")
+    assert _text(page, "#advice button").startswith("--gpu ")
+    gpu = _text(page, "#advice button").removeprefix("--gpu ")
+    page.js("document.querySelector('#advice button').click()")
+    page.until("document.querySelector('#verdict b').textContent === 'Fits.'")
+    assert page.js("document.querySelector('#gpu').value") == gpu
+
+
+def test_what_does_not_fit_is_drawn_over_the_limit_and_not_made(page: Page, sidecar: Running) -> None:
+    """It is the share that vLLM may use that is exceeded, though the card has more than that."""
+    _open(page, sidecar, "model=Qwen3-32B&gpu=rtx4090&length=8192&bytes=21000000000")
+    missing = _text(page, "#memory-legend li:last-child b")
+    assert missing in _text(page, "#verdict")
+    assert "too much" in _text(page, "#memory-legend")
+    assert "left to others" not in _text(page, "#memory-legend")
+    assert page.js("document.querySelectorAll('#memory-bar .m-over').length") == 2
+    assert page.js("document.querySelector('#make').disabled")
+    page.js("document.querySelector('#fit').click()")
+    page.until("document.querySelector('#verdict b').textContent === 'Fits.'")
+    assert not page.js("document.querySelector('#make').disabled")
+    assert "left to others" in _text(page, "#memory-legend")
+
+
+def test_a_wrong_value_leaves_no_other_answer_standing(page: Page, sidecar: Running) -> None:
+    _open(page, sidecar, "model=Qwen3-32B&gpu=rtx4090&length=8192")
+    change = "(() => { const e = document.querySelector('#length'); e.value = %r; %s })()"
+    told = "e.dispatchEvent(new Event('change', {bubbles: true}));"
+    visible = "['#code', '#map'].reduce((n, what) => n + document.querySelector(what).getClientRects().length, 0)"
+    for value in ("9999999", "0", ""):
+        page.js(change % (value, told))
+        page.until("document.querySelector('.verdict.bad')")
+        assert _text(page, "#verdict b") == "Context, tokens:"
+        assert page.js(visible) == 0
+        assert page.js("document.querySelector('#length').getAttribute('aria-invalid')") == "true"
+        page.js(change % ("8192", told))
+        page.until("document.querySelector('.verdict.good')")
+        assert page.js(visible) > 0
+        assert not page.js("document.querySelector('#length').hasAttribute('aria-invalid')")
+
+
+@pytest.mark.parametrize("size", [11_500_000_000, 20_000_000_000, 65_000_000_000])
+def test_what_is_chosen_lies_on_the_chart_and_axes_have_titles(page: Page, sidecar: Running, size: int) -> None:
+    _open(page, sidecar, f"model=Qwen3-32B&gpu=b200&length=8192&bytes={size}")
+    inside = """(() => { const d = document.querySelector('#curve .dot').getBoundingClientRect(),
+        h = document.querySelector('#curve .hit').getBoundingClientRect();
+        const x = (d.left + d.right) / 2, y = (d.top + d.bottom) / 2;
+        return x >= h.left - 1 && x <= h.right + 1 && y >= h.top - 1 && y <= h.bottom + 1; })()"""
+    assert page.js(inside)
+    titles = page.js("[...document.querySelectorAll('#curve .axis-title')].map((e) => e.textContent)")
+    assert titles == ["size of the checkpoint", "predicted loss, nats a token"]
+    numbers = page.js(
+        "[...document.querySelectorAll('#curve text')].map((e) => Number(e.textContent)).filter(isFinite)"
+    )
+    assert numbers
+    assert max(numbers) <= 3
+    assert (_text(page, "#f-loss").startswith("unusable")) == (size < 15_000_000_000)
+
+
+def test_an_empty_store_says_how_to_add_a_model(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with running(tmp_path / "log", "--store", tmp_path / "store") as service:
+        page.size(1280, 900)
+        page.problems.clear()
+        page.open(service.url)
+        page.until("document.querySelector('#verdict b').textContent === 'The store is empty.'")
+        assert "gamma store add work --model MODEL" in page.js("document.body.innerText")
+        assert not page.js("document.querySelector('#controls').getClientRects().length")
+        assert page.problems == []
+
+
+def test_a_page_needs_no_replica_twice(page: Page, store: Path, tmp_path: Path) -> None:
+    """The chart's cluster sidecar: two replicas that write nothing, asked in turn."""
+    flags = ["--store", store, "--read-only"]
+    with (
+        running(tmp_path / "log1", *flags) as one,
+        running(tmp_path / "log2", *flags) as two,
+        in_turn(one, two) as url,
+    ):
+        page.size(1280, 900)
+        page.problems.clear()
+        page.open(f"{url}/{TINY}")
+        page.until(READY)
+        page.js("document.querySelector('#pin').click()")
+        page.until("document.querySelector('#diff').textContent.startsWith('0 of 15 modules differ')")
+        page.js("document.querySelector('#budget').value = 200")
+        page.js("document.querySelector('#budget').dispatchEvent(new Event('input'))")
+        page.until("document.querySelectorAll('#diff tbody tr').length > 2")
+        assert page.problems == []
+        gamma("remote", "allocate", "tiny", "--budget", "180kB", "--out", tmp_path / "manifest.json", "--url", url)
+        assert Manifest.read(tmp_path / "manifest.json").tensor_bytes <= 180_000
+
+
+def test_one_width_a_layer_is_said_in_all_commands(page: Page, sidecar: Running) -> None:
+    _open(page, sidecar, "model=tiny&gpu=l4&length=128&fusion=tied")
+    assert "gamma solve WORK/scores.json" in _text(page, "#code")
+    for tab, said in (("serve", "--fusion tied"), ("helm", "fusion: tied"), ("prepare", "--fusion tied")):
+        page.js(f"document.querySelector('#tab-{tab}').click()")
+        assert said in _text(page, "#code")
+    page.js("document.querySelector('input[name=fusion][value=free]').click()")
+    for tab in ("serve", "helm", "prepare"):
+        page.js(f"document.querySelector('#tab-{tab}').click()")
+        page.until("!document.querySelector('#code').textContent.includes('fusion')")
+
+
+def test_helm_values_of_every_gpu_are_taken_by_the_chart(page: Page, sidecar: Running, tmp_path: Path) -> None:
+    """Also of those that the chart has no profile for, and of a GPU that is known by its memory only."""
+    _open(page, sidecar, "model=tiny&gpu=l4&length=128")
+    code = """(async () => { const { helmValues, CHART_PROFILES } = await import('./format.js');
+        const common = {model: 'tiny', count: 1, length: 128, sequences: 1, kv: 'auto', utilization: 0.92,
+                        automatic: true, fusion: 'free'};
+        const gpus = (await (await fetch('v1/gpus')).json()).data;
+        const of = (g) => helmValues({...common, gpu: g.id, productLabel: g.product_label});
+        const byMemory = (memory) => helmValues({...common, gpu: '', memory, deviceBytes: 24 * 2 ** 30});
+        return [CHART_PROFILES, ...gpus.map(of), ...['24GiB', '24 GB', '24_000_000_000'].map(byMemory)]; })()"""
+    profiles, *exported = page.js(code)
+    chart = yaml.safe_load((CHART / "values.yaml").read_text())["gpuProfiles"]
+    assert set(profiles) <= chart.keys()
+    values = [yaml.safe_load(text) for text in exported]
+    assert len(values) > 60
+    merged: dict = {"store": {"url": "s3://models/gamma"}, "allocations": [], "gpuProfiles": {}}
+    for i, one in enumerate(values):
+        (allocation,) = one["allocations"]
+        assert allocation["gpu"] != "any"
+        assert allocation["gpu"] in chart | one.get("gpuProfiles", {})
+        merged["allocations"].append(allocation | {"name": f"a{i}"})
+        merged["gpuProfiles"] |= one.get("gpuProfiles", {})
+    deployments = by_kind(render(Helm("helm4"), merged), "Deployment")
+    pods = {pod["metadata"]["labels"]["gamma/allocation"]: pod["spec"]["template"]["spec"] for pod in deployments}
+    assert len(pods) == len(values)
+    selectors = [pod.get("nodeSelector", {}).get("nvidia.com/gpu.product") for pod in pods.values()]
+    assert sum(label is None for label in selectors) == 3  # by memory
 
 
 def test_a_token_is_asked_for_and_used(page: Page, store: Path, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ def test_schemathesis_finds_nothing(sidecar: Running, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "Tested: 16" in done.stdout
+    assert "Tested: 24" in done.stdout
 
 
 def test_the_document_has_examples_and_every_error(sidecar: Running) -> None:
     document = sidecar.get("/openapi.json")
-    assert len(document["paths"]) == 16
+    assert sum(map(len, document["paths"].values())) == 24
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert {"200", "202"} & operation["responses"].keys()
@@ -38,3 +38,36 @@ def test_the_document_has_examples_and_every_error(sidecar: Running) -> None:
             assert path.startswith("/v1/") == ("security" in operation)
             body = operation.get("requestBody")
             assert body is None or body["content"]["application/json"]["examples"]
+
+
+def test_every_answer_has_a_type_and_an_example_of_it(sidecar: Running) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    document = sidecar.get("/openapi.json")
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if path == "/metrics":
+                continue
+            success = next(operation["responses"][code] for code in ("200", "202") if code in operation["responses"])
+            answer = success["content"]["application/json"]
+            assert "$ref" in answer["schema"], (method, path)
+            jsonschema.Draft202012Validator(answer["schema"] | {"components": document["components"]}).validate(
+                answer["example"]
+            )
+
+
+def test_exactly_one_budget_and_one_device_are_in_the_schemas(sidecar: Running) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    components = sidecar.get("/openapi.json")["components"]
+    for name, good, bad in (
+        ("PlanRequestBody", {"model": "tiny", "gpu": "l4"}, {"model": "tiny", "gpu": "l4", "gpu_memory": "24GiB"}),
+        (
+            "AllocationRequest",
+            {"model": "tiny", "budget": "1MB"},
+            {"model": "tiny", "budget": "1MB", "average_bits": 3},
+        ),
+    ):
+        schema = jsonschema.Draft202012Validator(components["schemas"][name] | {"components": components})
+        assert schema.is_valid(good)
+        assert schema.is_valid(good | {next(iter(bad.keys() - good.keys())): None})
+        assert not schema.is_valid(bad)
+        assert not schema.is_valid({"model": "tiny"})

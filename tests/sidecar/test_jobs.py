@@ -62,6 +62,38 @@ def test_a_job_survives_kill_9_and_its_files_verify(own_store: Path, tmp_path: P
     assert [p.name for p in (own_store / "checkpoints").iterdir() if p.name != ".gamma-volume"] == [digest[7:]]
 
 
+def test_a_failed_job_can_be_deleted(own_store: Path, tmp_path: Path) -> None:
+    shutil.rmtree(own_store / "banks")
+    with running(tmp_path / "log", "--store", own_store) as service:
+        job = service.post("/v1/checkpoints", {"manifest": _asked(service, 4.25)}, 202)["id"]
+        assert service.finished(job)["state"] == "failed"
+        assert [one["id"] for one in service.get("/v1/jobs")["data"]] == [job]
+        assert service.http.post(f"/v1/jobs/{job}/cancel").status_code == 409
+        assert service.http.delete(f"/v1/jobs/{job}").json() == {"object": "deleted", "id": job, "deleted": True}
+        assert 'gamma_jobs{state="failed"} 0.0' in service.http.get("/metrics").text
+        service.get(f"/v1/jobs/{job}", 404)
+        assert service.get("/v1/jobs")["data"] == []
+        assert service.http.delete(f"/v1/jobs/{job}").status_code == 404
+    assert not list((own_store / "jobs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_job_is_cancelled_by_whichever_service_is_asked(own_store: Path, tmp_path: Path) -> None:
+    """One that is being made, and one that waits; both can be asked for again."""
+    flags = ["--store", own_store]
+    with running(tmp_path / "log1", *flags) as maker, running(tmp_path / "log2", *flags) as other:
+        jobs = [maker.post("/v1/checkpoints", {"manifest": _asked(maker, b)}, 202)["id"] for b in (4.25, 5.25)]
+        wait_for(lambda: maker.get(f"/v1/jobs/{jobs[0]}")["state"] != "queued")
+        assert other.http.delete(f"/v1/jobs/{jobs[0]}").status_code == 409
+        for job in reversed(jobs):
+            assert other.http.post(f"/v1/jobs/{job}/cancel").status_code == 200
+        wait_for(lambda: {maker.get(f"/v1/jobs/{job}")["state"] for job in jobs} == {"cancelled"})
+        assert [p.name for p in (own_store / "checkpoints").iterdir()] == [".gamma-volume"]
+        again = maker.post("/v1/checkpoints", {"manifest": _asked(maker, 5.25)}, 202)
+        assert again["id"] == jobs[1]
+        assert maker.finished(jobs[1])["state"] == "succeeded"
+
+
 @pytest.mark.slow
 def test_a_killed_export_goes_on_with_what_was_copied(
     learned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,73 @@ def test_what_cannot_be_started_says_why(store: Path, tmp_path: Path) -> None:
     assert "not supported" in gamma("sidecar", "--store", "ftp://x", code=2).stderr
     assert "token file" in gamma("sidecar", "--store", store, "--token-file", tmp_path / "none", code=2).stderr
     assert "--out" in gamma("sidecar", "--store", store, "--node", "tiny", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sidecar"],
+        ["prepare", "tiny", "--out", "OUT", "--budget", "4bits"],
+        ["store", "list"],
+        ["store", "remove", "tiny"],
+    ],
+)
+def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path, command: list[str]) -> None:
+    missing = tmp_path / "stoer"
+    command = [str(tmp_path / "out") if word == "OUT" else word for word in command]
+    refused = gamma(*command, "--store", missing, code=2)
+    assert str(missing) in refused.stderr
+    assert "no such folder" in refused.stderr
+    assert not missing.exists()
+
+
+def test_a_storage_that_does_not_answer_is_told_and_waited_for(tmp_path: Path) -> None:
+    """No traceback, no 500: 503 with the address, not ready, a metric."""
+    pytest.importorskip("s3fs")
+    nobody = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    url = "s3://models/gamma"
+    assert f"store {url} cannot be reached" in gamma("store", "list", "--store", url, code=1, **nobody).stderr
+    with running(tmp_path / "log", "--store", url, **nobody) as service:
+        error = service.get("/v1/models", 503)["error"]
+        assert error["type"] == "unavailable"
+        assert url in error["message"]
+        assert url in service.get("/readyz", 503)["message"]
+        assert "gamma_store_reachable 0.0" in service.http.get("/metrics").text
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_folder_that_goes_away_is_told(tiny_store: Path, tmp_path: Path) -> None:
+    """Such as a volume that is no longer mounted: the list is not simply empty."""
+    folder = tmp_path / "store"
+    shutil.copytree(tiny_store, folder)
+    with running(tmp_path / "log", "--store", folder, "--read-only") as service:
+        assert service.get("/v1/models")["data"]
+        folder.rename(tmp_path / "elsewhere")
+        wait_for(lambda: service.http.get("/v1/models").status_code != 200)
+        answer = service.http.get("/v1/models")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+        (tmp_path / "elsewhere").rename(folder)
+        wait_for(lambda: service.http.get("/v1/models").status_code == 200)
+
+
+def test_one_unreadable_entry_hides_no_model(tiny_store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(tiny_store, folder)
+    broken = folder / "entries" / f"{'0' * 64}.json"
+    broken.write_text('{"schema": "gamma.store_entry", "schema_ver')
+    with running(tmp_path / "log", "--store", folder) as service:
+        assert [m["name"] for m in service.get("/v1/models")["data"]] == ["tiny"]
+        assert service.post("/v1/allocations", {"model": "tiny", "average_bits": 4})["tensor_bytes"]
+        assert "gamma_store_unreadable_entries 1.0" in service.http.get("/metrics").text
+        assert broken.name in service.get("/readyz")["message"]
+        lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        assert [line["entry"] for line in lines if "left out" in line["event"]] == [f"entries/{broken.name}"]
+    listed = gamma("store", "list", "--store", folder)
+    assert "tiny" in listed.stdout
+    assert broken.name in listed.stderr
 
 
 def test_the_log_is_json_and_an_end_is_clean(store: Path, tmp_path: Path) -> None:

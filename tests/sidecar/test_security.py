@@ -2,10 +2,10 @@
 
 import contextlib
 import itertools
+import json
 import os
 import select
 import socket
-import time
 from pathlib import Path
 
 import httpx
@@ -50,6 +50,13 @@ def test_scopes_and_reloading(store: Path, tmp_path: Path) -> None:
         wait_for(lambda: service.http.get("/v1/models", headers=_bearer(READ)).status_code == 401)
         assert service.http.get("/v1/models", headers=_bearer("another-token-0123456789")).status_code == 200
 
+        tokens.write_text("")
+        wait_for(lambda: "gamma_sidecar_unusable_token_files 1.0" in service.http.get("/metrics").text)
+        answer = service.http.get("/v1/models", headers=_bearer("another-token-0123456789"))
+        assert answer.status_code == 401
+        assert "log has the reason" in answer.json()["error"]["message"]
+        assert "holds no token" in (tmp_path / "log").read_text()
+
 
 @pytest.mark.parametrize(
     "content", ["", "read short\n", "admin 0123456789abcdef\n", "read one two three\n", "read \xff"]
@@ -61,15 +68,25 @@ def test_a_wrong_token_file_is_refused_at_the_start(tmp_path: Path, content: str
         Tokens([path])
 
 
-def test_a_token_file_that_breaks_later_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "tokens"
+@pytest.mark.parametrize("content", [None, "", "nonsense\n", f"write {WRITE}\nread short\n"])
+def test_a_token_file_that_goes_bad_gives_no_tokens_any_more(tmp_path: Path, content: str | None) -> None:
+    """Emptied, deleted, broken: a token that was taken back must not live on. Other files keep theirs."""
+    path, other = tmp_path / "tokens", tmp_path / "other"
     path.write_text(f"write {WRITE}\n")
-    tokens = Tokens([path])
-    path.write_text("nonsense\n")
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 10)  # files are looked at once a second
+    other.write_text(f"read {READ}\n")
+    tokens = Tokens([path, other])
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    tokens.look()
+    assert tokens.scope_of(WRITE) is None
+    assert tokens.scope_of(READ) == "read"
+    assert str(path) in tokens.problems[path]
+    path.write_text(f"write {WRITE}\n")
+    tokens.look()
     assert tokens.scope_of(WRITE) == "write"
-    assert "line 1" in (tokens.problem or "")
+    assert not tokens.problems
 
 
 def test_without_tokens_other_machines_get_probes_only(store: Path, tmp_path: Path) -> None:
@@ -180,8 +197,10 @@ def test_broken_http_harms_nobody(sidecar: Running, content: bytes) -> None:
         connection.shutdown(socket.SHUT_WR)
         answer = b""
         with contextlib.suppress(ConnectionError):
-            answer = connection.recv(4096)
+            while part := connection.recv(4096):
+                answer += part
     assert not answer.startswith(b"HTTP/1.1 5")
+    assert not answer or json.loads(answer.partition(b"\r\n\r\n")[2])["error"].keys() == {"type", "message", "param"}
     assert sidecar.get("/healthz")["status"] == "ok"
 
 

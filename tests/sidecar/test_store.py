@@ -10,6 +10,7 @@ import pytest
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.scores import Scores
 from allocator.sidecar.backends import open_backend
+from allocator.sidecar.choice import find_entry
 from allocator.sidecar.entry import Source
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.publish import publish
@@ -104,6 +105,59 @@ def test_add_publishes_what_belongs_together_and_only_once(
     refused = gamma("store", "add", damaged, "--model", model, "--store", tmp_path / "new", code=3)
     assert "bank.json says" in refused.stderr
     assert gamma("store", "list", "--store", tmp_path / "new", "--json").stdout.strip() == "[]"
+
+
+@pytest.fixture
+def two_names(learned: tuple[Path, Path], tiny_store: Path, tmp_path: Path) -> Path:
+    """A store that offers the same scores as "tiny" and as "other"."""
+    model, work = learned
+    folder = tmp_path / "two"
+    shutil.copytree(tiny_store, folder)
+    gamma("store", "add", work, "--model", model, "--store", folder, "--name", "other", "--copy-model")
+    return folder
+
+
+def test_a_second_name_is_one_more(two_names: Path) -> None:
+    listed = json.loads(gamma("store", "list", "--store", two_names, "--json").stdout)
+    assert {entry["name"] for entry in listed} == {"tiny", "other"}
+    store = Store(str(two_names))
+    for name in ("tiny", "other"):
+        assert find_entry(store, name).name == name
+
+
+def test_remove_takes_what_nothing_else_needs(two_names: Path) -> None:
+    store = Store(str(two_names))
+    before = _files(two_names)
+    plan = json.loads(gamma("store", "remove", "tiny", "--store", two_names, "--dry-run", "--json").stdout)
+    assert _files(two_names) == before
+    assert all(path.startswith("entries/") for path in plan["removed"])
+    assert len(plan["kept"]) == 3  # scores, bank, model: "other" needs them
+    assert all("other" in reason for reason in plan["kept"].values())
+
+    gamma("store", "remove", "tiny", "--store", two_names)
+    assert before - _files(two_names) == set(plan["removed"])
+    assert [entry.name for entry in store.entries()] == ["other"]
+    scores = store.scores(store.entries()[0].scores_digest)
+    assert scores is not None
+    store.add_manifest(solve_scores(scores, SolveSettings(average_bits=4)))
+    said = gamma("store", "remove", "other", "--store", two_names).stdout
+    assert "removed: " in said
+    assert _files(two_names) == {"check"}
+    assert "has no entry 'other'" in gamma("store", "remove", "other", "--store", two_names, code=2).stderr
+
+
+def test_remove_spares_what_an_unreadable_entry_may_need(two_names: Path) -> None:
+    broken = two_names / "entries" / f"{'0' * 64}.json"
+    broken.write_text("{")
+    gamma("store", "remove", "tiny", "--store", two_names)
+    gamma("store", "remove", "other", "--store", two_names)
+    assert {path.partition("/")[0] for path in _files(two_names)} == {"check", "entries", "scores", "banks", "sources"}
+    gamma("store", "remove", f"sha256:{'0' * 64}", "--store", two_names)
+    assert not broken.exists()
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_another_model_is_refused(learned: tuple[Path, Path], tiny_model, tmp_path: Path) -> None:

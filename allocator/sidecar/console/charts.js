@@ -1,6 +1,6 @@
 // The drawings: plain SVG made with the DOM, so that the page needs no inline styles or scripts.
 
-import { gib, loss } from "./format.js";
+import { gib, loss, lossIn, unusable, UNUSABLE_NATS as CEILING } from "./format.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
 
@@ -15,8 +15,8 @@ export function swatch(kind) {
   return draw("svg", { viewBox: "0 0 11 11", "aria-hidden": "true" }, draw("rect", { width: 11, height: 11, rx: 2.5, class: kind }));
 }
 
-// parts: [{kind, label, bytes}] from left to right; total: bytes of the device.
-export function memoryBar(parts, total) {
+// parts: [{kind, label, bytes}] from left to right; total: bytes of the device; limit: what of them may be used.
+export function memoryBar(parts, total, limit) {
   const used = parts.reduce((sum, part) => sum + part.bytes, 0);
   const width = 1000, height = 34, whole = Math.max(total, used);
   const text = parts.map((part) => `${part.label} ${gib(part.bytes)}`).join(", ");
@@ -27,36 +27,49 @@ export function memoryBar(parts, total) {
     if (share > 0.3) svg.append(draw("rect", { x, y: 0, width: Math.max(share - 2, 0.6), height, class: part.kind, rx: 0 }));
     x += share;
   }
-  if (used > total) {
-    const end = (total / whole) * width;
-    svg.append(draw("rect", { x: end, y: 0, width: width - end, height, class: "m-beyond" }), draw("rect", { x: end - 1.5, y: -5, width: 3, height: height + 10, class: "m-over" }));
+  if (used > limit) {
+    const end = (limit / whole) * width;
+    // The parts keep their colours: a band below them is what is too much.
+    svg.append(draw("rect", { x: end, y: height - 9, width: ((used - limit) / whole) * width, height: 9, class: "m-over" }), draw("rect", { x: end - 1.5, y: -5, width: 3, height: height + 10, class: "m-over" }));
   }
   return svg;
 }
 
-// The Pareto curve. `points`: [{budget_bytes, predicted_loss}], `uniform`: {width: point},
+// The Pareto curve. `points`: [{budget_bytes, predicted_loss}], `uniform`: {width: point}, `unit`: of the losses,
 // `measured`: [{bytes, loss, text}], `gpus`: [{name, bytes}], `chosen`: {bytes, loss}. Calls onPick(bytes) for a click.
-export function curve(holder, { points, uniform, measured, gpus, chosen, onPick }) {
-  const width = Math.max(holder.clientWidth, 280), height = width < 520 ? 260 : 320;
-  const left = 54, right = 14, top = 30, bottom = 34;
+export function curve(holder, { points, uniform, measured, gpus, unit, chosen, onPick }) {
+  const width = Math.max(holder.clientWidth, 280), height = width < 520 ? 280 : 340;
+  const left = 68, right = 14, top = 30, bottom = 52;
   const positive = points.filter((p) => p.predicted_loss > 0);
   const logarithmic = positive.length >= points.length / 2;
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
   holder.replaceChildren(svg);
-  // The last points are so close to lossless that they would stretch the scale: four decades are shown.
-  const all = (logarithmic ? positive : points).map((p) => p.predicted_loss), highest = Math.max(...all);
-  const least = logarithmic ? Math.max(Math.min(...all), highest * 1e-4) : Math.min(...all);
-  const shown = points.filter((p) => p.predicted_loss >= least);
-  const minX = points[0].budget_bytes, maxX = Math.max(shown[shown.length - 1].budget_bytes, minX + 1);
+  // The last points are so close to lossless that they would stretch the scale: four decades are shown, and always what is
+  // chosen. At the other end nothing is told apart that cannot be used.
+  const all = (logarithmic ? positive : points).map((p) => p.predicted_loss), highest = Math.max(...all, chosen.loss);
+  const floor = logarithmic ? Math.max(Math.min(...all), Math.min(highest, CEILING) * 1e-4) : Math.min(...all);
+  const least = chosen.loss > 0 ? Math.min(floor, chosen.loss) : floor;
+  const inReach = points.filter((p) => p.predicted_loss >= least);
+  const minX = Math.min(points[0].budget_bytes, chosen.bytes);
+  const maxX = Math.max((inReach[inReach.length - 1] || points[0]).budget_bytes, chosen.bytes, minX + 1);
+  const within = points.filter((p) => p.budget_bytes <= maxX);
   const inside = measured.filter((p) => p.loss >= least && p.bytes >= minX && p.bytes <= maxX);
-  const most = Math.max(highest, ...inside.map((p) => p.loss));
+  const whole = Math.max(highest, ...inside.map((p) => p.loss)), capped = unusable(whole, unit) && least < CEILING;
+  const most = capped ? 2 * CEILING : whole;
+  // One point above the cap leads the line to the edge; the others would lie along it.
+  const shown = within.slice(Math.max(within.findIndex((p) => p.predicted_loss <= most) - 1, 0));
   const x = (bytes) => left + ((bytes - minX) / (maxX - minX)) * (width - left - right);
-  const scale = logarithmic ? (value) => Math.log10(Math.max(value, least)) : (value) => Math.max(value, least);
+  const scale = (value) => (logarithmic ? Math.log10(Math.min(Math.max(value, least), most)) : Math.min(Math.max(value, least), most));
   const a = scale(least), b = scale(most);
   const y = (value) => top + ((b - scale(value)) / (b - a || 1)) * (height - top - bottom);
-  svg.setAttribute("aria-label", `predicted loss falls from ${loss(highest)} at ${gib(minX)} to ${loss(least)} at ${gib(maxX)}; chosen ${gib(chosen.bytes)}, ${loss(chosen.loss)}${inside.map((p) => `; ${p.text}`).join("")}`);
+  svg.setAttribute("aria-label", `predicted loss falls from ${lossIn(highest, unit)} at ${gib(minX)} to ${loss(least)} at ${gib(maxX)}; chosen ${gib(chosen.bytes)}, ${lossIn(chosen.loss, unit)}${inside.map((p) => `; ${p.text}`).join("")}`);
 
+  if (capped) {
+    const deep = y(CEILING) - top;
+    svg.append(draw("rect", { x: left, y: top, width: width - left - right, height: deep, class: "unusable" }), draw("text", { x: width - right - 6, y: top + deep - 6, "text-anchor": "end", class: "unusable-name" }, "unusable"));
+  }
   for (const value of logarithmic ? powers(a, b) : rounds(least, most)) {
+    if (capped && value > CEILING) continue;
     const at = y(value);
     svg.append(draw("line", { x1: left, x2: width - right, y1: at, y2: at, class: "axis" }), draw("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, short(value)));
   }
@@ -64,8 +77,13 @@ export function curve(holder, { points, uniform, measured, gpus, chosen, onPick 
   const decimals = Math.max(0, Math.ceil(-Math.log10(1024 * step)));
   for (let g = Math.ceil(minX / 2 ** 30 / step) * step; g * 2 ** 30 <= maxX; g += step) {
     const at = x(g * 2 ** 30);
-    svg.append(draw("text", { x: at, y: height - 12, "text-anchor": "middle" }, step >= 0.1 ? `${Number(g.toFixed(1))} GiB` : `${(1024 * g).toFixed(decimals)} MiB`));
+    svg.append(draw("text", { x: at, y: height - 30, "text-anchor": "middle" }, step >= 0.1 ? `${Number(g.toFixed(1))} GiB` : `${(1024 * g).toFixed(decimals)} MiB`));
   }
+  const middle = (top + height - bottom) / 2;
+  svg.append(
+    draw("text", { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle", class: "axis-title" }, "size of the checkpoint"),
+    draw("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})`, class: "axis-title" }, `predicted loss${unit.startsWith("nats") ? ", nats a token" : ""}`),
+  );
 
   let lastEnd = -1;
   for (const gpu of [...gpus].sort((p, q) => p.bytes - q.bytes)) {
@@ -81,12 +99,12 @@ export function curve(holder, { points, uniform, measured, gpus, chosen, onPick 
   svg.append(draw("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom, fill: "transparent", class: "hit" }));
   svg.append(draw("path", { d: shown.map((p, i) => `${i ? "L" : "M"}${x(p.budget_bytes).toFixed(1)} ${y(p.predicted_loss).toFixed(1)}`).join(""), class: "curve" }));
   for (const [bits, point] of Object.entries(uniform)) {
-    if (point.predicted_loss < least || point.predicted_loss > most * 1.5 || point.tensor_bytes > maxX) continue;
+    if (point.predicted_loss < least || point.predicted_loss > most || point.tensor_bytes > maxX || point.tensor_bytes < minX) continue;
     const cx = x(point.tensor_bytes), cy = y(point.predicted_loss);
-    svg.append(draw("circle", { cx, cy, r: 4, class: "uniform" }, draw("title", {}, `all modules at ${bits} bits: ${gib(point.tensor_bytes)}, ${loss(point.predicted_loss)}`)));
+    svg.append(draw("circle", { cx, cy, r: 4, class: "uniform" }, draw("title", {}, `all modules at ${bits} bits: ${gib(point.tensor_bytes)}, ${lossIn(point.predicted_loss, unit)}`)));
     svg.append(draw("text", { x: cx + 8, y: cy < top + 12 ? cy + 15 : cy - 6 }, `all ${bits}`));
   }
-  if (chosen.loss !== null && chosen.bytes <= maxX) {
+  if (Number.isFinite(chosen.bytes)) {
     const at = x(chosen.bytes);
     svg.append(draw("line", { x1: at, x2: at, y1: y(chosen.loss), y2: height - bottom, class: "chosen" }), draw("circle", { cx: at, cy: y(chosen.loss), r: 7, class: "dot" }));
   }

@@ -1,16 +1,21 @@
 // The page: reads the controls, asks the service, and hands the answers to the panels.
 
-import { ApiError, ask, askPatiently, askText, setToken } from "./api.js";
-import { gib, helmValues, loss, prepareCommand, serveCommand } from "./format.js";
+import { ApiError, ask, askPatiently, setToken } from "./api.js";
+import { gib, helmValues, lossIn, prepareCommand, serveCommand } from "./format.js";
 import * as panels from "./panels.js";
 
 const { $, element } = panels;
 const STEPS = 1000, WAIT = 140;
+// Which input a parameter of the API is.
+const FIELDS = {
+  model: "model", gpu: "gpu", gpu_memory: "memory", max_model_len: "length", max_num_seqs: "sequences", tensor_parallel_size: "count",
+  gpu_memory_utilization: "utilization", budget: "budget",
+};
 const MARKED = ["rtx4060ti", "l4", "rtx4090", "rtx5090", "a100-40gb", "l40s", "h100", "h200", "b200"];
 
 const state = {
   models: [], gpus: [], node: null, version: "", sweep: null, sweepKey: "", marks: [], plan: null, allocation: null, manifest: null,
-  manifestText: "", automatic: true, bytes: null, changed: new Set(), kept: new Map(), checkpoint: null, tab: "serve", url: null, run: 0,
+  manifestText: "", automatic: true, bytes: null, changed: new Set(), kept: new Map(), checkpoint: null, job: null, tab: "serve", url: null, run: 0,
 };
 let abort = new AbortController();
 let timer = 0;
@@ -42,6 +47,7 @@ const toStep = (bytes) => {
 };
 
 async function start() {
+  panels.waiting("Reading what the store offers …");
   try {
     const [models, gpus, node, version] = await Promise.all([ask("GET", "v1/models"), ask("GET", "v1/gpus"), ask("GET", "v1/node"), ask("GET", "version")]);
     Object.assign(state, { models: latest(models.data), gpus: gpus.data, node, version: version.version });
@@ -59,7 +65,8 @@ async function start() {
     const input = document.querySelector(`input[name=${name}][value="${CSS.escape(given.get(name) || "")}"]`);
     if (input) input.checked = true;
   }
-  if (!state.models.length) return panels.verdict("", "The store is empty.", "Publish a model with gamma store add WORK --model FOLDER --store STORE.");
+  panels.empty(!state.models.length);
+  if (!state.models.length) return panels.verdict("", "The store is empty.", "There is no model to choose from yet.");
   if (!model()) $("model").selectedIndex = 0;
   if (given.get("bytes")) [state.automatic, state.bytes] = [false, Number(given.get("bytes"))];
   await chooseModel();
@@ -94,19 +101,19 @@ async function refresh() {
   abort.abort();
   abort = new AbortController();
   const { signal } = abort, run = ++state.run;
+  $("memory-field").hidden = $("gpu").value !== "";
+  const wrong = panels.wrongField();
+  if (wrong) return fail(new ApiError(0, { error: { message: wrong.validationMessage, param: panels.labelOf(wrong) } }));
   document.querySelector(".answer").classList.add("busy");
+  if (!state.allocation) panels.waiting("Working out what fits …");
   remember();
   try {
-    $("memory-field").hidden = $("gpu").value !== "";
-    const body = { model: model().name, ...hardware() };
-    state.plan = await askPatiently("POST", "v1/plans", body, signal);
-    if (run !== state.run) return;
-    await allocate(signal, run);
+    await fit(signal, run);
     if (run !== state.run) return;
     show();
     document.querySelector(".answer").classList.remove("busy");
     await Promise.all([sweep(signal, run), marks(signal, run)]);
-    if (run === state.run) showCurve();
+    if (run === state.run && state.allocation) showCurve();
   } catch (error) {
     if (error.name !== "AbortError" && run === state.run) fail(error);
   } finally {
@@ -114,15 +121,14 @@ async function refresh() {
   }
 }
 
-async function allocate(signal, run) {
-  const m = model(), fits = state.plan.verdict.fits;
-  const budget = state.automatic && fits ? { plan: hardware() } : { budget: String(state.automatic ? m.feasible_bytes[0] : state.bytes) };
-  const body = { model: m.name, fusion: radio("fusion"), ...budget };
-  const allocation = await askPatiently("POST", "v1/allocations?keep=false", body, signal);
-  const text = await askText("GET", `v1/manifests/${allocation.manifest_digest}`, undefined, signal);
-  const filled = await askPatiently("POST", "v1/plans", { model: m.name, manifest: allocation.manifest_digest, ...hardware() }, signal);
+// Plan, assignment and manifest in one answer: the next request may reach another replica, which knows nothing of this one.
+async function fit(signal, run) {
+  const body = { model: model().name, hardware: hardware(), fusion: radio("fusion") };
+  if (!state.automatic) body.budget = String(state.bytes);
+  const found = await askPatiently("POST", "v1/fits", body, signal);
   if (run !== state.run) return;
-  Object.assign(state, { allocation, manifest: JSON.parse(text), manifestText: text, filled, checkpoint: null });
+  const { manifest, ...allocation } = found.allocation;
+  Object.assign(state, { plan: found.plan, filled: found.planned, allocation, manifest: JSON.parse(manifest), manifestText: manifest, checkpoint: null });
   if (state.automatic) state.bytes = allocation.budget_bytes;
   await compare(signal);
 }
@@ -161,6 +167,7 @@ function show() {
     panels.verdict("bad", "Does not fit.", `${allocation.model} on ${device} needs ${gib(told.needs_bytes)} more a GPU.`, told === plan.verdict ? (plan.advice.length ? "One of these would make it fit:" : "No single change makes it fit; take a larger GPU or more of them.") : "Choose less, or fill the GPU.");
   }
   panels.advice(told.fits ? [] : (state.automatic ? plan : filled).advice, takeAdvice);
+  panels.answered();
   showCurve();
   panels.memory(filled);
   panels.widths(state.manifest, state.changed);
@@ -169,8 +176,8 @@ function show() {
   if (state.url) URL.revokeObjectURL(state.url);
   state.url = URL.createObjectURL(new Blob([state.manifestText], { type: "application/json" }));
   $("manifest").href = state.url;
-  $("make").disabled = false;
-  $("job").textContent = "";
+  $("make").disabled = !told.fits;
+  $("job").textContent = told.fits ? "" : "What does not fit is not made.";
 }
 
 // The curve takes longer than the rest for a large model: it is drawn when it is there.
@@ -178,12 +185,13 @@ function showCurve() {
   const known = state.sweepKey === sweepKey() ? state.sweep : null;
   panels.figures(state.allocation, known);
   if (known) panels.pareto(known, state.marks, state.allocation, pick);
+  else panels.noCurve();
 }
 
 function slider() {
   const input = $("budget");
   input.value = toStep(state.bytes);
-  input.setAttribute("aria-valuetext", `${gib(state.bytes)}, ${state.allocation.average_bits.toFixed(2)} bits, predicted loss ${loss(state.allocation.predicted_loss)}`);
+  input.setAttribute("aria-valuetext", `${gib(state.bytes)}, ${state.allocation.average_bits.toFixed(2)} bits, predicted loss ${lossIn(state.allocation.predicted_loss, state.allocation.unit)}`);
   $("fit").disabled = state.automatic || !state.plan.verdict.fits;
   const { low, high } = range();
   $("marks").replaceChildren(
@@ -209,7 +217,7 @@ function soon() {
 }
 
 function takeAdvice({ option, value }) {
-  const fields = { "--max-model-len": "length", "--max-num-seqs": "sequences", "--gpu-memory-utilization": "utilization", "--tensor-parallel-size": "count" };
+  const fields = { "--max-model-len": "length", "--max-num-seqs": "sequences", "--gpu-memory-utilization": "utilization", "--tensor-parallel-size": "count", "--gpu": "gpu" };
   if (option === "--kv-cache-dtype") document.querySelector(`input[name=kv][value=fp8]`).checked = true;
   else if (fields[option]) $(fields[option]).value = value;
   state.automatic = true;
@@ -222,6 +230,8 @@ function commands() {
     model: model().name, gpu: $("gpu").value, memory: $("memory").value.trim(), count: Number($("count").value), length: state.plan.request.max_model_len,
     sequences: Number($("sequences").value), kv: radio("kv"), utilization: Number($("utilization").value), automatic: Boolean(allocated.plan),
     budget: allocated.budget || state.allocation.budget_bytes, batched: state.plan.batched_tokens, checkpoint: state.checkpoint,
+    fusion: allocated.fusion, bytes: state.allocation.tensor_bytes, deviceBytes: state.plan.device.total_bytes,
+    productLabel: state.plan.device.product_label,
   };
   $("code").textContent = { serve: serveCommand, helm: helmValues, prepare: prepareCommand }[state.tab](given);
 }
@@ -239,18 +249,19 @@ function showAgainst() {
   select.value = state.kept.has(before) ? before : "";
 }
 
-const files = new Map();
+// What a kept assignment is for `v1/diff`, as JSON: the request that it answers, or the text of a file.
+const sides = new Map();
 
 async function compare(signal) {
   const against = $("against").value;
   state.changed = new Set();
   if (!against || !state.allocation) return panels.difference(null);
   try {
-    // Whole manifests go as their text: numbers written anew could have another digest.
-    const before = files.get(against) || JSON.stringify(against), after = JSON.stringify(state.allocation.manifest_digest);
+    // Files go as their text: numbers written anew could have another digest.
+    const before = sides.get(against) || JSON.stringify(against), after = JSON.stringify({ allocation: state.allocation.request });
     const document_ = await askPatiently("POST", "v1/diff", `{"before": ${before}, "after": ${after}}`, signal);
     state.changed = new Set(document_.changed.map((change) => change.module));
-    panels.difference(document_);
+    panels.difference(document_, state.allocation.unit);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     $("diff").replaceChildren(element("p", error.message, "down"));
@@ -269,13 +280,15 @@ async function make() {
     say("asking …");
     const kept = await askPatiently("POST", "v1/allocations", state.allocation.request);
     let job = await ask("POST", "v1/checkpoints", { manifest: kept.manifest_digest });
-    $("job-bar").hidden = false;
+    $("job-bar").hidden = $("cancel").hidden = false;
+    state.job = job.id;
     while (job.state === "queued" || job.state === "running") {
       $("job-bar").value = job.progress;
       say(job.state === "queued" ? "waiting for its turn" : `${job.step || "starting"}, ${Math.round(100 * job.progress)} %`);
       await new Promise((resolve) => setTimeout(resolve, 700));
       job = await ask("GET", `v1/jobs/${job.id}`);
     }
+    if (job.state === "cancelled") return say("Cancelled.");
     if (job.state === "failed") throw new ApiError(500, { error: { message: job.error } });
     say(`Done: ${job.checkpoint}`);
     state.checkpoint = job.checkpoint;
@@ -284,7 +297,7 @@ async function make() {
     say(error.message);
     if (error.status === 401) fail(error);
   } finally {
-    $("job-bar").hidden = true;
+    $("job-bar").hidden = $("cancel").hidden = true;
     $("make").disabled = false;
   }
 }
@@ -303,9 +316,16 @@ function fail(error) {
   if (error.status === 401) {
     $("token-why").textContent = error.message;
     if (!$("token-dialog").open) $("token-dialog").showModal();
+    panels.nothing();
     return panels.verdict("bad", "A token is needed.", error.message);
   }
-  panels.verdict("bad", error.param ? `${error.param}:` : "No answer.", error.message);
+  // What stood here answered another question: neither it nor its commands stay.
+  state.allocation = state.manifest = null;
+  state.changed = new Set();
+  panels.nothing();
+  const name = (error.param || "").replace(/^hardware\./, ""), field = FIELDS[name] && $(FIELDS[name]);
+  if (field) panels.markWrong(field);
+  panels.verdict("bad", field ? `${panels.labelOf(field)}:` : name ? `${name}:` : "No answer.", error.message);
   panels.advice([], takeAdvice);
 }
 
@@ -313,8 +333,9 @@ function listen() {
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("controls").addEventListener("change", (event) => {
     if (event.target.id === "length") event.target.dataset.touched = "1";
-    if (event.target.id === "model") [state.automatic, state.bytes] = [true, null];
-    if (event.target.checkValidity()) (event.target.id === "model" ? chooseModel : refresh)();
+    if (!model()) return;
+    if (event.target.id === "model") [state.automatic, state.bytes, state.allocation] = [true, null, null];
+    (event.target.id === "model" ? chooseModel : refresh)();
   });
   $("budget").addEventListener("input", () => pick(ofStep(Number($("budget").value))));
   $("fit").addEventListener("click", () => {
@@ -325,7 +346,7 @@ function listen() {
     if (!state.allocation) return;
     const { manifest_digest, model: name, tensor_bytes } = state.allocation;
     state.kept.set(manifest_digest, `${name}, ${gib(tensor_bytes)}`);
-    files.set(manifest_digest, state.manifestText);
+    sides.set(manifest_digest, JSON.stringify({ allocation: state.allocation.request }));
     showAgainst();
     $("against").value = manifest_digest;
     recompare();
@@ -337,7 +358,7 @@ function listen() {
     try {
       const text = await file.text();
       JSON.parse(text);
-      files.set(file.name, text);
+      sides.set(file.name, text);
       state.kept.set(file.name, file.name);
       showAgainst();
       $("against").value = file.name;
@@ -378,6 +399,7 @@ function listen() {
     setTimeout(() => ($("copy").textContent = "Copy"), 1500);
   });
   $("make").addEventListener("click", make);
+  $("cancel").addEventListener("click", () => ask("POST", `v1/jobs/${state.job}/cancel`).catch((error) => ($("job").textContent = error.message)));
   $("token-open").addEventListener("click", () => $("token-dialog").showModal());
   $("token-cancel").addEventListener("click", () => $("token-dialog").close());
   $("token-form").addEventListener("submit", () => {

@@ -1,7 +1,7 @@
 // Each panel of the page from plain data. Nothing here asks the service.
 
 import { curve, heatMap, memoryBar, swatch } from "./charts.js";
-import { count, gib, loss, percent, place } from "./format.js";
+import { count, gib, loss, lossIn, percent, place, unusable } from "./format.js";
 
 export const $ = (id) => document.getElementById(id);
 
@@ -14,6 +14,42 @@ export function element(tag, text, className) {
   if (className) made.className = className;
   return made;
 }
+
+// The answer has one of four forms: nothing beside the verdict, waiting for the first one, an answer, or an empty store.
+const answer = () => document.querySelector(".answer");
+
+export function nothing() {
+  answer().classList.add("blank");
+}
+
+export function answered() {
+  answer().classList.remove("blank");
+}
+
+export function waiting(text) {
+  nothing();
+  verdict("waiting", text, "");
+  advice([]);
+}
+
+export function empty(is) {
+  $("empty").hidden = !is;
+  $("controls").hidden = is;
+}
+
+// The first field of the form whose value cannot be used.
+export function wrongField() {
+  const fields = [...$("controls").elements].filter((field) => field.willValidate && !field.closest("[hidden]"));
+  for (const field of $("controls").elements) field.removeAttribute("aria-invalid");
+  fields.filter((field) => !field.checkValidity()).forEach(markWrong);
+  return fields.find((field) => !field.checkValidity());
+}
+
+export function markWrong(field) {
+  field.setAttribute("aria-invalid", "true");
+}
+
+export const labelOf = (field) => field.labels[0].textContent;
 
 export function verdict(kind, strong, rest, small) {
   const holder = $("verdict");
@@ -44,9 +80,10 @@ export function figures(allocation, sweep) {
   set("f-size", gib(allocation.tensor_bytes), `${count(allocation.tensor_bytes)} bytes`);
   set("f-bits", `${allocation.average_bits.toFixed(2)} bits`, "scales and zeros included");
   const gap = allocation.proof && allocation.proof.gap > 0 ? `at most ${loss(allocation.proof.gap)} above the best` : "proven best";
-  set("f-loss", loss(allocation.predicted_loss), gap);
+  const broken = unusable(allocation.predicted_loss, allocation.unit);
+  set("f-loss", lossIn(allocation.predicted_loss, allocation.unit), broken ? "too few bits for this model" : gap);
   const same = sweep ? oneWidth(sweep.uniform, allocation.tensor_bytes) : null;
-  if (same > 0 && allocation.predicted_loss > 0) {
+  if (!broken && same > 0 && allocation.predicted_loss > 0) {
     const saved = 1 - allocation.predicted_loss / same;
     set("f-gain", saved >= 0 ? `−${percent(saved)}` : `+${percent(-saved)}`, "loss, at the same size");
   } else set("f-gain", "–");
@@ -69,7 +106,7 @@ export function memory(plan) {
   const line = (name) => plan.lines.find((l) => l.name === name)?.nbytes ?? 0;
   const total = line("device memory") || plan.device.total_bytes;
   const usable = line("vLLM may use");
-  const missing = plan.verdict.needs_bytes;
+  const missing = plan.verdict.fits ? 0 : plan.verdict.needs_bytes;
   const weights = plan.planned ? plan.planned.weight_bytes : missing > 0 ? plan.weight_budget_bytes + missing : plan.smallest_weight_bytes;
   const known = ["device memory", "CUDA memory", "vLLM may use", "KV cache", "activations", "slack", "left for weights", ...RUNTIME];
   const others = plan.lines.filter((l) => !known.includes(l.name)).reduce((sum, l) => sum + Math.max(l.nbytes, 0), 0);
@@ -81,8 +118,9 @@ export function memory(plan) {
     { kind: "m-slack", label: "slack", bytes: line("slack") },
   ];
   const used = parts.reduce((sum, part) => sum + part.bytes, 0);
-  parts.push({ kind: "m-free", label: "left to others", bytes: Math.max(total - Math.max(used, usable), 0) });
-  $("memory-bar").replaceChildren(memoryBar(parts, total));
+  // What is missing is missing from what vLLM may use, which is less than the card has.
+  if (!missing) parts.push({ kind: "m-free", label: "left to others", bytes: Math.max(total - Math.max(used, usable), 0) });
+  $("memory-bar").replaceChildren(memoryBar(parts, total, missing ? used - missing : total));
   if (missing > 0) parts.push({ kind: "m-over", label: "too much", bytes: missing });
   $("memory-legend").replaceChildren(
     ...parts.filter((part) => part.bytes > 0).map((part) => {
@@ -96,7 +134,13 @@ export function memory(plan) {
 
 const MEASURED = "KL divergence from the original in nats a token, on the text named";
 
+export function noCurve() {
+  $("curve-note").hidden = true;
+  $("curve").replaceChildren(element("p", "Solving for the sizes between the smallest and the largest …", "hint waiting"));
+}
+
 export function pareto(sweep, gpus, allocation, onPick) {
+  $("curve-note").hidden = false;
   $("curve-unit").textContent = sweep.unit.length > 60 ? sweep.unit.split(",")[0] : sweep.unit;
   curve($("curve"), {
     points: sweep.points,
@@ -104,7 +148,8 @@ export function pareto(sweep, gpus, allocation, onPick) {
     // Scores in another unit do not share an axis with what is measured.
     measured: sweep.unit.startsWith("nats") ? sweep.measured.map((m) => ({ bytes: m.tensor_bytes, loss: m.measured_loss, text: measuredText(m) })) : [],
     gpus,
-    chosen: allocation ? { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss } : { bytes: Infinity, loss: null },
+    unit: sweep.unit,
+    chosen: { bytes: allocation.tensor_bytes, loss: allocation.predicted_loss },
     onPick,
   });
   measuredTable(sweep.measured);
@@ -194,7 +239,7 @@ export function listenToMap() {
   });
 }
 
-export function difference(document_) {
+export function difference(document_, unit) {
   const holder = $("diff");
   if (!document_) {
     holder.replaceChildren();
@@ -211,7 +256,7 @@ export function difference(document_) {
   }
   const signed = (bytes) => `${bytes < 0 ? "−" : "+"}${gib(Math.abs(bytes))}`;
   const before = document_.before.predicted_loss, after = document_.after.predicted_loss;
-  const losses = before > 0 && after > 0 ? `, predicted loss ${loss(before)} → ${loss(after)}` : "";
+  const losses = before > 0 && after > 0 ? `, predicted loss ${lossIn(before, unit)} → ${lossIn(after, unit)}` : "";
   const head = element("p", `${document_.changed.length} of ${document_.modules} modules differ, ${signed(document_.tensor_bytes_change)}${losses}.`);
   holder.replaceChildren(head);
   if (!kinds.size) return;
