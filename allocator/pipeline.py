@@ -1,5 +1,6 @@
 """The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from allocator.contract.errors import ContractError, InfeasibleBudgetError, Inpu
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
-from allocator.progress import Progress, silent
+from allocator.progress import PlannedStep, Progress, silent
 from allocator.solving import SolveSettings, solve_resident, solve_scores
 
 if TYPE_CHECKING:  # they bring torch
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _VERIFIED_SEQUENCES = 32
+_LOG = logging.getLogger(__name__)
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -57,9 +59,16 @@ class CandidateSettings:
     symmetric: bool = False
     channel_blocks: int | None = None
     calibration: Sequence[Path] | None = None
-    sequences: int = 128
-    sequence_length: int = 2048
+    sequences: int | None = None
+    sequence_length: int | None = None
     seed: int = 0
+
+    def amount(self, inventory: "Inventory") -> tuple[int, int]:
+        """Number and length of the calibration sequences: as they are given, else what the model's size asks for."""
+        from allocator.blocks.amount import calibration_amount
+
+        longest = inventory.config.get("max_position_embeddings")
+        return calibration_amount(_parameters(inventory), longest, self.sequences, self.sequence_length)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ def learn(
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
     from allocator.inventory import channel_layout, cut_unsorted, read_inventory, with_channel_blocks
     from allocator.learning import learn_scores
+    from allocator.learning.effort import learning_steps
     from allocator.quantizers import get_quantizer
     from allocator.running import RunFingerprint, WorkFolder, team_from_environment, versions
 
@@ -127,8 +137,7 @@ def learn(
     }
     if not any(formats.values()):
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
-    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
-    length = min(candidates.sequence_length, longest)
+    sequences, length = candidates.amount(inventory)
     team = team_from_environment()
     folder = WorkFolder(work, team)
     work.mkdir(parents=True, exist_ok=True)
@@ -137,10 +146,8 @@ def learn(
         architecture=inventory.architecture,
         digest=team.from_leader(lambda: _model_digest(inventory, work, progress, remember=True)),
     )
-    progress("calibration text", 0.0)
-    parameters = sum(m.parameters for m in inventory.modules)
-    calibration = team.from_leader(lambda: _calibration(model, candidates, length, parameters))
-    progress("calibration text", 1.0)
+    _LOG.info("calibration: %s", _told_amount(inventory, candidates))
+    calibration = team.from_leader(lambda: _calibration(inventory, candidates, progress))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made_with = {
         "quantizer": quantizer.name,
@@ -150,7 +157,12 @@ def learn(
     } | ({} if candidates.channel_blocks is None else {"channel_blocks": candidates.channel_blocks})
     fingerprint = RunFingerprint(
         model=reference,
-        calibration={"source": calibration.source, "digest": calibration.digest},
+        calibration={
+            "source": calibration.source,
+            "digest": calibration.digest,
+            "sequences": sequences,
+            "sequence_length": length,
+        },
         candidates=made_with,
         learning=asdict(learning),
         environment=versions() | {"device": device, "threads": torch.get_num_threads()},
@@ -184,13 +196,15 @@ def learn(
             folder.finish()
             return LearnResult(reference.digest, scores, folder.scores, folder.bank, [*reused, "scores"])
 
-    hidden = HiddenStates(folder.hidden, candidates.sequences, length, inventory.config["hidden_size"])
+    hidden = HiddenStates(folder.hidden, sequences, length, inventory.config["hidden_size"])
     # Of gradients, which take half of what states take, two boundaries a draw are there at a time.
     state_bytes = hidden.boundary_bytes * (inventory.blocks + 1 + learning.draws)
     bank_bytes = sum(module_bytes(f) for of in formats.values() for f in of)
     _check_room(work, [folder.hidden, folder.bank], state_bytes + (0 if same_bank else bank_bytes))
     stream = BlockStream(inventory, device)
     states = folder.journal.section("states")
+    tokens = sequences * length
+    progress.plan(learning_steps(inventory, formats, quantizer.statistics, learning, tokens, same_bank))
     order = bank.channel_order if same_bank and bank is not None else None
     if order is None and candidates.channel_blocks is not None:
         layout = channel_layout(inventory, candidates.channel_blocks)
@@ -224,22 +238,34 @@ def _model_digest(inventory: "Inventory", work: Path, progress: Progress, rememb
     from allocator.inventory import DIGEST_CACHE_NAME, cached_model_digest, model_digest
     from allocator.running.fingerprint import RUN_NAME
 
-    def tell(done: int, total: int) -> None:
-        progress("reading", done / max(total, 1))
-
+    tell = progress.bytes_of("reading the model")
     if remember or (work / RUN_NAME).exists():
         return cached_model_digest(inventory, work / DIGEST_CACHE_NAME, tell)
     return model_digest(inventory, tell)
 
 
-def _calibration(model: Path, candidates: CandidateSettings, length: int, parameters: int) -> "Calibration":
+def _calibration(inventory: "Inventory", candidates: CandidateSettings, progress: Progress) -> "Calibration":
     from allocator.blocks import calibration_from_model, calibration_from_python, calibration_from_text
 
-    if candidates.calibration is None and parameters > _LARGEST_WRITER_PARAMETERS:
-        return calibration_from_python(model, candidates.sequences, length, candidates.seed)
+    (sequences, length), model, seed = candidates.amount(inventory), inventory.folder, candidates.seed
+    if candidates.calibration is None and _parameters(inventory) <= _LARGEST_WRITER_PARAMETERS:
+        return calibration_from_model(model, sequences, length, seed, progress)
+    progress.begin("reading text")
     if candidates.calibration is None:
-        return calibration_from_model(model, candidates.sequences, length, candidates.seed)
-    return calibration_from_text(model, list(candidates.calibration), candidates.sequences, length, candidates.seed)
+        return calibration_from_python(model, sequences, length, seed)
+    return calibration_from_text(model, list(candidates.calibration), sequences, length, seed)
+
+
+def _told_amount(inventory: "Inventory", candidates: CandidateSettings) -> str:
+    sequences, length = candidates.amount(inventory)
+    told = f"{sequences} sequences of {length} tokens"
+    if candidates.sequences is not None or candidates.sequence_length is not None:
+        return told
+    return f"{told}, by the model's {_parameters(inventory):,} parameters (--sequences and --sequence-length change it)"
+
+
+def _parameters(inventory: "Inventory") -> int:
+    return sum(m.parameters for m in inventory.modules)
 
 
 def export(
@@ -305,14 +331,17 @@ def fit(
     if plan is not None:
         _check_plan(plan, cut, candidates)
     check_target(out, low, overwrite)
+    after = ["solving", *(["verifying"] if verified else []), "writing", "digests"]
+    progress.plan([PlannedStep(name, 0.0) for name in after])
     result = learn(model, work, candidates, learning, progress, resume)
+    progress.begin("solving")
     if plan is None:
         manifest = solve_scores(result.scores, solving)
     else:
         requested = f"plan for {plan.device.name}"
         manifest = solve_resident(result.scores, solving, plan.residency, plan.weight_budget_bytes, requested)
     if verified:
-        manifest = _verified(manifest, result, inventory, candidates, solving, plan)
+        manifest = _verified(manifest, result, inventory, candidates, solving, plan, progress)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
 
@@ -324,6 +353,7 @@ def _verified(
     candidates: CandidateSettings,
     solving: SolveSettings,
     plan: "Plan | None",
+    progress: Progress,
 ) -> Manifest:
     from allocator.blocks import BlockStream
     from allocator.candidates import BankReader
@@ -331,14 +361,16 @@ def _verified(
     from allocator.solving.units import Rules
     from allocator.student import Student
 
-    anew = replace(candidates, seed=candidates.seed + 1, sequences=min(candidates.sequences, _VERIFIED_SEQUENCES))
-    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
-    length = min(candidates.sequence_length, longest)
-    text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
+    sequences, length = candidates.amount(inventory)
+    anew = replace(
+        candidates, seed=candidates.seed + 1, sequences=min(sequences, _VERIFIED_SEQUENCES), sequence_length=length
+    )
+    text = _calibration(inventory, anew, progress)
     bank = BankReader(learned.bank_folder)
     student = Student(BlockStream(bank.arranged(inventory), _device()), bank, text.token_ids)
     rules = Rules(solving.pins, solving.ceilings, solving.floors)
-    return verify(manifest, learned.scores, student, rules, None if plan is None else plan.residency)
+    residency = None if plan is None else plan.residency
+    return verify(manifest, learned.scores, student, rules, residency, progress)
 
 
 def _device() -> str:

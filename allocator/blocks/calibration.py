@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from allocator.blocks.texts import PIECE_CHARACTERS, Piece, pieces_of_files, pieces_of_python, sample_pieces
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
+from allocator.progress import Progress, silent
 
 __all__ = ["Calibration", "calibration_from_model", "calibration_from_python", "calibration_from_text"]
 
@@ -63,11 +65,19 @@ def calibration_from_python(folder: Path, sequences: int, length: int, seed: int
     return _windows(folder, pieces_of_python(), sequences, length, seed, "documentation and sources of Python")
 
 
-def calibration_from_model(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
+def calibration_from_model(
+    folder: Path, sequences: int, length: int, seed: int, progress: Progress = silent
+) -> Calibration:
     """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    progress.begin("writing text", length - 1, "token")
+
+    def told(ids: Tensor, *_scores: Any, **_: Any) -> Tensor:
+        progress.advance()
+        return torch.zeros(len(ids), dtype=torch.bool)  # go on
+
     start = model.config.bos_token_id
     start = start[0] if isinstance(start, list) else start if start is not None else 0
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -76,6 +86,6 @@ def calibration_from_model(folder: Path, sequences: int, length: int, seed: int)
             torch.full((sequences, 1), start),
             attention_mask=torch.ones(sequences, 1, dtype=torch.int64),
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_new_tokens=length - 1, max_new_tokens=length - 1,
+            min_new_tokens=length - 1, max_new_tokens=length - 1, stopping_criteria=[told],
         )  # fmt: skip
     return Calibration(tokens[:, :length].clone(), "written by the model itself")

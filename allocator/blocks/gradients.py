@@ -8,9 +8,12 @@ from torch import Tensor
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
+from allocator.progress import Progress, silent
 from allocator.running import Journal, Team
 
-__all__ = ["descend", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
+__all__ = ["GRADIENTS_STEP", "descend", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
+
+GRADIENTS_STEP = "gradients of predictions"
 
 _HEAD_TOKENS, _HEAD_ROWS = 512, 4096
 
@@ -22,6 +25,7 @@ def descend(
     seed: int,
     journal: Journal | None = None,
     to_embedding: bool = False,
+    progress: Progress = silent,
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
@@ -32,10 +36,11 @@ def descend(
     are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
     must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has are not
     computed again. With `to_embedding`, -1 comes after block 0, when the gradients at the embedding's output are there.
+    What is computed before the first number is a step of `progress`.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, -1 if to_embedding else 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, journal)
+        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress)
         if journal.team.leads:
             for store in gradients:
                 store.forget(index + 1)
@@ -45,7 +50,7 @@ def descend(
 def fill_gradients(stream: BlockStream, hidden: HiddenStates, gradients: Sequence[HiddenStates], seed: int) -> None:
     """Fill all boundaries 1 .. blocks of each of `gradients` (see `descend`)."""
     for index in range(stream.blocks, 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere())
+        _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere(), silent)
 
 
 def parts_of_sequence(length: int) -> list[slice]:
@@ -77,12 +82,13 @@ def _fill_boundary(
     seed: int,
     index: int,
     journal: Journal,
+    progress: Progress,
 ) -> None:
     step = f"gradients-{index:04d}"
     if journal.load(step) is not None:
         return
     if index == stream.blocks:
-        _fill_last(stream, hidden, gradients, seed, journal.team)
+        _fill_last(stream, hidden, gradients, seed, journal.team, progress)
     else:
         _fill_before(stream, hidden, gradients, index, journal.team)
     journal.team.wait()
@@ -107,10 +113,15 @@ def _fill_before(
 
 
 def _fill_last(
-    stream: BlockStream, hidden: HiddenStates, gradients: Sequence[HiddenStates], seed: int, team: Team
+    stream: BlockStream,
+    hidden: HiddenStates,
+    gradients: Sequence[HiddenStates],
+    seed: int,
+    team: Team,
+    progress: Progress,
 ) -> None:
     head = stream.head()
-    for sequence, row in team.share(range(hidden.shape[0])):
+    for sequence, row in progress.over(team.share(range(hidden.shape[0])), GRADIENTS_STEP, "sequence"):
         for part in parts_of_sequence(hidden.shape[1]):
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
             logprobs = head(states).log_softmax(-1)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocator.progress import Progress, silent
+
 __all__ = ["Divergence", "measure_divergence"]
 
 
@@ -20,8 +22,13 @@ class Divergence:
     tokens: int
 
 
-def measure_divergence(original: Any, model: Any, token_ids: Tensor, batch: int = 4) -> Divergence:
-    """Compare two causal language models on int64 `[sequences, length]`, every position but the last."""
+def measure_divergence(
+    original: Any, model: Any, token_ids: Tensor, batch: int = 4, progress: Progress = silent
+) -> Divergence:
+    """Compare two causal language models on int64 `[sequences, length]`, every position but the last.
+
+    All of it is one unit of the step that `progress` is at.
+    """
     kl = loss = original_loss = 0.0
     tokens = token_ids.shape[0] * (token_ids.shape[1] - 1)
     with torch.inference_mode():
@@ -32,4 +39,5 @@ def measure_divergence(original: Any, model: Any, token_ids: Tensor, batch: int 
             kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
             loss -= float(ours.gather(-1, targets).sum(dtype=torch.float64))
             original_loss -= float(theirs.gather(-1, targets).sum(dtype=torch.float64))
+            progress.advance(len(rows) / len(token_ids))
     return Divergence(kl / tokens, math.exp(loss / tokens), math.exp(original_loss / tokens), tokens)

@@ -71,11 +71,12 @@ def export_checkpoint(
     temporary = _partial_folder(out, f"{manifest.digest} {declaration} {max_shard_bytes}")
     journal = Journal(temporary / _JOURNAL)
     try:
-        for done, (name, tensors) in enumerate(plan.files.items()):
-            progress("writing", done / len(plan.files))
+        for name, tensors in progress.over(plan.files.items(), "writing", "file"):
             if journal.load(name) is None or not (temporary / name).exists():
                 write_safetensors(_content(tensors, manifest, inventory, bank), temporary / name)
                 journal.save(name, True)
+            else:
+                progress.skip()
         journal.clear()
         if plan.index is not None:
             (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
@@ -84,6 +85,7 @@ def export_checkpoint(
         if written != predicted:
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
         check_checkpoint(temporary)
+        progress.begin("digests")
         digest_folder(temporary, manifest).write(temporary / DIGESTS_NAME)
         if out.exists():
             shutil.rmtree(out)
@@ -93,7 +95,6 @@ def export_checkpoint(
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    progress("writing", 1.0)
     return ExportReport(out, plan.tensor_bytes, predicted, written)
 
 

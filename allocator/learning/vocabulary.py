@@ -23,6 +23,7 @@ from allocator.candidates.block import VocabularyCandidates
 from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat
 from allocator.learning.teacher import Teacher
+from allocator.progress import Progress, silent
 
 __all__ = ["Text", "measure_vocabulary"]
 
@@ -61,22 +62,25 @@ def measure_vocabulary(
     text: Text,
     reduce: Callable[[Tensor], Found],
     one_by_one: bool = False,
+    progress: Progress = silent,
 ) -> dict[int, dict[str, Found]]:
     """As `block.measure_swaps` for the modules of `candidates`: by batch of `text` and module what `reduce` makes of
     the errors along the gradients, `[C, B * S * T]`; those of the last candidate, the source itself, are 0.
 
     With `one_by_one` they are the sums of (g e)^2 over the outputs, which are then taken one by one; of logits its mean
-    over all draws.
+    over all draws. All of it is one unit of the step that `progress` is at.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in text.batches}
     draws, length = len(text.teacher.gradients), text.token_ids.shape[1]
+    share = 1 / max(1, sum((name == candidates.embedding) + (name == candidates.head) for name in candidates.formats))
     with torch.inference_mode():
         for name, formats in candidates.formats.items():
             sums = {n: torch.zeros(len(formats), draws, len(rows) * length) for n, rows in text.batches.items()}
             if name == candidates.embedding:
                 _add_embedding(stream, bank, name, formats[:-1], text, one_by_one, sums)
+                progress.advance(share, name)
             if name == candidates.head:
-                _add_head(stream, bank, name, formats[:-1], text, one_by_one, sums)
+                _add_head(stream, bank, name, formats[:-1], text, one_by_one, sums, progress, share)
             for number, of_batch in sums.items():
                 by_sequence = of_batch.view(len(formats), draws, -1, length).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
@@ -115,6 +119,8 @@ def _add_head(
     text: Text,
     one_by_one: bool,
     sums: Mapping[int, Tensor],
+    progress: Progress,
+    share: float,
 ) -> None:
     stored, norm, softcap = stream.inventory.tensor(f"{name}.weight"), stream.norm(), stream.softcap
     for group in text.groups():
@@ -133,6 +139,7 @@ def _add_head(
                     head.add_squares(weight, steps)
                 else:
                     head.add(weight, steps, [text.signs(n, draw, rows) for draw in range(head.draws)])
+            progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()
 

@@ -13,6 +13,7 @@ from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.progress import Progress, silent
+from allocator.progress_lines import standing_of
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.store import Store, document_text, hex_of
 
@@ -45,8 +46,8 @@ def materialise(
         write_atomically(manifest_path, document_text(manifest))
         task = {"model": model, "manifest": str(manifest_path), "bank": str(bank), "out": str(out)}
         for line in _run(task, started):
-            if "share" in line:
-                progress(str(line["what"]), float(str(line["share"])))
+            if "step" in line:
+                progress.relay(standing_of(line))
             elif "error" in line:
                 raise _ERRORS.get(int(str(line["exit_code"])), GammaError)(str(line["error"]))
     except _KilledError:
@@ -80,10 +81,8 @@ def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> 
         return store.backend.folder / at
     store.backend.download(f"{at}/{BANK_NAME}", target / BANK_NAME)
     bank = Bank.read(target / BANK_NAME)
-    for done, module in enumerate(bank.modules.values()):
-        progress("bank", done / len(bank.modules))
+    for module in progress.over(bank.modules.values(), "copying the bank", "module"):
         _copy(store, f"{at}/{module.file}", target / module.file)
-    progress("bank", 1.0)
     return target
 
 
@@ -95,10 +94,8 @@ def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -
     if store.backend.folder is not None:
         return str(store.backend.folder / at)
     names = store.backend.names(at)
-    for done, name in enumerate(names):
-        progress("model", done / len(names))
+    for name in progress.over(names, "copying the model", "file"):
         _copy(store, f"{at}/{name}", target / name)
-    progress("model", 1.0)
     return str(target)
 
 
