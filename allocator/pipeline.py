@@ -117,6 +117,7 @@ def learn(
     import torch
 
     from allocator.blocks import BlockStream
+    from allocator.blocks.amount import FULL_FROM_PARAMETERS
     from allocator.blocks.hidden import HiddenStates
     from allocator.candidates import BankReader, build_bank, find_channel_order, make_servable
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
@@ -137,7 +138,7 @@ def learn(
     }
     if not any(formats.values()):
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
-    sequences, length = candidates.amount(inventory)
+    parameters, (sequences, length) = _parameters(inventory), candidates.amount(inventory)
     team = team_from_environment()
     folder = WorkFolder(work, team)
     work.mkdir(parents=True, exist_ok=True)
@@ -227,6 +228,9 @@ def learn(
         inventory, stream, BankReader(folder.bank), calibration.token_ids, hidden, learning, progress,
         folder.journal.section("learning"),
     )  # fmt: skip
+    if candidates.sequences is None and candidates.sequence_length is None and parameters < FULL_FROM_PARAMETERS:
+        amount = {"sequences": sequences, "sequence_length": length}
+        scores = scores.model_copy(update={"settings": scores.settings | {"calibration": amount}})
     if team.leads:
         scores.write(folder.scores)
     folder.finish()

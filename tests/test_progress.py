@@ -1,6 +1,7 @@
 """How long work says how far it is: the time left by what was measured, and a line at least every 30 seconds."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_line_at_least_every_30_seconds_also_inside_one_block(clock: Clock) ->
             lines.tracker.advance(0.5)
         lines.tick()
     times = [moment for moment, _ in told]
-    assert max(later - earlier for earlier, later in zip(times, times[1:], strict=False)) <= EVERY_SECONDS
+    assert max(later - earlier for earlier, later in pairwise(times)) <= EVERY_SECONDS
     assert len(told) <= 2 + 400 / EVERY_SECONDS
     assert any((s.done, s.detail) == (0.5, "model.layers.0.mlp.up_proj") for _, s in told)
 

@@ -2,11 +2,14 @@
 
 from math import isqrt
 
-__all__ = ["calibration_amount"]
+__all__ = ["FULL_FROM_PARAMETERS", "calibration_amount"]
 
 _SEQUENCES, _LENGTH = 128, 2048
 _LEAST_TOKENS, _TOKENS_A_ROOT = 8192, 16
 _FEW_SEQUENCES, _SHORT = 32, 256
+
+FULL_FROM_PARAMETERS = (_SEQUENCES * _LENGTH // _TOKENS_A_ROOT) ** 2
+"""Models of so many have all sequences at their full length."""
 
 
 def calibration_amount(

@@ -1,6 +1,8 @@
 """Gradients of the model's log-probabilities at the output of every block, computed one block at a time."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from allocator.contract.digest import digest_bytes
 from allocator.progress import Progress, silent
 from allocator.running import Journal, Team
 
-__all__ = ["GRADIENTS_STEP", "descend", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
+__all__ = ["GRADIENTS_STEP", "descend", "draw_signs", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
 
 GRADIENTS_STEP = "gradients of predictions"
 
@@ -75,6 +77,19 @@ def signs(seed: int, draw: int, sequence: int, part: slice, rows: slice) -> Tens
     return 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
 
 
+def draw_signs(seed: int, wanted: Sequence[tuple[int, int, slice, slice]]) -> list[Tensor]:
+    """`signs` of each of `wanted` (draw, sequence, part, rows), drawn on as many cores as torch has threads: of a large
+    vocabulary there are billions, and one core would take longer than all else."""
+    if len(wanted) == 1 or torch.get_num_threads() == 1:
+        return [signs(seed, *one) for one in wanted]
+    return list(_drawers(torch.get_num_threads()).map(lambda one: signs(seed, *one), wanted))
+
+
+@cache
+def _drawers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "signs")
+
+
 def _fill_boundary(
     stream: BlockStream,
     hidden: HiddenStates,
@@ -128,7 +143,7 @@ def _fill_last(
             root = (logprobs.detach() / 2).exp()
             for draw, store in enumerate(gradients):
                 stripes = rows_together(logprobs.shape[1])
-                drawn = torch.cat([signs(seed, draw, sequence, part, rows) for rows in stripes], 1)
+                drawn = torch.cat(draw_signs(seed, [(draw, sequence, part, rows) for rows in stripes]), 1)
                 weights = drawn.to(stream.device) * root
                 (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
                 store.boundary(stream.blocks)[row, part] = gradient.to(store.dtype).cpu()

@@ -48,7 +48,7 @@ def show_progress(form: str | None = None) -> Iterator[Progress]:
         yield silent
         return
     form = form or ("bar" if console.is_terminal else "lines")
-    with _messages_on(console, as_json=form == "json"):
+    with _messages_on(console, logging.WARNING if form == "none" else logging.INFO, as_json=form == "json"):
         if form == "none":
             yield silent
         elif form == "bar":
@@ -78,13 +78,13 @@ class _OnConsole(logging.Handler):
 
 
 @contextmanager
-def _messages_on(console: Console, as_json: bool) -> Iterator[None]:
+def _messages_on(console: Console, level: int, as_json: bool) -> Iterator[None]:
     """Show what our parts log, one line a message, above the bars."""
     handler = _OnConsole(console, as_json)
     logger = logging.getLogger("allocator")
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     try:
         yield
     finally:

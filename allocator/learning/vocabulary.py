@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from allocator.blocks.gradients import parts_of_sequence, rows_together, signs
+from allocator.blocks.gradients import draw_signs, parts_of_sequence, rows_together
 from allocator.blocks.source import read_rows
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import VocabularyCandidates
@@ -48,11 +48,12 @@ class Text:
         for start in range(0, len(numbers), _TOGETHER):
             yield numbers[start : start + _TOGETHER]
 
-    def signs(self, batch: int, draw: int, rows: slice) -> Tensor:
-        """Of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
+    def signs(self, batch: int, draws: int, rows: slice) -> list[Tensor]:
+        """By draw those of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
         parts = parts_of_sequence(self.token_ids.shape[1])
-        sequences = self.batches[batch].tolist()
-        return torch.cat([signs(self.seed, draw, sequence, part, rows) for sequence in sequences for part in parts])
+        of_draw = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
+        drawn = draw_signs(self.seed, [(draw, *one) for draw in range(draws) for one in of_draw])
+        return [torch.cat(drawn[i : i + len(of_draw)]) for i in range(0, len(drawn), len(of_draw))]
 
 
 def measure_vocabulary(
@@ -138,7 +139,7 @@ def _add_head(
                 if one_by_one:
                     head.add_squares(weight, steps)
                 else:
-                    head.add(weight, steps, [text.signs(n, draw, rows) for draw in range(head.draws)])
+                    head.add(weight, steps, text.signs(n, head.draws, rows))
             progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()

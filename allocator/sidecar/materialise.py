@@ -124,7 +124,7 @@ def _run(task: dict[str, str], started: Callable[[subprocess.Popen[str]], None])
         ended = False
         for text in process.stdout:
             line = json.loads(text)
-            ended = "done" in line or "error" in line
+            ended = "files" in line or "error" in line
             yield line
             if ended:
                 process.wait()

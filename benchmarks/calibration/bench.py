@@ -31,10 +31,20 @@ from benchmarks.record import claim, write_result  # noqa: E402
 DATA = ROOT.parent / "shared" / "data"
 WIDTHS, BITS = (2, 4, 16), (2.5, 3.0, 3.5)
 SEQUENCES, LENGTH, FEW = 128, 2048, 32
-TOKENS = (8192, 32768, None)
-"""None: all that 128 sequences of the length that the model allows have."""
-SEEDS = (0, 1, 2)
+RUNS: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
+    "stories260K": ((0, 1, 2), (4096, 8192, 16384, None)),
+    "babyllama105": ((0, 1, 2), (4096, 8192, 16384, None)),
+    "demo": ((0, 1), (8192, 32768, None)),
+    "ref-7m": ((0,), (8192, 32768, None)),
+}
+"""Seeds, and tokens; None: all that 128 sequences of the length that the model allows have."""
+STORIES = ("stories260K", "babyllama105")
 HELD_OUT, HELD_OUT_LENGTH = 48, 256
+
+
+def folder_of(name: str) -> Path:
+    """A model of ours, or of the data that is kept beside the project."""
+    return ROOT / "benchmarks" / "demo" / "model" if name == "demo" else DATA / "models" / name
 
 
 def shape(tokens: int | None, longest: int) -> tuple[int, int]:
@@ -45,11 +55,13 @@ def shape(tokens: int | None, longest: int) -> tuple[int, int]:
     return tokens // length, length
 
 
-def texts(folder: Path) -> tuple[Path, Path] | None:
-    """A file to calibrate on, parts of books of a training split, and one of another split to measure on."""
+def texts(name: str, folder: Path) -> tuple[Path, Path] | None:
+    """A file to calibrate on, of a training split, and one of another split to measure on."""
     source = DATA / "text"
     if not source.is_dir():
         return None
+    if name in STORIES:
+        return source / "tinystories.train1000.json", source / "tinystories.valid.txt"
     cut = folder / "calibration.txt"
     if not cut.exists():
         books = lzma.decompress((source / "books.train.txt.xz").read_bytes()).decode()
@@ -58,11 +70,11 @@ def texts(folder: Path) -> tuple[Path, Path] | None:
     return cut, source / "books.valid.txt"
 
 
-def cell(model: Path, tokens: int | None, seed: int, folder: Path) -> list[dict[str, Any]]:
+def cell(name: str, model: Path, tokens: int | None, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Learn from so many tokens, solve, measure: a row a budget."""
     longest = read_inventory(model).config["max_position_embeddings"]
     count, length = shape(tokens, longest)
-    files = texts(folder)
+    files = texts(name, folder)
     candidates = CandidateSettings(
         widths=WIDTHS, sequences=count, sequence_length=length, seed=seed, calibration=files and files[:1]
     )
@@ -94,16 +106,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "bench-out" / "calibration")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    models = {"demo": ROOT / "benchmarks" / "demo" / "model", "ref-7m": DATA / "models" / "ref-7m"}
     rows = []
-    for seed in SEEDS:
-        for name, model in models.items():
-            for tokens in TOKENS:
-                if not model.is_dir():
-                    continue
+    for name, (seeds, amounts) in RUNS.items():
+        model = folder_of(name)
+        for seed in seeds if model.is_dir() else ():
+            for tokens in amounts:
                 kept = folder / f"{name}-{tokens}-{seed}.json"
                 if not kept.exists():
-                    kept.write_text(json.dumps(cell(model, tokens, seed, folder)))
+                    kept.write_text(json.dumps(cell(name, model, tokens, seed, folder)))
                 found = json.loads(kept.read_text())
                 rows += [{"model": name, "full": tokens is None} | row for row in found]
                 print(f"  {name} {found[0]['tokens']} tokens, seed {seed}:", *(f"{r['kl']:.4f}" for r in found),
@@ -119,18 +129,16 @@ def mean_kl(rows: list[dict[str, Any]], model: str, bits: float, tokens: int | N
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    from allocator.blocks.amount import default_amount
-
     claims = []
-    for name in sorted({r["model"] for r in rows}):
-        inventory = read_inventory(
-            ROOT / "benchmarks" / "demo" / "model" if name == "demo" else DATA / "models" / "ref-7m"
-        )
-        count, length = default_amount(inventory)
+    for name in dict.fromkeys(r["model"] for r in rows):
+        count, length = CandidateSettings().amount(read_inventory(folder_of(name)))
         measured = sorted({r["tokens"] for r in rows if r["model"] == name})
         nearest = max(t for t in measured if t <= count * length)
         ratio = max(mean_kl(rows, name, b, nearest) / mean_kl(rows, name, b, None) for b in BITS)
-        text = f"KL after learning from {nearest} tokens over that from all {measured[-1]}, {name}, the worst budget"
+        text = (
+            f"{name}: KL after learning from {nearest} tokens ({count * length} are the default) over that from all "
+            f"{measured[-1]}, the worst budget"
+        )
         claims.append(claim(text, ratio, "<= 1.02", ratio <= 1.02, None if ratio <= 1.02 else "see the rows"))
     for c in claims:
         print(c)
