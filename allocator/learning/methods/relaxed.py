@@ -114,6 +114,7 @@ def _sample(task: Task, choices: dict[str, Choice]) -> dict[str, Any]:
         done = visits - number * task.stream.blocks
         for position, (index, teacher) in enumerate(of_pass.descend(f"learning, pass {number + 1} of {_PASSES}")):
             if position < done:
+                task.progress.skip()
                 continue
             if position == 0:
                 losses.append(0.0)

@@ -58,10 +58,6 @@ class Task:
             yield index, teacher
             progress.reach(1 if index < 0 else done + 1)
 
-    def blocks(self, what: str) -> Iterator[int]:
-        """Numbers of all blocks, with progress."""
-        yield from self.progress.over(range(self.stream.blocks), what, "block")
-
     def once(self, step: str, compute: Callable[[], Found]) -> Found:
         """One unit of progress: the state of `step` as the journal has it, or that of `compute()`, which is kept."""
         state: Found | None = self.journal.load(step)
