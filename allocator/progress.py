@@ -193,11 +193,10 @@ class Tracker(Progress):
         works = [planned.work for planned in self._coming]
         if of_step is None or None in works:
             return None
-        coming = sum(work or 0.0 for work in works)
+        if not works:
+            return round(of_step, 1)
         done, seconds = self._timed()
-        if coming and not done:
-            return None
-        return round(of_step + (coming * seconds / done if coming else 0.0), 1)
+        return round(of_step + sum(work or 0.0 for work in works) * seconds / done, 1) if done else None
 
     def _timed(self) -> tuple[float, float]:
         """Arithmetic that was done, and the seconds it took."""

@@ -109,8 +109,13 @@ def text_line(standing: Standing) -> str:
 def amount_done(standing: Standing) -> str:
     """`4 of 36 blocks`. Parts of a unit are told by their detail."""
     plural = "" if standing.total == 1 or standing.unit == "MiB" else "s"
-    done = "" if not standing.done else f"{int(standing.done + 1e-3):,} of "
-    return f"{done}{standing.total:,.0f} {standing.unit}{plural}"
+    done = "" if not standing.done else f"{_number(standing.done)} of "
+    return f"{done}{_number(standing.total)} {standing.unit}{plural}"
+
+
+def _number(units: float) -> str:
+    """Whole ones; a part of less than one as it is."""
+    return f"{int(units + 1e-3):,}" if units > 0.99 else f"{units:.2g}"
 
 
 def left(standing: Standing) -> list[str]:
