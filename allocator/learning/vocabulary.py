@@ -48,11 +48,15 @@ class Text:
         for start in range(0, len(numbers), _TOGETHER):
             yield numbers[start : start + _TOGETHER]
 
-    def signs(self, batch: int, draws: int, rows: slice) -> list[Tensor]:
-        """By draw those of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
+    def signs(self, batch: int, draw: int, rows: slice) -> Tensor:
+        """Of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
+        return self.signs_of([draw], batch, rows)[0]
+
+    def signs_of(self, draws: Sequence[int], batch: int, rows: slice) -> list[Tensor]:
+        """`signs` of each of `draws`."""
         parts = parts_of_sequence(self.token_ids.shape[1])
         of_draw = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
-        drawn = draw_signs(self.seed, [(draw, *one) for draw in range(draws) for one in of_draw])
+        drawn = draw_signs(self.seed, [(draw, *one) for draw in draws for one in of_draw])
         return [torch.cat(drawn[i : i + len(of_draw)]) for i in range(0, len(drawn), len(of_draw))]
 
 
@@ -139,7 +143,7 @@ def _add_head(
                 if one_by_one:
                     head.add_squares(weight, steps)
                 else:
-                    head.add(weight, steps, text.signs(n, head.draws, rows))
+                    head.add(weight, steps, text.signs_of(range(head.draws), n, rows))
             progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()

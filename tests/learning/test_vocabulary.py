@@ -52,9 +52,7 @@ def along_all_at_once(seen: SimpleNamespace, name: str, step: torch.Tensor) -> t
     logprobs = logits.log_softmax(-1)
     for draw in range(DRAWS):
         if name == seen.candidates.head:
-            whole = torch.cat([seen.text.signs(0, DRAWS, rows)[draw] for rows in rows_together(320)], 1).view(
-                5, 32, 320
-            )
+            whole = torch.cat([seen.text.signs(0, draw, rows) for rows in rows_together(320)], 1).view(5, 32, 320)
             rest = torch.cat([seen.text.signs(1, draw, rows) for rows in rows_together(320)], 1).view(3, 32, 320)
             weights = torch.cat([whole, rest]) * (logprobs.detach() / 2).exp()
             (slope,) = torch.autograd.grad(logprobs, logits, weights, retain_graph=True)
