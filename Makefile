@@ -14,7 +14,7 @@ PYTEST_WORKERS ?= 2
 AVX2_TESTS := tests/gamma_vllm tests/contract/test_resident.py tests/e2e/test_server.py::test_a_bank_answers_with_the_flag
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup audit demo bench-allocation bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
+.PHONY: help setup audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B
 
 bench-allocation: setup ## every method of allocation on the same candidates and bytes (about two hours of CPU; goes on where it stopped)
 	@$(PYTHON) benchmarks/allocation/bench.py
+
+bench-calibration: setup ## KL after calibration on less text than 128 sequences (an hour of CPU; goes on where it stopped)
+	@$(PYTHON) benchmarks/calibration/bench.py
 
 bench-kernels: setup ## products of the CUDA kernels, layer by layer, beside bfloat16 and Marlin (needs an NVIDIA GPU)
 	@$(PYTHON) benchmarks/kernels/bench.py

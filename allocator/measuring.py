@@ -53,13 +53,12 @@ def measure_assignments(
         )
     longest = read_inventory(settings.model).config.get("max_position_embeddings") or settings.sequence_length
     length = min(settings.sequence_length, longest)
+    progress.begin("text")
     text = calibration_from_text(settings.model, list(settings.text), settings.sequences, length, settings.seed)
     meter = AssignmentMeter(settings.model, bank, text.token_ids)
     found = {}
-    for i, (key, assignment) in enumerate(assignments.items()):
-        progress("measuring", i / len(assignments))
+    for key, assignment in progress.over(assignments.items(), "measuring", "assignment"):
         found[key] = meter.measure(assignment).kl
-    progress("measuring", 1.0)
     return found
 
 
@@ -81,26 +80,25 @@ def measure_kv_losses(
     from allocator.inventory import DIGEST_CACHE_NAME, cached_model_digest, model_digest, read_inventory
 
     inventory = read_inventory(model)
-    progress("reading", 0.0)
     cache = None if work is None else work / DIGEST_CACHE_NAME
-    digest = cached_model_digest(inventory, cache) if cache is not None and cache.exists() else model_digest(inventory)
+    tell = progress.bytes_of("reading the model")
+    known = cache is not None and cache.exists()
+    digest = cached_model_digest(inventory, cache, tell) if known and cache else model_digest(inventory, tell)
     reference = ModelReference(
         name=model.resolve().name,
         architecture=inventory.architecture,
         digest=digest,
     )
-    progress("reading", 1.0)
     length = min(sequence_length, inventory.config.get("max_position_embeddings") or sequence_length)
     if text is None:
-        calibration = calibration_from_model(model, sequences, length, seed)
+        calibration = calibration_from_model(model, sequences, length, seed, progress)
     else:
+        progress.begin("text")
         calibration = calibration_from_text(model, list(text), sequences, length, seed)
     losses = {}
-    for i, dtype in enumerate(_MEASURED_DTYPES):
-        progress("KV cache", i / len(_MEASURED_DTYPES))
-        found = measure_kv_cache(model, calibration.token_ids, dtype)
+    for dtype in progress.over(_MEASURED_DTYPES, "KV cache", "dtype"):
+        found = measure_kv_cache(model, calibration.token_ids, dtype, progress=progress)
         losses[dtype] = found.kl
-    progress("KV cache", 1.0)
     return KvCacheScores(
         model=reference, unit=KL_UNIT, calibration_digest=calibration.digest, tokens=found.tokens, losses=losses
     )
@@ -117,8 +115,10 @@ def kv_scores_of(
             return known
     except ContractError:
         pass  # absent or damaged: measured
-    length = min(candidates.sequence_length, _KV_SEQUENCE_LENGTH)
-    count = min(candidates.sequences, _KV_SEQUENCES)
+    from allocator.inventory import read_inventory
+
+    sequences, length = candidates.amount(read_inventory(model))
+    count, length = min(sequences, _KV_SEQUENCES), min(length, _KV_SEQUENCE_LENGTH)
     measured = measure_kv_losses(model, candidates.calibration, count, length, candidates.seed, work, progress)
     measured.write(path)
     return measured

@@ -17,7 +17,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder, naming_lack_of_room
 from allocator.contract.safetensors_file import predict_file_bytes
 from allocator.contract.scores import Scores
-from allocator.progress import Progress, silent
+from allocator.progress import PlannedStep, Progress, silent
 from allocator.solving import SolveSettings, solve_resident, solve_scores
 
 if TYPE_CHECKING:  # they bring torch
@@ -63,9 +63,16 @@ class CandidateSettings:
     symmetric: bool = False
     channel_blocks: int | None = None
     calibration: Sequence[Path] | None = None
-    sequences: int = 128
-    sequence_length: int = 2048
+    sequences: int | None = None
+    sequence_length: int | None = None
     seed: int = 0
+
+    def amount(self, inventory: "Inventory") -> tuple[int, int]:
+        """Number and length of the calibration sequences: as they are given, else what the model's size asks for."""
+        from allocator.blocks.amount import calibration_amount
+
+        longest = inventory.config.get("max_position_embeddings")
+        return calibration_amount(_parameters(inventory), longest, self.sequences, self.sequence_length)
 
 
 @dataclass(frozen=True)
@@ -131,12 +138,14 @@ def _learn(
     import torch
 
     from allocator.blocks import BlockStream
+    from allocator.blocks.amount import FULL_FROM_PARAMETERS
     from allocator.blocks.hidden import HiddenStates
     from allocator.blocks.opening import open_config, open_tokenizer
     from allocator.candidates import BankReader, build_bank, find_channel_order, make_servable
     from allocator.contract.bank import BANK_NAME, Bank, ModelReference
     from allocator.inventory import channel_layout, cut_unsorted, read_inventory, with_channel_blocks
     from allocator.learning import learn_scores
+    from allocator.learning.effort import learning_steps
     from allocator.quantizers import get_quantizer
     from allocator.running import RunFingerprint, WorkFolder, team_from_environment, versions
 
@@ -153,15 +162,14 @@ def _learn(
     }
     if not any(formats.values()):
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
-    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
-    length = min(candidates.sequence_length, longest)
+    parameters, (sequences, length) = _parameters(inventory), candidates.amount(inventory)
     open_config(model)  # before the weights are read, which takes minutes
     if candidates.calibration is not None:
         open_tokenizer(model)
     team = team_from_environment()
     folder = WorkFolder(work, team)
     work.mkdir(parents=True, exist_ok=True)
-    tokens = candidates.sequences * length
+    tokens = sequences * length
     needed = _bank_bytes(inventory, formats) + _learning_bytes(inventory, formats, tokens, learning)
     if not folder.scores.exists():  # else there may be nothing to do, which is known only later
         _check_room(folder, needed)
@@ -170,10 +178,8 @@ def _learn(
         architecture=inventory.architecture,
         digest=team.from_leader(lambda: _model_digest(inventory, work, progress, remember=True)),
     )
-    progress("calibration text", 0.0)
-    parameters = sum(m.parameters for m in inventory.modules)
-    calibration = team.from_leader(lambda: _calibration(model, candidates, length, parameters))
-    progress("calibration text", 1.0)
+    _LOG.info("calibration: %s", _told_amount(inventory, candidates))
+    calibration = team.from_leader(lambda: _calibration(inventory, candidates, progress))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made_with = {
         "quantizer": quantizer.name,
@@ -183,7 +189,12 @@ def _learn(
     } | ({} if candidates.channel_blocks is None else {"channel_blocks": candidates.channel_blocks})
     fingerprint = RunFingerprint(
         model=reference,
-        calibration={"source": calibration.source, "digest": calibration.digest},
+        calibration={
+            "source": calibration.source,
+            "digest": calibration.digest,
+            "sequences": sequences,
+            "sequence_length": length,
+        },
         candidates=made_with,
         learning=asdict(learning),
         environment=versions() | {"device": device, "threads": torch.get_num_threads()},
@@ -217,10 +228,11 @@ def _learn(
             folder.finish()
             return LearnResult(reference.digest, scores, folder.scores, folder.bank, [*reused, "scores"])
 
-    hidden = HiddenStates(folder.hidden, candidates.sequences, length, inventory.config["hidden_size"])
+    hidden = HiddenStates(folder.hidden, sequences, length, inventory.config["hidden_size"])
     _check_room(folder, needed)
     stream = BlockStream(inventory, device)
     states = folder.journal.section("states")
+    progress.plan(learning_steps(inventory, formats, quantizer.statistics, learning, tokens, same_bank))
     order = bank.channel_order if same_bank and bank is not None else None
     if order is None and candidates.channel_blocks is not None:
         layout = channel_layout(inventory, candidates.channel_blocks)
@@ -243,6 +255,9 @@ def _learn(
         inventory, stream, BankReader(folder.bank), calibration.token_ids, hidden, learning, progress,
         folder.journal.section("learning"),
     )  # fmt: skip
+    if candidates.sequences is None and candidates.sequence_length is None and parameters < FULL_FROM_PARAMETERS:
+        amount = {"sequences": sequences, "sequence_length": length}
+        scores = scores.model_copy(update={"settings": scores.settings | {"calibration": amount}})
     if team.leads:
         scores.write(folder.scores)
     folder.finish()
@@ -254,22 +269,34 @@ def _model_digest(inventory: "Inventory", work: Path, progress: Progress, rememb
     from allocator.inventory import DIGEST_CACHE_NAME, cached_model_digest, model_digest
     from allocator.running.fingerprint import RUN_NAME
 
-    def tell(done: int, total: int) -> None:
-        progress("reading", done / max(total, 1))
-
+    tell = progress.bytes_of("reading the model")
     if remember or (work / RUN_NAME).exists():
         return cached_model_digest(inventory, work / DIGEST_CACHE_NAME, tell)
     return model_digest(inventory, tell)
 
 
-def _calibration(model: Path, candidates: CandidateSettings, length: int, parameters: int) -> "Calibration":
+def _calibration(inventory: "Inventory", candidates: CandidateSettings, progress: Progress) -> "Calibration":
     from allocator.blocks import calibration_from_model, calibration_from_python, calibration_from_text
 
-    if candidates.calibration is None and parameters > _LARGEST_WRITER_PARAMETERS:
-        return calibration_from_python(model, candidates.sequences, length, candidates.seed)
+    (sequences, length), model, seed = candidates.amount(inventory), inventory.folder, candidates.seed
+    if candidates.calibration is None and _parameters(inventory) <= _LARGEST_WRITER_PARAMETERS:
+        return calibration_from_model(model, sequences, length, seed, progress)
+    progress.begin("reading text")
     if candidates.calibration is None:
-        return calibration_from_model(model, candidates.sequences, length, candidates.seed)
-    return calibration_from_text(model, list(candidates.calibration), candidates.sequences, length, candidates.seed)
+        return calibration_from_python(model, sequences, length, seed)
+    return calibration_from_text(model, list(candidates.calibration), sequences, length, seed)
+
+
+def _told_amount(inventory: "Inventory", candidates: CandidateSettings) -> str:
+    sequences, length = candidates.amount(inventory)
+    told = f"{sequences} sequences of {length} tokens"
+    if candidates.sequences is not None or candidates.sequence_length is not None:
+        return told
+    return f"{told}, by the model's {_parameters(inventory):,} parameters (--sequences and --sequence-length change it)"
+
+
+def _parameters(inventory: "Inventory") -> int:
+    return sum(m.parameters for m in inventory.modules)
 
 
 def export(
@@ -338,14 +365,17 @@ def fit(
         _check_plan(plan, cut, candidates)
     check_target(out, low, overwrite)
     check_output_folder(work, "--work")
+    after = ["solving", *(["verifying"] if verified else []), "writing", "digests"]
+    progress.plan([PlannedStep(name, 0.0) for name in after])
     result = learn(model, work, candidates, learning, progress, resume)
+    progress.begin("solving")
     if plan is None:
         manifest = solve_scores(result.scores, solving)
     else:
         requested = f"plan for {plan.device.name}"
         manifest = solve_resident(result.scores, solving, plan.residency, plan.weight_budget_bytes, requested)
     if verified:
-        manifest = _verified(manifest, result, inventory, candidates, solving, plan)
+        manifest = _verified(manifest, result, inventory, candidates, solving, plan, progress)
     report = export(manifest, model, result.bank_folder, out, overwrite, progress, result.model_digest)
     return manifest, report
 
@@ -357,19 +387,22 @@ def _verified(
     candidates: CandidateSettings,
     solving: SolveSettings,
     plan: "Plan | None",
+    progress: Progress,
 ) -> Manifest:
     from allocator.blocks import BlockStream
     from allocator.candidates import BankReader
     from allocator.refining import verify
     from allocator.student import Student
 
-    anew = replace(candidates, seed=candidates.seed + 1, sequences=min(candidates.sequences, _VERIFIED_SEQUENCES))
-    longest = inventory.config.get("max_position_embeddings") or candidates.sequence_length
-    length = min(candidates.sequence_length, longest)
-    text = _calibration(inventory.folder, anew, length, sum(m.parameters for m in inventory.modules))
+    sequences, length = candidates.amount(inventory)
+    anew = replace(
+        candidates, seed=candidates.seed + 1, sequences=min(sequences, _VERIFIED_SEQUENCES), sequence_length=length
+    )
+    text = _calibration(inventory, anew, progress)
     bank = BankReader(learned.bank_folder)
     student = Student(BlockStream(bank.arranged(inventory), _device()), bank, text.token_ids)
-    return verify(manifest, learned.scores, student, solving.rules, None if plan is None else plan.residency)
+    residency = None if plan is None else plan.residency
+    return verify(manifest, learned.scores, student, solving.rules, residency, progress)
 
 
 def _device() -> str:

@@ -112,12 +112,10 @@ def _marks(
         raise InputError(f"--price {unknown[0]}: no such GPU in --gpus {','.join(gpus.devices)}")
     ranks = gpus.request.tensor_parallel_size * gpus.request.pipeline_parallel_size
     marks = []
-    for i, (name, device) in enumerate(gpus.devices.items()):
-        progress("GPUs", i / len(gpus.devices))
+    for name, device in progress.over(gpus.devices.items(), "planning for GPUs", "GPU"):
         point, budget, message = _fill(scores, request, gpus, device, uniform)
         price = gpus.prices.get(name)
         marks.append(Mark(name, budget, point, message, None if price is None else price * ranks * HOURS_A_MONTH))
-    progress("GPUs", 1.0)
     return marks
 
 

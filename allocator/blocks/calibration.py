@@ -17,6 +17,7 @@ from allocator.blocks.tokenizer import TextTokenizer
 from allocator.blocks.writing import write_tokens
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
+from allocator.progress import Progress, silent
 
 __all__ = ["Calibration", "calibration_from_model", "calibration_from_python", "calibration_from_text"]
 
@@ -90,9 +91,11 @@ def calibration_from_python(folder: Path, sequences: int, length: int, seed: int
     return _windows(TextTokenizer.of(folder), pieces_of_python(), sequences, length, seed, source)
 
 
-def calibration_from_model(folder: Path, sequences: int, length: int, seed: int) -> Calibration:
+def calibration_from_model(
+    folder: Path, sequences: int, length: int, seed: int, progress: Progress = silent
+) -> Calibration:
     """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory.
 
     They begin as the tokenizer begins a text. What generation_config.json says does not count.
     """
-    return Calibration(write_tokens(folder, sequences, length, seed), "written by the model itself")
+    return Calibration(write_tokens(folder, sequences, length, seed, progress), "written by the model itself")

@@ -1,6 +1,8 @@
 """Gradients of the model's log-probabilities at the output of every block, computed one block at a time."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,9 +11,12 @@ from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
+from allocator.progress import Progress, silent
 from allocator.running import Journal, Team
 
-__all__ = ["descend", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
+__all__ = ["GRADIENTS_STEP", "descend", "draw_signs", "fill_gradients", "parts_of_sequence", "rows_together", "signs"]
+
+GRADIENTS_STEP = "gradients of predictions"
 
 _HEAD_TOKENS, _HEAD_ROWS = 512, 4096
 
@@ -23,6 +28,7 @@ def descend(
     seed: int,
     journal: Journal | None = None,
     to_embedding: bool = False,
+    progress: Progress = silent,
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
@@ -33,10 +39,11 @@ def descend(
     are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
     must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has are not
     computed again. With `to_embedding`, -1 comes after block 0, when the gradients at the embedding's output are there.
+    What is computed before the first number is a step of `progress`.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, -1 if to_embedding else 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, journal)
+        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress)
         if journal.team.leads:
             for store in gradients:
                 store.forget(index + 1)
@@ -46,7 +53,7 @@ def descend(
 def fill_gradients(stream: BlockStream, hidden: HiddenStates, gradients: Sequence[HiddenStates], seed: int) -> None:
     """Fill all boundaries 1 .. blocks of each of `gradients` (see `descend`)."""
     for index in range(stream.blocks, 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere())
+        _fill_boundary(stream, hidden, gradients, seed, index, Journal.nowhere(), silent)
 
 
 def parts_of_sequence(length: int) -> list[slice]:
@@ -71,6 +78,19 @@ def signs(seed: int, draw: int, sequence: int, part: slice, rows: slice) -> Tens
     return 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
 
 
+def draw_signs(seed: int, wanted: Sequence[tuple[int, int, slice, slice]]) -> list[Tensor]:
+    """`signs` of each of `wanted` (draw, sequence, part, rows), drawn on as many cores as torch has threads: of a large
+    vocabulary there are billions, and one core would take longer than all else."""
+    if len(wanted) == 1 or torch.get_num_threads() == 1:
+        return [signs(seed, *one) for one in wanted]
+    return list(_drawers(torch.get_num_threads()).map(lambda one: signs(seed, *one), wanted))
+
+
+@cache
+def _drawers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "signs")
+
+
 def _fill_boundary(
     stream: BlockStream,
     hidden: HiddenStates,
@@ -78,12 +98,13 @@ def _fill_boundary(
     seed: int,
     index: int,
     journal: Journal,
+    progress: Progress,
 ) -> None:
     step = f"gradients-{index:04d}"
     if journal.load(step) is not None:
         return
     if index == stream.blocks:
-        _fill_last(stream, hidden, gradients, seed, journal.team)
+        _fill_last(stream, hidden, gradients, seed, journal.team, progress)
     else:
         _fill_before(stream, hidden, gradients, index, journal.team)
     journal.team.wait()
@@ -109,17 +130,22 @@ def _fill_before(
 
 
 def _fill_last(
-    stream: BlockStream, hidden: HiddenStates, gradients: Sequence[HiddenStates], seed: int, team: Team
+    stream: BlockStream,
+    hidden: HiddenStates,
+    gradients: Sequence[HiddenStates],
+    seed: int,
+    team: Team,
+    progress: Progress,
 ) -> None:
     head = stream.head()
-    for sequence, row in team.share(range(hidden.shape[0])):
+    for sequence, row in progress.over(team.share(range(hidden.shape[0])), GRADIENTS_STEP, "sequence"):
         for part in parts_of_sequence(hidden.shape[1]):
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
             logprobs = head(states).log_softmax(-1)
             root = (logprobs.detach() / 2).exp()
             for draw, store in enumerate(gradients):
                 stripes = rows_together(logprobs.shape[1])
-                drawn = torch.cat([signs(seed, draw, sequence, part, rows) for rows in stripes], 1)
+                drawn = torch.cat(draw_signs(seed, [(draw, sequence, part, rows) for rows in stripes]), 1)
                 weights = drawn.to(stream.device) * root
                 (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
                 require_finite(gradient, "gradients at the input of the final norm")

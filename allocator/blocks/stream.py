@@ -154,12 +154,14 @@ class BlockStream:
         if journal.load(state_step(0)) is None:
             self.fill_embeddings(hidden, token_ids, journal.team)
             journal.save(state_step(0), True)
+        progress.begin("teacher states", self.blocks, "block")
         for index in range(self.blocks):
-            progress("teacher states", index / self.blocks)
-            if journal.load(state_step(index + 1)) is None:
-                self.fill_block(hidden, index, team=journal.team)
-                journal.save(state_step(index + 1), True)
-        progress("teacher states", 1.0)
+            if journal.load(state_step(index + 1)) is not None:
+                progress.skip()
+                continue
+            self.fill_block(hidden, index, team=journal.team)
+            journal.save(state_step(index + 1), True)
+            progress.advance()
 
     def _require_finite(self, output: Tensor, block: nn.Module, states: Tensor) -> None:
         """Raises InputError, with the first module of `block` that did not give finite numbers, if `output` has not."""

@@ -15,16 +15,18 @@ from allocator.blocks.finite import require_finite
 from allocator.blocks.opening import has_tokenizer, open_model, open_tokenizer
 from allocator.blocks.tokenizer import added_before
 from allocator.contract.errors import StoppedError
+from allocator.progress import Progress, silent
 from allocator.running.stopping import stop_requested
 
 __all__ = ["write_tokens"]
 
 
-def write_tokens(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
+def write_tokens(folder: Path, sequences: int, length: int, seed: int, progress: Progress = silent) -> Tensor:
     """Token ids, int64 `[sequences, length]`, drawn at temperature 1. The same seed gives the same ones.
 
     Raises InputError when the model cannot be loaded or its logits are not finite.
     """
+    progress.begin("writing text", length, "token")
     model = open_model(folder)
     start = _start(folder, model.config)[:length]
     ending = _numbers(model.config.eos_token_id)
@@ -41,6 +43,7 @@ def write_tokens(folder: Path, sequences: int, length: int, seed: int) -> Tensor
             logits[:, ending] = -torch.inf
             unread = torch.multinomial(logits.softmax(-1), 1)
             tokens = torch.cat([tokens, unread], 1)
+            progress.reach(tokens.shape[1])
     return tokens.clone()
 
 

@@ -25,7 +25,9 @@ from allocator.quantizers import InputStatistics, Quantizer
 from allocator.quantizers.base import row_stripes
 from allocator.running import Journal, Team
 
-__all__ = ["build_bank"]
+__all__ = ["VOCABULARY_STEP", "build_bank"]
+
+VOCABULARY_STEP = "candidates of the vocabulary"
 
 
 def build_bank(
@@ -61,10 +63,9 @@ def build_bank(
     quantizable = {name: [f for f in of if f.quantized] for name, of in formats.items()}
     work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal, progress)
     modules: dict[str, BankModule] = {}
-    for index in range(stream.blocks):
+    for index in progress.over(range(stream.blocks), "candidates", "block"):
         modules |= _build(work, index, partial(_run_teacher, work, index))
     modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
-    progress("candidates", 1.0)
     bank = Bank(
         model=model,
         dtype=inventory.dtype,
@@ -100,17 +101,18 @@ def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_S
     """The candidates of one block, or of what stands outside the blocks; each process of a team quantizes its share of
     the modules. `see_inputs` gives the statistics of the modules that are named."""
     names = [m.name for m in work.inventory.modules if m.block == block and work.formats[m.name]]
-    done = work.stream.blocks if block is None else block
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
     missing = [name for name in names if name not in found]
     statistics = see_inputs(missing)
     team = work.journal.team
+    if block is None and names:
+        work.progress.begin(VOCABULARY_STEP, len(names), "module")
+    share = 1.0 if block is None else 1 / max(len(names), 1)
+    work.progress.skip(share * len(found))
     for start in range(0, len(missing), team.size):
-        share = (len(names) - len(missing) + start) / len(names)
-        work.progress("candidates", (done + share) / (work.stream.blocks + 1))
         together = missing[start : start + team.size]
         of_inputs = {name: statistics.take(name) for name in together}  # on every process: they add up their sums
-        mine = {i: _quantize(work, name, of_inputs[name]) for i, name in team.share(together)}
+        mine = {i: _quantize(work, name, of_inputs[name], share * len(together)) for i, name in team.share(together)}
         for name, digest in zip(together, team.gather(mine), strict=True):
             work.journal.save(name, digest)
             found[name] = _bank_module(work, name, digest)
@@ -183,19 +185,20 @@ def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
     """The statistics of the modules outside the blocks, where the quantizer needs them."""
     kind, team = work.quantizer.statistics, work.journal.team
     wanted = [m for m in work.inventory.modules if m.name in names and kind != "none"]
-    sums = vocabulary_moments(work.stream, work.hidden, wanted, kind, work.states)
+    sums = vocabulary_moments(work.stream, work.hidden, wanted, kind, work.states, work.progress)
     return _Statistics({(name,): moments for name, moments in sums.items()}, team)
 
 
-def _quantize(work: _Work, name: str, statistics: InputStatistics | None) -> str:
-    """Write one module's candidates; returns the digest of the file.
+def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share: float) -> str:
+    """Write one module's candidates; returns the digest of the file. They are `share` units of the step.
 
     Made in stripes of rows, which are independent of each other: of a vocabulary only the packed candidates are whole.
     """
     stored = work.inventory.tensor(f"{name}.weight")
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for rows in row_stripes(*stored.shape):
+        stripes = list(row_stripes(*stored.shape))
+        for rows in stripes:
             weight = read_rows(stored, rows, work.stream.device).float()
             for candidate in work.formats[name]:
                 stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
@@ -208,6 +211,7 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None) -> str
                 require_finite(quantized.scale, what, "take another --quantizer")
                 for part, tensor in quantized.packed(candidate.num_bits).items():
                     parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
+                work.progress.advance(share / len(stripes) / len(work.formats[name]), name)
     tensors = {
         part: of_stripes.pop() if len(of_stripes) == 1 else torch.cat(of_stripes) for part, of_stripes in parts.items()
     }

@@ -46,12 +46,13 @@ def find_channel_order(
         states.save(state_step(0), True)
     mlp = CUT[0].rpartition(".")[0]
     orders = {}
-    for index in range(stream.blocks):
-        progress("channels", index / stream.blocks)
+    for index in progress.over(range(stream.blocks), "channels", "block"):
         step = f"channels-{index:04d}"
         order = journal.load(step)
         filled = states.load(state_step(index + 1)) is not None
-        if order is None or not filled:
+        if order is not None and filled:
+            progress.skip()
+        else:
             block = stream.block(index)
             losses = _ChannelLosses(block, group_size)
             stream.fill_block(hidden, index, [CUT[0]], losses.add, team, block)
@@ -60,7 +61,6 @@ def find_channel_order(
             order = laid_out(losses.finish(team), layout)
             journal.save(step, order)
         orders[f"{stream.inventory.block_prefix(index)}{mlp}"] = ChannelOrder.text(order.tolist())
-    progress("channels", 1.0)
     return ChannelOrder(blocks=layout.blocks, chunks=layout.chunks, orders=orders)
 
 

@@ -19,16 +19,24 @@ from allocator.blocks.hidden import HiddenStates
 from allocator.blocks.stream import BlockStream, batches
 from allocator.candidates.statistics import MomentSums
 from allocator.inventory import Module
+from allocator.progress import Progress, silent
 from allocator.quantizers.base import Statistics
 from allocator.running import Journal
 
-__all__ = ["vocabulary_moments"]
+__all__ = ["EMBEDDING_STEP", "vocabulary_moments"]
+
+EMBEDDING_STEP = "gradients of the embedding"
 
 _SEED = 0
 
 
 def vocabulary_moments(
-    stream: BlockStream, hidden: HiddenStates, modules: Sequence[Module], kind: Statistics, journal: Journal
+    stream: BlockStream,
+    hidden: HiddenStates,
+    modules: Sequence[Module],
+    kind: Statistics,
+    journal: Journal,
+    progress: Progress = silent,
 ) -> dict[str, MomentSums]:
     """The moments of each of `modules`, of this process's sequences. `hidden` has all states of the teacher; gradients
     go into a folder beside them, and boundaries that `journal` has are not computed again."""
@@ -43,8 +51,10 @@ def vocabulary_moments(
                 sums[head].add(norm(hidden.boundary(stream.blocks)[part].to(stream.device)))
     if embedding is not None:
         gradients = hidden.beside("gradients-of-rows", torch.bfloat16)
-        for _ in descend(stream, hidden, [gradients], _SEED, journal, to_embedding=True):
-            pass
+        below = descend(stream, hidden, [gradients], _SEED, journal, to_embedding=True, progress=progress)
+        next(below)
+        for _ in progress.over(range(stream.blocks), EMBEDDING_STEP, "block"):
+            next(below)
         for part in parts:
             sums[embedding].add(gradients.boundary(0)[part].to(stream.device) * stream.embedding_scale)
     return sums

@@ -7,7 +7,7 @@ them without this package. The manifest must have equal widths inside each fused
 import argparse
 from pathlib import Path
 
-from allocator.cli.options import add_json, add_model
+from allocator.cli.options import add_json, add_model, add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.outputs import check_output_folder
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_output_folder(args.out, replaced=True)
     manifest = Manifest.read(args.manifest)
-    with finish_step_on_sigterm(), show_progress() as progress:
+    with finish_step_on_sigterm(), show_progress(args.progress) as progress:
         model = resolve_model(args.model, args.revision)
         report = export(manifest, model, args.bank, args.out, args.overwrite, progress, declaration=args.format)
     if args.json:

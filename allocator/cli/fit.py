@@ -13,6 +13,7 @@ from allocator.cli.options import (
     add_json,
     add_learning,
     add_model,
+    add_progress,
     add_resume,
     candidate_settings,
     learning_settings,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_learning(parser)
     add_resume(parser)
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if joint:
         args.kv_cache_dtype = "auto"
     plan, options = _plan(args), []
-    with finish_step_on_sigterm(), show_progress() as progress:
+    with finish_step_on_sigterm(), show_progress(args.progress) as progress:
         model = resolve_model(args.model, args.revision)
         if joint:
             options = _choose_kv_cache(args, model, work, progress)

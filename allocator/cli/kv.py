@@ -6,7 +6,7 @@ Writes kv_cache.json, for `--kv-cache-dtype auto-choose`. The model must fit int
 import argparse
 from pathlib import Path
 
-from allocator.cli.options import add_json, add_model
+from allocator.cli.options import add_json, add_model, add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
 from allocator.contract.outputs import check_output_file
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=512, help="at most what the model allows")
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("sequences", "sequence_length"):
         if getattr(args, name) < 2 - (name == "sequences"):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few")
-    with show_progress() as progress:
+    with show_progress(args.progress) as progress:
         model = resolve_model(args.model, args.revision)
         measured = measure_kv_losses(
             model, args.calibration, args.sequences, args.sequence_length, args.seed, args.out.parent, progress

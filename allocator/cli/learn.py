@@ -13,6 +13,7 @@ from allocator.cli.options import (
     add_json,
     add_learning,
     add_model,
+    add_progress,
     add_resume,
     candidate_settings,
     learning_settings,
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_learning(parser)
     add_resume(parser)
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_output_folder(args.out)
     candidates, learning = candidate_settings(args), learning_settings(args)
-    with finish_step_on_sigterm(), show_progress() as progress:
+    with finish_step_on_sigterm(), show_progress(args.progress) as progress:
         result = learn(resolve_model(args.model, args.revision), args.out, candidates, learning, progress, args.resume)
     if not leads():
         return

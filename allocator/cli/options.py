@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, WIDTHS
+from allocator.progress import Progress, silent
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
     from allocator.learning.settings import LearningSettings
@@ -21,6 +22,7 @@ __all__ = [
     "add_measuring",
     "add_model",
     "add_output",
+    "add_progress",
     "add_resume",
     "add_rules",
     "candidate_settings",
@@ -41,6 +43,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        choices=["bar", "lines", "json", "none"],
+        help="how far the work is, on stderr: a bar (default on a terminal), a line every 30 seconds (default "
+        "elsewhere), such lines as JSON, or nothing",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +171,13 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         help="text (.txt, .jsonl, .json, also .xz) of any size, may be repeated; without it a model of up to 2 billion "
         "parameters writes its own, for a larger one the documentation and sources of Python are taken",
     )
-    text.add_argument("--sequences", type=int, default=128)
-    text.add_argument("--sequence-length", type=int, default=2048, help="at most what the model allows")
+    text.add_argument("--sequences", type=int, help="default: 128; fewer for a model below 0.27 billion parameters")
+    text.add_argument(
+        "--sequence-length",
+        type=int,
+        help="at most what the model allows; default: 2048, less for a model below 0.27 billion parameters. Where "
+        "one of both is given, the other is 128 or 2048",
+    )
     learning = parser.add_argument_group("learning")
     learning.add_argument(
         "--method",
@@ -199,7 +215,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-seed", type=int, default=1, help="which windows of the text (default 1)")
 
 
-def measure_student(args: argparse.Namespace, scores_path: Path) -> "Student":
+def measure_student(args: argparse.Namespace, scores_path: Path, progress: Progress = silent) -> "Student":
     """What `add_measuring` asks for. Raises InputError if an option is missing."""
     from allocator.pipeline import resolve_model
     from allocator.refining import open_student
@@ -208,6 +224,7 @@ def measure_student(args: argparse.Namespace, scores_path: Path) -> "Student":
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: measuring runs the original model and the candidates on a text")
     _positive(args, "text_sequences", "text_sequence_length")
+    progress.begin("opening the model")
     return open_student(
         resolve_model(args.model), args.bank or scores_path.parent / "bank", args.text,
         args.text_sequences, args.text_sequence_length, args.text_seed,
@@ -255,6 +272,6 @@ def learning_settings(args: argparse.Namespace) -> "LearningSettings":
 
 def _positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if not getattr(args, name) > 0:
+        if (value := getattr(args, name)) is not None and not value > 0:
             option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} {getattr(args, name)}: must be greater than 0")
+            raise InputError(f"{option} {value}: must be greater than 0")

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from allocator import progress
+from allocator.progress import Progress, Standing, Tracker, silent
+from allocator.progress_lines import ProgressLines, amount_done, json_line, keep_telling, left, text_line
 
 __all__ = ["leads", "print_csv", "print_json", "print_tables", "show_progress"]
 
@@ -37,15 +39,25 @@ def print_tables(*renderables: RenderableType) -> None:
 
 
 @contextmanager
-def show_progress() -> Iterator[progress.Progress]:
-    """A bar a step on stderr; one line a step where stderr is no terminal. Libraries' own bars are turned off."""
+def show_progress(form: str | None = None) -> Iterator[Progress]:
+    """Progress on stderr, in the `form` of --progress; None: a bar on a terminal, else lines. Libraries' own bars are
+    turned off."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(stderr=True)
     if not leads():
-        yield progress.silent
+        yield silent
         return
-    with _messages_on(console):
-        yield from _bars(console)
+    form = form or ("bar" if console.is_terminal else "lines")
+    with _messages_on(console, logging.WARNING if form == "none" else logging.INFO, as_json=form == "json"):
+        if form == "none":
+            yield silent
+        elif form == "bar":
+            with _bars(console) as progress:
+                yield progress
+        else:
+            lines = ProgressLines(_print_line, json_line if form == "json" else text_line)
+            with keep_telling(lines):
+                yield lines.tracker
 
 
 def leads() -> bool:
@@ -54,50 +66,56 @@ def leads() -> bool:
 
 
 class _OnConsole(logging.Handler):
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, as_json: bool) -> None:
         super().__init__()
-        self._console = console
+        self._console, self._as_json = console, as_json
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        if self._as_json:
+            _print_line(json.dumps({"message": record.getMessage()}))
+        else:
+            self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _messages_on(console: Console) -> Iterator[None]:
+def _messages_on(console: Console, level: int, as_json: bool) -> Iterator[None]:
     """Show what our parts log, one line a message, above the bars."""
-    handler = _OnConsole(console)
+    handler = _OnConsole(console, as_json)
     logger = logging.getLogger("allocator")
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(level)
     try:
         yield
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
 
 
-def _bars(console: Console) -> Iterator[progress.Progress]:
-    if not console.is_terminal:
-        begun: set[str] = set()
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-        def tell(what: str, _share: float) -> None:
-            if what not in begun:
-                begun.add(what)
-                print(f"{what} ...", file=sys.stderr, flush=True)
 
-        yield tell
-        return
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    """A bar a step; those of steps that ended stay as they were."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
     )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
+    with bars.Progress(*columns, console=console) as drawn:
+        tasks: dict[tuple[int, str], Any] = {}
 
-        def draw(what: str, share: float) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=1.0)
-            bars.update(tasks[what], completed=share)
+        def draw(standing: Standing) -> None:
+            key = standing.number, standing.step
+            if key not in tasks:
+                for ended in tasks.values():
+                    drawn.stop_task(ended)
+                tasks[key] = drawn.add_task(standing.step, total=1.0, told="")
+            parts = [amount_done(standing)] if standing.unit else []
+            drawn.update(tasks[key], completed=standing.share, told=", ".join([*parts, *left(standing)]))
 
-        yield draw
+        yield Tracker(draw)

@@ -8,7 +8,7 @@ GAMMA_MAX_MODEL_LEN and so on; an option on the command line wins.
 import argparse
 
 from allocator.cli.deployment import add_deployment, add_store, from_environment, prepare_settings
-from allocator.cli.options import add_json
+from allocator.cli.options import add_json, add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 
 EXAMPLES = """examples:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_deployment(parser)
     add_json(parser)
+    add_progress(parser)
     from_environment(parser)
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings, store = prepare_settings(args), Store(args.store)
     store.check()
-    with show_progress() as progress:
+    with show_progress(args.progress) as progress:
         prepared = prepare(settings, store, args.out.absolute(), progress)
     if args.json:
         print_json(prepared.model_dump(mode="json", exclude_none=True))

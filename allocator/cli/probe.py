@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocator.cli.options import add_json
-from allocator.cli.output import print_json, print_tables
+from allocator.cli.options import add_json, add_progress
+from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.cli.planning import add_traffic, plan_request
 from allocator.contract.errors import GammaError, InputError
 from allocator.contract.outputs import check_output_file, check_output_folder
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="give up then (default 1800)")
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.record, "--record")
     model = read_model(str(args.model))
     request = check_request(plan_request(args), model.shape, None)
-    found = _start(args.model, request, args.timeout)
+    found = _start(args.model, request, args.timeout, args.progress)
     record = ProbeRecord(
         device=found["device"],
         device_type=found["device_type"],
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         print_tables(*probe_tables(record), f"kept in {path}")
 
 
-def _start(model: Path, request: "PlanRequest", seconds: float) -> dict[str, Any]:
+def _start(model: Path, request: "PlanRequest", seconds: float, form: str | None) -> dict[str, Any]:
     """What the program `gamma_vllm.probe` found. Raises GammaError with the end of its log when vLLM did not start."""
     arguments = {
         "max_model_len": request.max_model_len,
@@ -86,8 +87,8 @@ def _start(model: Path, request: "PlanRequest", seconds: float) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="gamma-probe-") as folder:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
         job.write_text(json.dumps({"model": str(model), "arguments": given}))
-        print("starting vLLM with dummy weights ...", file=sys.stderr, flush=True)
-        with log.open("w") as output:
+        with log.open("w") as output, show_progress(form) as progress:
+            progress.begin("starting vLLM with dummy weights")
             command = [sys.executable, "-m", "gamma_vllm.probe", str(job), str(result)]
             try:
                 done = subprocess.run(

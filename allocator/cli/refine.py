@@ -6,7 +6,7 @@ Starts from what `gamma solve` found and never goes over its budget. Pins, ceili
 import argparse
 from pathlib import Path
 
-from allocator.cli.options import add_json, add_measuring, add_rules, measure_student, rules
+from allocator.cli.options import add_json, add_measuring, add_progress, add_rules, measure_student, rules
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
 from allocator.contract.outputs import check_output_file
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring(parser)
     add_rules(parser)
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_output_file(args.out)
     manifest, scores = Manifest.read(args.manifest), Scores.read(args.scores)
-    student = measure_student(args, args.scores)
-    with show_progress() as progress:
+    with show_progress(args.progress) as progress:
+        student = measure_student(args, args.scores, progress)
         found = refine_manifest(manifest, scores, student, args.minutes, rules(args), progress)
     if args.out is not None:
         found.write(args.out)

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allocator.cli.options import add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
 from allocator.contract.outputs import check_output_file
+from allocator.progress import Progress, Standing
 
 if TYPE_CHECKING:
     from allocator.sidecar.client import Client
+    from allocator.sidecar.schemas import Job
 
 EXAMPLES = """examples:
   gamma remote models --url http://127.0.0.1:8080
@@ -56,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made["checkpoint"].add_argument("manifest", metavar="DIGEST", help="of an allocation's manifest")
     for name in ("cancel", "delete-job"):
         made[name].add_argument("job", metavar="DIGEST", help="id of the job")
+    add_progress(made["checkpoint"])
     for verb in made.values():
         verb.add_argument("--url", default=os.environ.get("GAMMA_URL", "http://127.0.0.1:8080"))
         verb.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -147,8 +151,8 @@ def _sweep(args: argparse.Namespace, client: "Client") -> None:
 def _checkpoint(args: argparse.Namespace, client: "Client") -> None:
     job = client.make_checkpoint(args.manifest)
     print(f"job {job.id}", file=sys.stderr)
-    with show_progress() as progress:
-        done = client.wait(job, lambda j: progress(j.step or j.state, j.progress))
+    with show_progress(args.progress) as progress:
+        done = client.wait(job, lambda now: _tell(now, progress))
     if args.json:
         return print_json(done.model_dump(mode="json", exclude_none=True))
     print_tables(f"{done.checkpoint} on the machine of the service, {done.tensor_bytes:,} bytes of tensors")
@@ -173,6 +177,14 @@ def _delete_job(args: argparse.Namespace, client: "Client") -> None:
     if args.json:
         return print_json({"id": args.job, "deleted": True})
     print_tables(f"job {args.job}: deleted")
+
+
+def _tell(job: "Job", progress: Progress) -> None:
+    """A job shows what its process says; before that, that it waits."""
+    if job.standing is not None:
+        progress.relay(job.standing)
+    else:
+        progress.relay(Standing(step=job.state, number=1, steps=1, unit="", done=0, total=1))
 
 
 def _hardware(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,16 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from allocator.cli.options import add_budget, add_json, add_measuring, measure_student, rules, solve_settings
-from allocator.cli.output import print_json, print_tables
+from allocator.cli.options import (
+    add_budget,
+    add_json,
+    add_measuring,
+    add_progress,
+    measure_student,
+    rules,
+    solve_settings,
+)
+from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.outputs import check_output_file
 
 EXAMPLES = """examples:
@@ -31,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_measuring(parser)
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
         from allocator.refining import verify
 
         residency = None if plan is None else plan.residency
-        manifest = verify(manifest, scores, measure_student(args, args.scores), rules(args), residency)
+        with show_progress(args.progress) as progress:
+            student = measure_student(args, args.scores, progress)
+            manifest = verify(manifest, scores, student, rules(args), residency, progress)
     if args.out is not None:
         manifest.write(args.out)
     if args.json:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allocator.cli.options import add_json
+from allocator.cli.options import add_json, add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for verb in (add, more, listing, removal):
         verb.add_argument("--store", required=True, metavar="DIR_OR_URL")
         add_json(verb)
+    add_progress(add)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,7 +70,7 @@ def _add(args: argparse.Namespace, store: "Store") -> None:
 
     store.check_writable()
     manifests = [read_manifest(path) for path in args.manifest]
-    with show_progress() as progress:
+    with show_progress(args.progress) as progress:
         folder = resolve_model(args.model, args.revision)
         if args.copy_model:
             source = Source(kind="store")

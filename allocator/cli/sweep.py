@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allocator.cli.options import add_figure, add_output, add_rules, rules
+from allocator.cli.options import add_figure, add_output, add_progress, add_rules, rules
 from allocator.cli.output import print_csv, print_json, print_tables, show_progress
 from allocator.cli.planning import add_traffic, plan_request
 from allocator.contract.errors import InputError
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rules(parser)
     add_figure(parser, "the curve")
     add_output(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
         manifests=[read_manifest(path) for path in args.manifest],
     )  # fmt: skip
-    with show_progress() as progress:
+    with show_progress(args.progress) as progress:
         found = run_sweep(Scores.read(args.scores), request, progress)
     if figures:
         save_figure(draw_sweep(found), figures)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from allocator.cli.options import add_json
-from allocator.cli.output import print_json, print_tables
+from allocator.cli.options import add_json, add_progress
+from allocator.cli.output import print_json, print_tables, show_progress
 
 EXAMPLES = """examples:
   gamma verify Qwen3-8B-gamma
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--digests", action="store_true", help="also read every tensor and compare it with the digest of the export"
     )
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,7 +26,10 @@ def run(args: argparse.Namespace) -> None:
     from allocator.reporting.summaries import manifest_tables
 
     _config, manifest = check_checkpoint(args.checkpoint)
-    compared = check_digests(args.checkpoint, manifest) if args.digests else 0
+    compared = 0
+    if args.digests:
+        with show_progress(args.progress) as progress:
+            compared = check_digests(args.checkpoint, manifest, progress.bytes_of("reading tensors"))
     if args.json:
         document = {"checkpoint": str(args.checkpoint), "manifest_digest": manifest.digest, "sound": True}
         print_json(document | ({"tensors_compared": compared} if args.digests else {}))

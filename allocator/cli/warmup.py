@@ -9,8 +9,8 @@ import json
 import subprocess
 import sys
 
-from allocator.cli.options import add_json
-from allocator.cli.output import print_json, print_tables
+from allocator.cli.options import add_json, add_progress
+from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
 
 EXAMPLES = """examples:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the activations")
     parser.add_argument("--list", action="store_true", help="list the products and compile nothing")
     add_json(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     document = {"dtype": args.dtype, "segments": [segment.model_dump() for segment in segments]}
     if not args.list:
         command = [sys.executable, "-m", "gamma_vllm.warmup"]
-        done = subprocess.run(command, input=json.dumps(document), capture_output=True, text=True)
+        with show_progress(args.progress) as progress:
+            progress.begin(f"compiling for {len(segments)} products")
+            done = subprocess.run(command, input=json.dumps(document), capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
             raise InputError(f"the plugin could not compile: {reason}")

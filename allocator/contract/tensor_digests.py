@@ -1,6 +1,7 @@
 """Content digests of a checkpoint's tensors: recorded when it is written, compared on request."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,8 +34,11 @@ def digest_folder(folder: Path, manifest: Manifest) -> TensorDigests:
     return TensorDigests(manifest_digest=manifest.digest, tensors=tensors)
 
 
-def check_digests(folder: Path, manifest: Manifest) -> int:
-    """Compare every tensor with what was recorded; returns how many there are.
+def check_digests(
+    folder: Path, manifest: Manifest, told: Callable[[int, int], None] = lambda _done, _total: None
+) -> int:
+    """Compare every tensor with what was recorded; returns how many there are. `told` is given the bytes that are read
+    and those in all after each.
 
     Raises ContractError naming the first tensor that differs, with both digests.
     """
@@ -51,8 +55,11 @@ def check_digests(folder: Path, manifest: Manifest) -> int:
     if stored.keys() != recorded.tensors.keys():
         odd = sorted(stored.keys() ^ recorded.tensors.keys())[0]
         raise ContractError(f"{folder}: tensor {odd} is in the files or in {DIGESTS_NAME}, but not in both")
+    done, total = 0, sum(tensor.nbytes for tensor in stored.values())
     for name, tensor in stored.items():
         found = _digest(tensor)
+        done += tensor.nbytes
+        told(done, total)
         if found != recorded.tensors[name]:
             raise ContractError(
                 f"{tensor.path}: tensor {name} is {found}, {DIGESTS_NAME} says {recorded.tensors[name]}; "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from allocator.blocks.finite import require_finite
+from allocator.progress import Progress, silent
 
 __all__ = ["Divergence", "measure_divergence"]
 
@@ -24,10 +25,12 @@ class Divergence:
     tokens: int
 
 
-def measure_divergence(original: Any, model: Any, token_ids: Tensor, batch: int = 4) -> Divergence:
+def measure_divergence(
+    original: Any, model: Any, token_ids: Tensor, batch: int = 4, progress: Progress = silent
+) -> Divergence:
     """Compare two causal language models on int64 `[sequences, length]`, every position but the last.
 
-    Raises InputError when logits of one of them are not finite.
+    All of it is one unit of the step that `progress` is at. Raises InputError when logits are not finite.
     """
     kl = loss = original_loss = 0.0
     tokens = token_ids.shape[0] * (token_ids.shape[1] - 1)
@@ -38,6 +41,7 @@ def measure_divergence(original: Any, model: Any, token_ids: Tensor, batch: int 
             kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
             loss -= float(ours.gather(-1, targets).sum(dtype=torch.float64))
             original_loss -= float(theirs.gather(-1, targets).sum(dtype=torch.float64))
+            progress.advance(len(rows) / len(token_ids))
     return Divergence(kl / tokens, _perplexity(loss / tokens), _perplexity(original_loss / tokens), tokens)
 
 

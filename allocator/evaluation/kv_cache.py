@@ -8,6 +8,7 @@ from torch import Tensor
 
 from allocator.blocks.opening import open_model
 from allocator.evaluation.divergence import Divergence, measure_divergence
+from allocator.progress import Progress, silent
 
 __all__ = ["KV_DTYPES", "measure_kv_cache", "round_to_fp8"]
 
@@ -23,20 +24,23 @@ def round_to_fp8(values: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Te
     return values.clamp(-largest, largest).to(dtype).to(values.dtype)
 
 
-def measure_kv_cache(folder: Path, token_ids: Tensor, kv_cache_dtype: str = "fp8", batch: int = 4) -> Divergence:
+def measure_kv_cache(
+    folder: Path, token_ids: Tensor, kv_cache_dtype: str = "fp8", batch: int = 4, progress: Progress = silent
+) -> Divergence:
     """Divergence from the model in `folder` of the same model with its keys (after the rotary embedding) and values
     rounded to `kv_cache_dtype`, teacher-forced on int64 `[sequences, length]`.
 
     Float32, so that nothing else is rounded. Keys and values are rounded at every position, also inside a
     prompt, as vLLM attends from its cache in prefill too. Queries stay as they are; kernels that round them as well
     (FlashAttention 3) cost a little more. The model must fit into memory. Raises KeyError for another dtype.
+    All of it is one unit of the step that `progress` is at.
     """
     dtype = KV_DTYPES[kv_cache_dtype]
     original, rounded = (open_model(folder, attn_implementation="sdpa") for _ in range(2))
     for name, parameter in rounded.named_parameters():  # one copy of the weights
         parameter.data = original.get_parameter(name).data
     rounded.set_attn_implementation(_register(dtype))
-    return measure_divergence(original, rounded, token_ids, batch)
+    return measure_divergence(original, rounded, token_ids, batch, progress)
 
 
 def _register(dtype: torch.dtype) -> str:

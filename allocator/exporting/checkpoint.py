@@ -76,11 +76,12 @@ def export_checkpoint(
     try:
         _begin(temporary, f"{manifest.digest} {declaration} {max_shard_bytes}")
         journal = Journal(temporary / _JOURNAL)
-        for done, (name, tensors) in enumerate(plan.files.items()):
-            progress("writing", done / len(plan.files))
+        for name, tensors in progress.over(plan.files.items(), "writing", "file"):
             if journal.load(name) is None or not (temporary / name).exists():
                 write_safetensors(_content(tensors, manifest, inventory, bank), temporary / name)
                 journal.save(name, True)
+            else:
+                progress.skip()
         journal.clear()
         if plan.index is not None:
             (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
@@ -89,6 +90,7 @@ def export_checkpoint(
         if written != predicted:
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
         check_checkpoint(temporary)
+        progress.begin("digests")
         digest_folder(temporary, manifest).write(temporary / DIGESTS_NAME)
         if target.exists():
             shutil.rmtree(target)
@@ -103,7 +105,6 @@ def export_checkpoint(
             ) from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    progress("writing", 1.0)
     return ExportReport(out, plan.tensor_bytes, predicted, written, side_files(inventory))
 
 

@@ -2,7 +2,7 @@
 
 For callers that must not load torch, such as the sidecar. stdin has one JSON object with `model`, `manifest`, `bank`
 and `out` (paths) and then stays open: when it closes, the caller is gone and the work stops. stdout has one JSON object
-a line: `{"what", "share"}` while it runs, at the end `{"done": true, "files": {name: bytes}}` or
+a line: those of `--progress json` while it runs, at the end `{"done": true, "files": {name: bytes}}` or
 `{"error", "exit_code"}`.
 """
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = ["main"]
+
+_TOLD_SECONDS = 1.0
 
 
 def main() -> int:
@@ -35,19 +37,15 @@ def main() -> int:
 def _export(task: dict[str, str]) -> dict[str, Any]:
     from allocator.contract.manifest import Manifest
     from allocator.pipeline import export
-
-    last: list[tuple[str, int]] = []
-
-    def progress(what: str, share: float) -> None:
-        step = (what, int(share * 200))
-        if last != [step]:
-            last[:] = [step]
-            _say({"what": what, "share": share})
+    from allocator.progress_lines import ProgressLines, json_line, keep_telling
 
     manifest = Manifest.read(Path(task["manifest"]))
-    report = export(
-        manifest, Path(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True, progress=progress
-    )
+    lines = ProgressLines(_print, json_line, every=_TOLD_SECONDS)
+    with keep_telling(lines):
+        report = export(
+            manifest, Path(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True,
+            progress=lines.tracker,
+        )  # fmt: skip
     return {"done": True, "files": report.written}
 
 
@@ -58,7 +56,11 @@ def _end_with_caller() -> None:
 
 
 def _say(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)
+    _print(json.dumps(line))
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_commit_hash", "transformers
 
 _CHUNK_BYTES = 1 << 22
 
-Progress = Callable[[int, int], None]
+BytesRead = Callable[[int, int], None]
 
 
-def model_digest(inventory: Inventory, progress: Progress | None = None) -> str:
+def model_digest(inventory: Inventory, progress: BytesRead | None = None) -> str:
     """Digest over (name, dtype, shape, content) of each tensor of the model and its config.
 
     Reads every weight once, 4 MiB at a time. `progress(bytes_read, bytes_in_all)` is called after each chunk.
@@ -34,7 +34,7 @@ def model_digest(inventory: Inventory, progress: Progress | None = None) -> str:
 
 
 def _contents(
-    tensors: list[StoredTensor], progress: Progress | None
+    tensors: list[StoredTensor], progress: BytesRead | None
 ) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     total, done = sum(t.nbytes for t in tensors), 0
     for tensor in sorted(tensors, key=lambda t: (t.path, t.start)):

@@ -12,7 +12,7 @@ from typing import ClassVar
 from allocator.contract.digest import digest_json
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.errors import ContractError
-from allocator.inventory.digest import Progress, model_digest
+from allocator.inventory.digest import BytesRead, model_digest
 from allocator.inventory.inventory import Inventory
 
 __all__ = ["DIGEST_CACHE_NAME", "cached_model_digest"]
@@ -42,7 +42,7 @@ class _RememberedDigest(Document):
     files: list[_FileIdentity]
 
 
-def cached_model_digest(inventory: Inventory, cache: Path, progress: Progress | None = None) -> str:
+def cached_model_digest(inventory: Inventory, cache: Path, progress: BytesRead | None = None) -> str:
     """`model_digest`, from the file `cache` if it was computed from these very files; else computed and kept there."""
     headers, files, now = _headers(inventory), _files(inventory), time.time_ns()
     try:

@@ -12,6 +12,7 @@ from allocator.blocks.experts import expert_error, is_expert, record_routes
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import BlockCandidates
 from allocator.learning.objective import errors_along
+from allocator.progress import Progress, silent
 
 __all__ = ["Batch", "measure_swaps"]
 
@@ -39,14 +40,15 @@ def measure_swaps(
     candidates: BlockCandidates,
     batches: Mapping[int, Callable[[], Batch]],
     reduce: Callable[[Tensor], Found],
+    progress: Progress = silent,
 ) -> dict[int, dict[str, Found]]:
     """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, what `reduce`
     makes of the errors of the block's output along the gradients, `[C, B * S * T]`; those of the last candidate, the
     source itself, are 0.
 
     Batches are read anew for each candidate: one candidate's weight and one batch of states are in memory at a time.
-    Experts are measured on the tokens that chose them, and channel blocks by their own channels, on a few batches at a
-    time.
+    All of it is one unit of the step that `progress` is at. Experts are measured on the tokens that chose them, and
+    channel blocks by their own channels, on a few batches at a time.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
     experts = [name for name in candidates.formats if is_expert(block, name)]
@@ -62,12 +64,13 @@ def measure_swaps(
                     batch = read()
                     output = stream.run(block, batch.states, {f"{name}.weight": weight})
                     of_module[number].append(errors_along(output, batch.teacher, batch.gradients).cpu())
+                progress.advance(1 / len(candidates.formats) / (len(formats) - 1), name)
             for number, errors in of_module.items():
                 found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
         if experts:
-            _swap_experts(stream, block, candidates, batches, experts, reduce, found)
+            _swap_experts(stream, block, candidates, batches, experts, reduce, found, progress)
         if pieces:
-            _swap_pieces(stream, block, candidates, batches, pieces, reduce, found)
+            _swap_pieces(stream, block, candidates, batches, pieces, reduce, found, progress)
     # In the order of the candidates, whichever way they were measured.
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
 
@@ -87,6 +90,7 @@ def _swap_experts(
     experts: list[str],
     reduce: Callable[[Tensor], Found],
     found: dict[int, dict[str, Found]],
+    progress: Progress,
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
     for together in _few_at_a_time(batches):
@@ -103,6 +107,7 @@ def _swap_experts(
             for number, batch in together.items():
                 by_sequence = along[number].reshape(*along[number].shape[:2], *batch.states.shape[:2]).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
+            progress.advance(len(together) / len(batches) / len(candidates.formats), name)
 
 
 def _swap_pieces(
@@ -113,6 +118,7 @@ def _swap_pieces(
     pieces: Mapping[str, int],
     reduce: Callable[[Tensor], Found],
     found: dict[int, dict[str, Found]],
+    progress: Progress,
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for channel blocks and their numbers: gate and up together."""
     for together in _few_at_a_time(batches):
@@ -128,3 +134,5 @@ def _swap_pieces(
                 for name, along in errors.items():
                     by_sequence = along.view(*along.shape[:2], *batch.states.shape[:2]).transpose(1, 2).flatten(1).cpu()
                     found[number][name] = reduce(torch.cat([by_sequence, torch.zeros_like(by_sequence[:1])]))
+            for name in weights:
+                progress.advance(len(together) / len(batches) / len(candidates.formats), name)

@@ -33,7 +33,7 @@ def count_expert_tokens(task: Task) -> dict[str, int]:
     for a model without experts."""
     counts: dict[str, int] = {}
     if any(".experts." in name for name in task.bank.bank.modules):
-        for index in task.blocks("experts"):
+        for index in task.progress.over(range(task.stream.blocks), "counting experts", "block"):
             counts |= task.journal.once(f"experts-{index:04d}", partial(_count, task, index))
     return counts
 

@@ -16,13 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from allocator.blocks.gradients import parts_of_sequence, rows_together, signs
+from allocator.blocks.gradients import draw_signs, parts_of_sequence, rows_together
 from allocator.blocks.source import read_rows
 from allocator.blocks.stream import BlockStream
 from allocator.candidates.block import VocabularyCandidates
 from allocator.candidates.reader import BankReader
 from allocator.contract.layout import ModuleFormat
 from allocator.learning.teacher import Teacher
+from allocator.progress import Progress, silent
 
 __all__ = ["Text", "measure_vocabulary"]
 
@@ -49,9 +50,14 @@ class Text:
 
     def signs(self, batch: int, draw: int, rows: slice) -> Tensor:
         """Of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
+        return self.signs_of([draw], batch, rows)[0]
+
+    def signs_of(self, draws: Sequence[int], batch: int, rows: slice) -> list[Tensor]:
+        """`signs` of each of `draws`."""
         parts = parts_of_sequence(self.token_ids.shape[1])
-        sequences = self.batches[batch].tolist()
-        return torch.cat([signs(self.seed, draw, sequence, part, rows) for sequence in sequences for part in parts])
+        of_draw = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
+        drawn = draw_signs(self.seed, [(draw, *one) for draw in draws for one in of_draw])
+        return [torch.cat(drawn[i : i + len(of_draw)]) for i in range(0, len(drawn), len(of_draw))]
 
 
 def measure_vocabulary(
@@ -60,19 +66,23 @@ def measure_vocabulary(
     candidates: VocabularyCandidates,
     text: Text,
     reduce: Callable[[Tensor], Found],
+    progress: Progress = silent,
 ) -> dict[int, dict[str, Found]]:
     """As `block.measure_swaps` for the modules of `candidates`: by batch of `text` and module what `reduce` makes of
-    the errors along the gradients, `[C, B * S * T]`; those of the last candidate, the source itself, are 0.
+    the errors along the gradients, `[C, B * S * T]`; those of the last candidate, the source itself, are 0. All of it
+    is one unit of the step that `progress` is at.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in text.batches}
     draws, length = len(text.teacher.gradients), text.token_ids.shape[1]
+    share = 1 / max(1, sum((name == candidates.embedding) + (name == candidates.head) for name in candidates.formats))
     with torch.inference_mode():
         for name, formats in candidates.formats.items():
             sums = {n: torch.zeros(len(formats), draws, len(rows) * length) for n, rows in text.batches.items()}
             if name == candidates.embedding:
                 _add_embedding(stream, bank, name, formats[:-1], text, sums)
+                progress.advance(share, name)
             if name == candidates.head:
-                _add_head(stream, bank, name, formats[:-1], text, sums)
+                _add_head(stream, bank, name, formats[:-1], text, sums, progress, share)
             for number, of_batch in sums.items():
                 by_sequence = of_batch.view(len(formats), draws, -1, length).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
@@ -108,6 +118,8 @@ def _add_head(
     formats: Sequence[ModuleFormat],
     text: Text,
     sums: Mapping[int, Tensor],
+    progress: Progress,
+    share: float,
 ) -> None:
     stored, norm, softcap = stream.inventory.tensor(f"{name}.weight"), stream.norm(), stream.softcap
     for group in text.groups():
@@ -122,7 +134,8 @@ def _add_head(
             weight = read_rows(stored, rows, stream.device).float()
             steps = [bank.stripe(name, form, rows, stream.device) - weight for form in formats]
             for n, head in heads.items():
-                head.add(weight, steps, [text.signs(n, draw, rows) for draw in range(head.draws)])
+                head.add(weight, steps, text.signs_of(range(head.draws), n, rows))
+            progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()
 

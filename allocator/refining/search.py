@@ -63,11 +63,12 @@ def refine(
     now = search.positions(assignment)
     generator = torch.Generator().manual_seed(seed)
     sequences = student.token_ids.shape[0]
+    progress.begin("refining", round(seconds), "second")
     start = clock()
     kl = student.losses(search.plan(now), keep=True).kl
     before, kept, tried = float(kl.mean()), 0, 0
     while (elapsed := clock() - start) < seconds:
-        progress("refining", elapsed / seconds)
+        progress.reach(elapsed, f"{kept} of {tried} changes kept")
         rows = torch.randperm(sequences, generator=generator)[: max(1, sequences // 2)]
         moves = search.moves(now, budget_bytes - scores.other_bytes, rows)
         done, failures, changed = kept, 0, set[int]()
@@ -82,6 +83,7 @@ def refine(
                 continue
             tried += 1
             failures += 1
+            progress.reach(clock() - start, f"{kept} of {tried} changes kept")
             some = torch.randperm(sequences, generator=generator)[: max(1, sequences // 4)]
             if float((student.losses(search.plan(then), rows=some).kl - kl[some]).mean()) >= 0:
                 continue
@@ -92,7 +94,6 @@ def refine(
                 kl = student.losses(search.plan(now), keep=True).kl
         if kept == done:
             break
-    progress("refining", 1.0)
     return Refined(search.plan(now), before, float(kl.mean()), kept, tried)
 
 

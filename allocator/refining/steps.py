@@ -41,6 +41,7 @@ def verify(
     student: Student,
     rules: Rules = NO_RULES,
     residency: Residency | None = None,
+    progress: Progress = silent,
 ) -> Manifest:
     """Measure `manifest` and the uniform plans of its budget (see `uniform_assignments`), and keep the best; its figure
     and that of the best uniform plan are recorded.
@@ -58,8 +59,12 @@ def verify(
     )  # fmt: skip
     if not plans:
         return manifest
-    ours = float(student.losses(manifest.modules).kl.mean())
-    theirs, plan = min(((float(student.losses(p).kl.mean()), p) for p in plans), key=lambda pair: pair[0])
+    measured = [
+        (float(student.losses(assignment).kl.mean()), assignment)
+        for assignment in progress.over([manifest.modules, *plans], "verifying", "assignment")
+    ]
+    ours = measured[0][0]
+    theirs, plan = min(measured[1:], key=lambda pair: pair[0])
     free = [name for name, module in scores.modules.items() if len(module.candidates) > 1]
     bits = _most_common(plan[name].num_bits for name in free if is_in_block(name))
     outside = _most_common(plan[name].num_bits for name in free if not is_in_block(name))

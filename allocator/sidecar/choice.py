@@ -57,7 +57,7 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
     Raises InputError when nothing says how much memory there is, InfeasibleBudgetError when it does not fit.
     """
     device = _device(settings)
-    progress("solving", 0.0)
+    progress.begin("solving")
     if settings.budget == "auto":
         if device is None:
             raise InputError(

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from allocator.contract.digest import digest_json
 from allocator.contract.documents import Digest, Strict
+from allocator.progress import Standing
 from allocator.sidecar.schemas import Job, JobState
 from allocator.sidecar.store import Store, hex_of
 
@@ -83,6 +84,7 @@ class _State(Strict):
     state: JobState
     step: str = ""
     progress: float = Field(default=0.0, ge=0, le=1)
+    standing: Standing | None = None
     checkpoint: str | None = None
     error: str | None = None
     updated: float
@@ -142,8 +144,8 @@ class JobFiles:
     def write(self, job: Job) -> None:
         """Say how an attempt of ours stands."""
         state = _State(
-            attempt=job.attempt, state=job.state, step=job.step, progress=job.progress, checkpoint=job.checkpoint,
-            error=job.error, updated=time.time(),
+            attempt=job.attempt, state=job.state, step=job.step, progress=job.progress, standing=job.standing,
+            checkpoint=job.checkpoint, error=job.error, updated=time.time(),
         )  # fmt: skip
         self._backend.replace(f"{_at(job.id)}/state.json", state.model_dump_json().encode())
 
@@ -191,8 +193,8 @@ def _job(identity: str, request: JobRequest, attempt: int, state: _State | None,
         )  # fmt: skip
     return Job(
         id=identity, state=state.state, manifest_digest=request.manifest, step=state.step, progress=state.progress,
-        attempt=attempt, checkpoint=state.checkpoint, tensor_bytes=request.tensor_bytes, error=state.error,
-        created=request.created, updated=now_text(state.updated),
+        standing=state.standing, attempt=attempt, checkpoint=state.checkpoint, tensor_bytes=request.tensor_bytes,
+        error=state.error, created=request.created, updated=now_text(state.updated),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, GammaError, InputError, StoppedError
+from allocator.progress import Standing, Tracker
 from allocator.sidecar.backends import FolderBackend
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.job_files import JobFiles, JobRecord, JobRequest, Owner, now_text
@@ -177,7 +178,7 @@ class Jobs:
         if identity in self._here and self._here[identity].state in ("queued", "running"):
             return self._here[identity]
         job = record.job.model_copy(
-            update={"state": "queued", "error": None, "progress": 0.0, "step": "", "checkpoint": None}
+            update={"state": "queued", "error": None, "progress": 0.0, "step": "", "standing": None, "checkpoint": None}
         )
         self._here[identity] = job
         self._waiting.put_nowait(record)
@@ -243,7 +244,7 @@ class Jobs:
         else:
             assert self._folder is not None
             folder = str(self._folder / hex_of(request.manifest))
-            self._update(identity, state="succeeded", progress=1.0, step="done", checkpoint=folder)
+            self._update(identity, state="succeeded", progress=1.0, step="done", standing=None, checkpoint=folder)
             self._log("info", "job done", job=identity, checkpoint=folder)
         finally:
             self._process = None
@@ -261,12 +262,12 @@ class Jobs:
         if not entries:
             raise InputError(f"the store offers no bank {manifest.bank_digest}; add it with `gamma store add`")
 
-        def progress(what: str, share: float) -> None:
+        def tell(standing: Standing) -> None:
             if request.identity in self._cancelled:
                 raise StoppedError("cancelled")
-            self._update(request.identity, step=what, progress=min(max(share, 0.0), 1.0))
+            self._update(request.identity, step=standing.step, progress=standing.share, standing=standing)
 
-        materialise(manifest, entries[-1], self._store, out, progress, self._take_process)
+        materialise(manifest, entries[-1], self._store, out, Tracker(tell), self._take_process)
         _config, found = check_checkpoint(out)
         if found.digest != request.manifest:
             raise ContractError(f"{out} holds manifest {found.digest}, asked for was {request.manifest}")

@@ -14,6 +14,7 @@ from allocator.contract.errors import ContractError, GammaError, InfeasibleBudge
 from allocator.contract.manifest import Manifest
 from allocator.inventory import CARRIED_FOLDERS
 from allocator.progress import Progress, silent
+from allocator.progress_lines import standing_of
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.store import Store, document_text, hex_of
 
@@ -46,8 +47,8 @@ def materialise(
         write_atomically(manifest_path, document_text(manifest))
         task = {"model": model, "manifest": str(manifest_path), "bank": str(bank), "out": str(out)}
         for line in _run(task, started):
-            if "share" in line:
-                progress(str(line["what"]), float(str(line["share"])))
+            if "step" in line:
+                progress.relay(standing_of(line))
             elif "error" in line:
                 raise _ERRORS.get(int(str(line["exit_code"])), GammaError)(str(line["error"]))
     except _KilledError:
@@ -81,10 +82,8 @@ def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> 
         return store.backend.folder / at
     store.backend.download(f"{at}/{BANK_NAME}", target / BANK_NAME)
     bank = Bank.read(target / BANK_NAME)
-    for done, module in enumerate(bank.modules.values()):
-        progress("bank", done / len(bank.modules))
+    for module in progress.over(bank.modules.values(), "copying the bank", "module"):
         _copy(store, f"{at}/{module.file}", target / module.file)
-    progress("bank", 1.0)
     return target
 
 
@@ -97,10 +96,8 @@ def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -
         return str(store.backend.folder / at)
     names = [name for name in store.backend.names(at) if name not in CARRIED_FOLDERS]
     names += [f"{folder}/{name}" for folder in CARRIED_FOLDERS for name in store.backend.names(f"{at}/{folder}")]
-    for done, name in enumerate(names):
-        progress("model", done / len(names))
+    for name in progress.over(names, "copying the model", "file"):
         _copy(store, f"{at}/{name}", target / name)
-    progress("model", 1.0)
     return str(target)
 
 
@@ -129,7 +126,7 @@ def _run(task: dict[str, str], started: Callable[[subprocess.Popen[str]], None])
         ended = False
         for text in process.stdout:
             line = json.loads(text)
-            ended = "done" in line or "error" in line
+            ended = "files" in line or "error" in line
             yield line
             if ended:
                 process.wait()

@@ -6,6 +6,8 @@ import json
 import sys
 
 from allocator.contract.errors import InputError
+from allocator.progress import Standing
+from allocator.progress_lines import standing_of
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.schemas import NodeStatus
@@ -44,6 +46,7 @@ class Node:
     async def _prepare(self, settings: PrepareSettings) -> None:
         """Runs `gamma prepare` as the init container would, and keeps what it says."""
         command = [sys.executable, "-m", "allocator.cli.main", "prepare", settings.model, "--json"]
+        command += ["--progress", "json"]
         command += ["--store", self._settings.store, "--out", str(self._settings.node_out)]
         command += [part for name, value in _options(settings).items() for part in (name, str(value))]
         pipe = asyncio.subprocess.PIPE
@@ -53,8 +56,13 @@ class Node:
         output = asyncio.create_task(self._process.stdout.read())
         last = ""
         while line := await self._process.stderr.readline():
-            last = line.decode("utf-8", "replace").strip() or last
-            self.status = self.status.model_copy(update={"step": last[:500]})
+            text = line.decode("utf-8", "replace").strip()
+            standing = _standing(text)
+            if standing is not None:
+                told = {"step": standing.step, "progress": standing.share, "standing": standing}
+                self.status = self.status.model_copy(update=told)
+            else:
+                last = text or last
         code = await self._process.wait()
         if code:
             message = last.removeprefix("gamma prepare: ")
@@ -69,6 +77,13 @@ class Node:
         name = prepared["vllm_arguments"]["served-model-name"]
         self._metrics.manifest.labels(name, prepared["manifest_digest"], "prepared").set(1)
         self._log("info", "prepared", checkpoint=prepared["checkpoint"], manifest=prepared["manifest_digest"])
+
+
+def _standing(line: str) -> Standing | None:
+    try:
+        return standing_of(json.loads(line))
+    except (ValueError, TypeError, AttributeError):
+        return None  # an error or a message
 
 
 def _options(settings: PrepareSettings) -> dict[str, object]:

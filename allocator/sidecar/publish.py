@@ -55,7 +55,7 @@ def publish(
             f"{work}: the scores are of bank {scores.bank_digest}, the bank is {bank.digest}; run `gamma learn` again"
         )
     inventory = read_inventory(model)
-    digest = model_digest(inventory, lambda done, total: progress("reading the model", done / max(total, 1)))
+    digest = model_digest(inventory, progress.bytes_of("reading the model"))
     if digest != scores.model.digest:
         raise ContractError(
             f"{work} was learned from model {scores.model.digest}, {model} is {digest}; give that model"
@@ -119,8 +119,7 @@ def _add_bank(store: Store, folder: Path, bank: Bank, progress: Progress) -> int
     at, written = f"banks/{hex_of(bank.digest)}", 0
     if store.backend.exists(f"{at}/{BANK_NAME}"):
         return 0
-    for done, (name, module) in enumerate(bank.modules.items()):
-        progress("bank", done / len(bank.modules))
+    for name, module in progress.over(bank.modules.items(), "copying the bank", "module"):
         path = folder / module.file
         if _FILE_NAME.fullmatch(module.file) is None:
             raise ContractError(f"{folder}: {module.file!r} is no name of a bank file")
@@ -130,7 +129,6 @@ def _add_bank(store: Store, folder: Path, bank: Bank, progress: Progress) -> int
         store.backend.upload(path, f"{at}/{module.file}")
         written += path.stat().st_size
     store.backend.upload(folder / BANK_NAME, f"{at}/{BANK_NAME}")
-    progress("bank", 1.0)
     return written + (folder / BANK_NAME).stat().st_size
 
 
@@ -143,11 +141,12 @@ def _add_source(store: Store, inventory: Inventory, digest: str, progress: Progr
     index = [INDEX_NAME] if (inventory.folder / INDEX_NAME).exists() else []
     names = [*sorted(weights), *index, *side_files(inventory).carried, "config.json"]
     total = sum((inventory.folder / name).stat().st_size for name in names)
+    tell = progress.bytes_of("copying the model")
     for name in names:
         path = inventory.folder / name
         if any(_FILE_NAME.fullmatch(part) is None for part in name.split("/")):
             raise InputError(f"{path}: the store takes names of letters, digits, dots, dashes and underscores only")
         store.backend.upload(path, f"{at}/{name}")
         written += path.stat().st_size
-        progress("model", written / max(total, 1))
+        tell(written, total)
     return written

@@ -8,6 +8,7 @@ from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest
 from allocator.contract.manifest import Manifest, Proof
 from allocator.fitting import Plan
+from allocator.progress import Standing
 
 __all__ = [
     "Allocation", "AllocationList", "AllocationRequest", "CheckpointRequest", "Deleted", "DiffRequest", "DiffResult",
@@ -292,7 +293,8 @@ class Job(Answer):
     state: JobState
     manifest_digest: Digest
     step: str = ""
-    progress: float = Field(default=0.0, ge=0, le=1)
+    progress: float = Field(default=0.0, ge=0, le=1, description="share of the step that is done")
+    standing: Standing | None = Field(default=None, description="while it runs: units done, time left, memory")
     attempt: int = 0
     checkpoint: str | None = Field(default=None, description="folder of the checkpoint, once it is whole")
     tensor_bytes: int
@@ -424,6 +426,7 @@ class NodeStatus(Answer):
     message: str = ""
     step: str = ""
     progress: float = 0.0
+    standing: Standing | None = None
     manifest_digest: str | None = None
     checkpoint: str | None = None
     vllm_arguments: dict[str, Any] | None = None

@@ -59,12 +59,10 @@ def sweep(
     """Solve `program` at every budget in bytes. Raises InfeasibleBudgetError for one that no assignment fits."""
     plans = uniform_plans(program.scores)
     points = []
-    for i, budget in enumerate(budgets):
-        progress("solving", i / len(budgets))
+    for budget in progress.over(budgets, "solving", "budget"):
         solution = program.solve(budget, relative_gap=relative_gap)
         bits = average_bits_of(program.scores, solution.tensor_bytes)
         points.append(SweepPoint(budget, solution, bits, best_uniform(plans, budget)))
-    progress("solving", 1.0)
     return points
 
 

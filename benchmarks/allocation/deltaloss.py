@@ -30,13 +30,11 @@ def learn_deltaloss(task: Task) -> Table:
     batches = torch.split(
         torch.arange(task.hidden.shape[0]), max(1, task.settings.batch_tokens // task.hidden.shape[1])
     )
-    for done, bits in enumerate(widths):
-        task.progress("measuring", done / len(widths))
-        found = task.journal.once(f"deltaloss-{bits}", partial(_at, task, student, bits, batches))
+    for bits in task.progress.over(widths, "measuring", "width"):
+        found = task.once(f"deltaloss-{bits}", partial(_at, task, student, bits, batches))
         for name, value in found.items():
             number = [f.num_bits for f in task.bank.formats(name)].index(bits)
             scores[name][number] = value
-    task.progress("measuring", 1.0)
     return Table(scores, "nats of the text's loss a token, to first order, signs ignored")
 
 

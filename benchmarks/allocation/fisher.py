@@ -24,9 +24,9 @@ def learn_fisher(task: Task) -> Table:
     scores: dict[str, Tensor] = {}
     for index, teacher in task.descend("measuring", vocabulary=True):
         if index < 0:
-            scores |= task.journal.once("fisher-vocabulary", partial(_measure_vocabulary, task, teacher))
+            scores |= task.once("fisher-vocabulary", partial(_measure_vocabulary, task, teacher))
             continue
-        found = task.journal.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
+        found = task.once(f"fisher-{index:04d}", partial(_measure_block, task, teacher, index))
         scores |= {task.module(index, local): values for local, values in found.items()}
     return Table(task.in_model_order(scores), "nats a token, to second order, outputs taken one by one")
 

@@ -65,7 +65,7 @@ def run_piece(case: Case, model: Path, work: Path, minutes: float) -> dict[str, 
     command = [
         sys.executable, "-m", "allocator.cli.main", "learn", str(model), "--out", str(work),
         "--quantizer", case.quantizer, "--widths", case.widths, "--calibration", str(text),
-        "--sequences", str(case.sequences), "--sequence-length", str(case.length),
+        "--sequences", str(case.sequences), "--sequence-length", str(case.length), "--progress", "json",
     ]  # fmt: skip
     since = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
@@ -76,12 +76,13 @@ def run_piece(case: Case, model: Path, work: Path, minutes: float) -> dict[str, 
     assert process.stderr is not None
     for line in process.stderr:
         lines.append(line)
-        if line.rstrip().endswith(" ..."):
+        step = json.loads(line).get("step", phase) if line.startswith("{") else phase
+        if step != phase:
             now = time.monotonic()
             seconds[phase] = seconds.get(phase, 0.0) + now - since
-            phase, since = line.rstrip().removesuffix(" ..."), now
+            phase, since = step, now
             print(f"  {case.name}: {phase}", flush=True)
-            if case.part == "candidates" and "candidates" in seconds:
+            if case.part == "candidates" and "candidates of the vocabulary" in seconds:
                 process.kill()
                 done = True
     _, status, usage = os.wait4(process.pid, 0)
@@ -116,7 +117,7 @@ def run_case(case: Case, folder: Path, minutes: float, pieces: int) -> dict[str,
         return None
     shutil.rmtree(work, ignore_errors=True)
     phases = {p: sum(piece["seconds"].get(p, 0.0) for piece in ran) for piece in ran for p in piece["seconds"]}
-    of_blocks = {p: s for p, s in phases.items() if p not in ("start", "reading", "calibration text")}
+    of_blocks = {p: s for p, s in phases.items() if p not in ("start", "reading the model", "reading text")}
     return {
         "case": case.name,
         "blocks": BLOCKS,

@@ -181,3 +181,23 @@ def test_a_missing_extra_is_named(tiny_model: Callable[[str], Path], tmp_path: P
     assert learning.returncode == 2
     assert "gamma-vllm[learn]" in learning.stderr
     assert "Traceback" not in learning.stderr
+
+
+def test_lines_of_progress_go_to_stderr_and_results_to_stdout(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command = ["fit", tiny_model("llama"), "--average-bits", 4, "--out", tmp_path / "out", *SMALL]
+    done = gamma(*command, "--progress", "json", "--json")
+    assert json.loads(done.stdout)["manifest"]["digest"]
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    steps = [line["step"] for line in lines if "step" in line]
+    begun = list(dict.fromkeys(steps))
+    planned = next(line["then"] for line in lines if line.get("step") == "candidates")
+    assert {"measuring", "measuring the vocabulary", "solving", "writing"} <= set(planned)
+    assert begun[begun.index("candidates") + 1 :] == planned
+    assert all(line["resident_bytes"] > 2**20 and line["done"] <= line["total"] for line in lines if "step" in line)
+    assert {"message": "calibration: 4 sequences of 32 tokens"} in lines
+    run = json.loads((tmp_path / "out-work" / "run.json").read_text())
+    assert (run["calibration"]["sequences"], run["calibration"]["sequence_length"]) == (4, 32)
+    again = gamma(*command, "--overwrite", "--progress", "none")
+    assert again.stderr == ""

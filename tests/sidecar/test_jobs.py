@@ -17,6 +17,7 @@ import pytest
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, GammaError
 from allocator.contract.scores import Scores
+from allocator.progress import Standing, Tracker
 from allocator.sidecar.entry import Source
 from allocator.sidecar.job_files import JobFiles, JobRequest, Owner
 from allocator.sidecar.jobs import Jobs
@@ -106,8 +107,10 @@ def test_a_killed_export_goes_on_with_what_was_copied(
     download = store.backend.download
     monkeypatch.setattr(store.backend, "download", lambda path, to: (copied.append(path), download(path, to)))
 
+    told: list[Standing] = []
+
     def run(started=lambda _process: None) -> None:
-        materialise(manifest, entry, store, tmp_path / "out", started=started)
+        materialise(manifest, entry, store, tmp_path / "out", Tracker(told.append), started)
 
     with pytest.raises(GammaError, match="no answer"):
         run(lambda process: process.kill())
@@ -116,6 +119,7 @@ def test_a_killed_export_goes_on_with_what_was_copied(
     run()
     assert [path for path in copied if not path.endswith("bank.json")] == []
     assert check_checkpoint(tmp_path / "out")[1].digest == manifest.digest
+    assert {"copying the bank", "copying the model", "writing"} <= {standing.step for standing in told}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(GammaError, match="no answer"):
@@ -125,6 +129,24 @@ def test_a_killed_export_goes_on_with_what_was_copied(
     with pytest.raises(ContractError, match="sha256"):
         run()
     assert [path.name for path in tmp_path.iterdir()] == []  # and nothing damaged is kept
+
+
+def test_a_job_says_where_it_stands_to_whoever_reads_its_files(tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    files = JobFiles(store, Owner.me())
+    request = JobRequest(
+        manifest="sha256:" + "1" * 64, scores="sha256:" + "2" * 64, volume="v", tensor_bytes=1,
+        created="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    files.create(request)
+    assert files.claim(request.identity, 1)
+    record = files.read(request.identity)
+    assert record is not None
+    standing = Standing(step="writing", number=2, steps=3, unit="file", done=1, total=4, step_left_seconds=30.0)
+    files.write(record.job.model_copy(update={"standing": standing, "step": "writing"}))
+    record = JobFiles(store, Owner.me()).read(request.identity)
+    assert record is not None
+    assert record.job.standing == standing
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def learn_gamma(task: Task) -> Table:
     errors: dict[str, Tensor] = {}
     for index, teacher in task.descend("measuring", vocabulary=True):
         step = f"measured-{index:04d}" if index >= 0 else "measured-vocabulary"
-        found = task.journal.once(step, partial(_measure, task, teacher, index, pairs))
+        found = task.once(step, partial(_measure, task, teacher, index, pairs))
         losses |= {name: of_module for name, (of_module, _) in found.items()}
         errors |= {name: kept[:-1] for name, (_, kept) in found.items()}
     scores = task.in_model_order(losses)

@@ -25,9 +25,7 @@ def learn_measured(task: Task) -> Table:
         swaps = [student.losses({name: form}).kl.mean() for form in task.bank.formats(name)[:-1]]
         return torch.stack([*swaps, torch.zeros((), dtype=torch.float64)])
 
-    for index in task.blocks("measuring"):
-        for name in student.local_names(index).values():
-            scores[name] = task.journal.once(f"measured-{name}", partial(measure, name))
-    for name in student.vocabulary.formats:
-        scores[name] = task.journal.once(f"measured-{name}", partial(measure, name))
+    of_blocks = [name for index in range(task.stream.blocks) for name in student.local_names(index).values()]
+    for name in task.progress.over([*of_blocks, *student.vocabulary.formats], "measuring", "module"):
+        scores[name] = task.once(f"measured-{name}", partial(measure, name))
     return Table(scores, "nats of KL divergence a token, of each swap alone")

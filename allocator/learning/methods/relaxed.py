@@ -72,7 +72,7 @@ def _measure(task: Task) -> dict[str, Choice]:
     found = {index: task.journal.load(step) for index, step in steps.items()}
     if None in found.values():  # else gradients of a later pass may lie there
         for index, teacher in task.descend("measuring", vocabulary=True):
-            found[index] = task.journal.once(steps[index], partial(_measure_grams, task, teacher, index))
+            found[index] = task.once(steps[index], partial(_measure_grams, task, teacher, index))
     choices: dict[str, Choice] = {}
     for of_block in found.values():
         for name, (shares, grams) in (of_block or {}).items():
@@ -114,6 +114,7 @@ def _sample(task: Task, choices: dict[str, Choice]) -> dict[str, Any]:
         done = visits - number * task.stream.blocks
         for position, (index, teacher) in enumerate(of_pass.descend(f"learning, pass {number + 1} of {_PASSES}")):
             if position < done:
+                task.progress.skip()
                 continue
             if position == 0:
                 losses.append(0.0)

@@ -48,18 +48,23 @@ class Task:
         settings = self.settings
         teacher = Teacher.over(self.hidden, settings.draws)
         outside = vocabulary and bool(self.vocabulary().formats)
-        below = descend(self.stream, self.hidden, teacher.gradients, settings.seed, self.journal, outside)
-        self.progress(what, 0.0)
+        progress = self.progress
+        below = descend(self.stream, self.hidden, teacher.gradients, settings.seed, self.journal, outside, progress)
         for done, index in enumerate(below):
+            if done == 0:
+                progress.begin(what, self.stream.blocks, "block")
+            if index < 0:
+                progress.begin(f"{what} the vocabulary")
             yield index, teacher
-            self.progress(what, (done + 1) / (self.stream.blocks + outside))
+            progress.reach(1 if index < 0 else done + 1)
 
-    def blocks(self, what: str) -> Iterator[int]:
-        """Numbers of all blocks, with progress."""
-        for index in range(self.stream.blocks):
-            self.progress(what, index / self.stream.blocks)
-            yield index
-        self.progress(what, 1.0)
+    def once(self, step: str, compute: Callable[[], Found]) -> Found:
+        """One unit of progress: the state of `step` as the journal has it, or that of `compute()`, which is kept."""
+        state: Found | None = self.journal.load(step)
+        if state is None:
+            return self.journal.once(step, compute)
+        self.progress.skip()
+        return state
 
     def module(self, index: int, local: str) -> str:
         """Full name of a module of block `index`."""
@@ -79,10 +84,11 @@ class Task:
         module, with its full name."""
         if index < 0:
             text = Text(teacher, self.token_ids, self.settings.seed, parts)
-            return measure_vocabulary(self.stream, self.bank, self.vocabulary(), text, reduce)
+            return measure_vocabulary(self.stream, self.bank, self.vocabulary(), text, reduce, progress=self.progress)
         block = self.stream.block(index)
         readers = {number: partial(teacher.batch, self.stream, index, rows) for number, rows in parts.items()}
-        found = measure_swaps(self.stream, block, self.candidates(index, block), readers, reduce)
+        candidates = self.candidates(index, block)
+        found = measure_swaps(self.stream, block, candidates, readers, reduce, self.progress)
         return {n: {self.module(index, local): f for local, f in of.items()} for n, of in found.items()}
 
     def in_model_order(self, scores: dict[str, Found]) -> dict[str, Found]:
