@@ -8,6 +8,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, WIDTHS
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
+    from allocator.fitting import Plan
     from allocator.learning.settings import LearningSettings
     from allocator.pipeline import CandidateSettings, SolveSettings
     from allocator.solving.units import Rules
@@ -76,10 +77,11 @@ def add_budget(parser: argparse.ArgumentParser, required: bool = True, plan: boo
             metavar="PLAN",
             help="plan.json of `gamma plan --out`: the budget is the bytes that a rank has for weights after loading",
         )
-    add_rules(parser)
+    add_rules(parser, by_plan=plan)
 
 
-def add_rules(parser: argparse.ArgumentParser) -> None:
+def add_rules(parser: argparse.ArgumentParser, by_plan: bool = False) -> None:
+    """`by_plan`: --fusion may be left to the plan."""
     for name, what in (("pin", "exactly"), ("ceiling", "at most"), ("floor", "at least")):
         parser.add_argument(
             f"--{name}",
@@ -91,9 +93,10 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--fusion",
-        choices=["free", "tied"],
-        default="free",
-        help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
+        choices=["auto", "free", "tied"] if by_plan else ["free", "tied"],
+        default="auto" if by_plan else "free",
+        help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)"
+        + ("; auto (default): tied with a plan for CUDA, where free widths cost decode time, else free" * by_plan),
     )
     parser.add_argument("--solver", choices=["dynamic", "highs", "cp-sat", "scip"], default="dynamic")
 
@@ -112,7 +115,9 @@ def rules(args: argparse.Namespace) -> "Rules":
     return Rules(dict(args.pin), dict(args.ceiling), dict(args.floor))
 
 
-def solve_settings(args: argparse.Namespace) -> "SolveSettings":
+def solve_settings(args: argparse.Namespace, plan: "Plan | None" = None) -> "SolveSettings":
+    """`plan` decides about --fusion auto."""
+    from allocator.fusion import fusion_for
     from allocator.pipeline import SolveSettings
 
     return SolveSettings(
@@ -121,7 +126,7 @@ def solve_settings(args: argparse.Namespace) -> "SolveSettings":
         pins=dict(args.pin),
         ceilings=dict(args.ceiling),
         floors=dict(args.floor),
-        fusion=args.fusion,
+        fusion=fusion_for(args.fusion, plan),
         solver=args.solver,
     )
 

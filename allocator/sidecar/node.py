@@ -45,7 +45,7 @@ class Node:
         """Runs `gamma prepare` as the init container would, and keeps what it says."""
         command = [sys.executable, "-m", "allocator.cli.main", "prepare", settings.model, "--json"]
         command += ["--store", self._settings.store, "--out", str(self._settings.node_out)]
-        command += [part for name, value in _options(settings).items() for part in (name, str(value))]
+        command += _options(settings)
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         assert self._process.stdout is not None
@@ -71,16 +71,31 @@ class Node:
         self._log("info", "prepared", checkpoint=prepared["checkpoint"], manifest=prepared["manifest_digest"])
 
 
-def _options(settings: PrepareSettings) -> dict[str, object]:
+def _options(settings: PrepareSettings) -> list[str]:
+    """The command line that `prepare_settings` reads back."""
+    lora = settings.lora
+    modules = None if lora is None or lora.target_modules is None else ",".join(lora.target_modules)
     given = {
         "--gpu": settings.gpu,
         "--gpu-memory": settings.gpu_memory_bytes,
         "--tensor-parallel-size": settings.tensor_parallel_size,
         "--max-model-len": settings.max_model_len,
         "--max-num-seqs": settings.max_num_seqs,
+        "--max-num-batched-tokens": settings.max_num_batched_tokens,
         "--kv-cache-dtype": settings.kv_cache_dtype,
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--budget": settings.budget,
+        "--fusion": settings.fusion,
         "--served-model-name": settings.served_model_name,
+        "--max-loras": None if lora is None else lora.max_loras,
+        "--max-lora-rank": None if lora is None else lora.max_lora_rank,
+        "--lora-target-modules": modules,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    flags = {
+        "--enable-lora": lora is not None,
+        "--enable-expert-parallel": settings.expert_parallel,
+        "--enforce-eager": settings.enforce_eager,
+    }
+    words = [f"{name}={value}" for name, value in given.items() if value is not None]
+    words += [name for name, wanted in flags.items() if wanted]
+    return words + [f"--vllm-arg={argument}" for argument in settings.vllm_args]

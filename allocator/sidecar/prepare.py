@@ -46,7 +46,7 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     entry = find_entry(store, settings.model)
     choice = choose(settings, entry, store, progress)
     request = digest_json({
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"vllm_args"}),
         "scores": entry.scores_digest,
         "manifest": choice.manifest.digest,
         "arguments": choice.vllm_arguments,

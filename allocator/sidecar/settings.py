@@ -9,12 +9,18 @@ from pydantic import Field
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
+from allocator.fitting.request import LoraRequest
+from allocator.fusion import AskedFusion
 
 __all__ = ["PrepareSettings", "ServiceSettings", "is_loopback"]
 
 
 class PrepareSettings(Strict):
-    """What a user asks of `gamma prepare`. `gpu` and `budget` may be "auto"; an explicit value always wins."""
+    """What a user asks of `gamma prepare`. `gpu` and `budget` may be "auto"; an explicit value always wins.
+
+    Without `max_num_seqs` vLLM runs as many sequences as it does by default, and the KV cache holds one of
+    `max_model_len` tokens at least. `vllm_args` are what `vllm serve` gets besides; they may not contradict the plan.
+    """
 
     model: str
     gpu: str = "auto"
@@ -22,10 +28,16 @@ class PrepareSettings(Strict):
     tensor_parallel_size: int = Field(default=1, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
     kv_cache_dtype: Literal["auto", "fp8", "auto-choose"] = "auto"
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    expert_parallel: bool = False
+    enforce_eager: bool = False
+    lora: LoraRequest | None = None
     budget: str = "auto"
+    fusion: AskedFusion = "auto"
     served_model_name: str | None = None
+    vllm_args: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
