@@ -45,7 +45,8 @@ class ServiceSettings:
     """How the service runs. Raises InputError for what is not safe or not possible.
 
     `solvers` processes solve; `solver_queue` requests may wait for them, `job_queue` checkpoints may wait or be made.
-    `checkpoints` is where checkpoints go; by default into a store that is a folder.
+    `checkpoints` is where checkpoints go; by default into a store that is a folder. `prepared` is a folder that
+    `gamma prepare` filled for the server beside this service.
     """
 
     store: str
@@ -65,6 +66,7 @@ class ServiceSettings:
     log_level: str = "info"
     node: PrepareSettings | None = None
     node_out: Path | None = None
+    prepared: Path | None = None
     allowed_hosts: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "::1"))
 
     def __post_init__(self) -> None:
