@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
+from allocator.fitting import PlanRequest
 from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, allocation, by_kind, render
 from tests.helm.golden import CASES, GOLDEN, compact, expand
 from tests.helm.validation import check_object
@@ -91,6 +92,8 @@ def test_a_budget_changes_the_pods_and_nothing_else(helm4):
         {"kvCacheDtype": "fp8"},
         {"budget": "sha256:" + "0" * 64},
         {"gpuMemoryUtilization": 0.8},
+        {"fusion": "free"},
+        {"lora": {"maxLoras": 2}},
     ],
     ids=lambda change: f"new-{next(iter(change))}",
 )
@@ -146,6 +149,39 @@ def test_a_profile_that_reads_the_device_gives_it_to_the_init_container(helm4):
     assert "nvidia.com/gpu" not in limits("l4")
 
 
+def test_whoever_writes_the_checkpoint_has_the_resources_for_it(helm4):
+    wanted = {"requests": {"cpu": "2", "memory": "9Gi"}, "limits": {"memory": "20Gi"}}
+    for mode in ("init", "native"):
+        prepare = {"mode": mode, "resources": wanted, "extraEnv": [{"name": "A", "value": "b"}]}
+        (deployment,) = by_kind(render(helm4, allocation() | {"prepare": prepare}), "Deployment")
+        (writer,) = deployment["spec"]["template"]["spec"]["initContainers"]
+        assert writer["resources"] == wanted, mode
+        assert {"name": "A", "value": "b"} in writer["env"], mode
+
+
+def test_the_sidecar_knows_what_its_pod_serves(helm4):
+    (deployment,) = by_kind(render(helm4, allocation()), "Deployment")
+    vllm, sidecar = deployment["spec"]["template"]["spec"]["containers"]
+    folder = vllm["args"][1].removesuffix("/vllm.yaml")
+    assert f"--prepared={folder}" in sidecar["args"]
+    assert {"name": "model", "mountPath": "/model", "readOnly": True} in sidecar["volumeMounts"]
+
+
+def test_fusion_is_left_to_the_plan_where_there_is_a_gpu(helm4):
+    def told(**changes):
+        (deployment,) = by_kind(render(helm4, allocation(**changes)), "Deployment")
+        return [a for a in deployment["spec"]["template"]["spec"]["initContainers"][0]["args"] if "fusion" in a]
+
+    assert told() == ["--fusion=auto"]
+    assert told(gpu="cpu") == ["--fusion=free"]
+    assert told(gpu="cpu", fusion="tied") == ["--fusion=tied"]
+
+
+def test_the_share_of_the_memory_is_the_planners():
+    default = yaml.safe_load((CHART / "values.yaml").read_text())["vllm"]["gpuMemoryUtilization"]
+    assert default == PlanRequest().gpu_memory_utilization
+
+
 def test_a_read_only_root_has_every_writable_path_mounted(helm4):
     """HOME and every cache that the environment names lie on a mounted volume that may be written."""
     for case in ("cluster-virginia", "native-sidecar", "learn", "mig"):
@@ -155,7 +191,7 @@ def test_a_read_only_root_has_every_writable_path_mounted(helm4):
                 continue
             for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
                 assert container["securityContext"]["readOnlyRootFilesystem"]
-                writable = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
+                writable = [m["mountPath"] for m in container.get("volumeMounts", []) if not m.get("readOnly")]
                 for variable in container.get("env", []):
                     if variable["name"] in ("HOME", "HF_HOME") or "CACHE" in variable["name"]:
                         assert any(variable["value"].startswith(path) for path in writable), variable

@@ -42,6 +42,7 @@ args:
   {{- include "gamma.requestArgs" . | nindent 2 }}
   {{- else }}
   - --store={{ $values.store.url }}
+  - --prepared={{ include "gamma.outFolder" . }}
   {{- end }}
   - --host=0.0.0.0
   - --port={{ int64 $values.sidecar.port }}
@@ -54,7 +55,7 @@ args:
   {{- end }}
 env:
   {{- include "gamma.env" (dict "root" .root "hubCache" (ternary "/model/.huggingface" "/cache/huggingface" $native)) | nindent 2 }}
-  {{- with $values.sidecar.extraEnv }}
+  {{- with concat (ternary $values.prepare.extraEnv list $native) $values.sidecar.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 ports:
@@ -74,12 +75,13 @@ readinessProbe:
   httpGet: {path: /readyz, port: sidecar}
   periodSeconds: 10
 resources:
-  {{- toYaml $values.sidecar.resources | nindent 2 }}
+  {{- toYaml (ternary $values.prepare.resources $values.sidecar.resources $native) | nindent 2 }}
 volumeMounts:
-  {{- if $native }}
   - name: model
     mountPath: /model
-  {{- end }}
+    {{- if not $native }}
+    readOnly: true
+    {{- end }}
   {{- include "gamma.storeMounts" .root | nindent 2 }}
   {{- if $values.sidecar.tokenSecret }}
   - name: sidecar-tokens

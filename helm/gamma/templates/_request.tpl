@@ -9,6 +9,8 @@
 {{- $_ := set $a "rollout" (mergeOverwrite (deepCopy $values.rollout) (default dict .allocation.rollout)) -}}
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
 {{- $_ = set $a "profile" (default dict (get $values.gpuProfiles $a.gpu)) -}}
+{{- /* Without a GPU every width is multiplied in one call: nothing is won by one width a fused layer. */ -}}
+{{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (empty $a.profile.resource))) $a.fusion) -}}
 {{- toJson $a -}}
 {{- end -}}
 
@@ -16,7 +18,7 @@
 {{- define "gamma.requestDigest" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $request := dict "store" .root.Values.store.url "catalogue" (default "" $a.profile.catalogue) "gpuMemory" (default "" $a.profile.gpuMemory) "extra" .root.Values.prepare.extraArgs -}}
-{{- range list "model" "count" "maxModelLen" "maxNumSeqs" "kvCacheDtype" "budget" "servedModelName" "gpuMemoryUtilization" "prepareArgs" -}}
+{{- range list "model" "count" "maxModelLen" "maxNumSeqs" "kvCacheDtype" "budget" "fusion" "lora" "servedModelName" "gpuMemoryUtilization" "prepareArgs" -}}
 {{- $_ := set $request . (get $a .) -}}
 {{- end -}}
 {{- toJson $request | sha256sum | trunc 16 -}}
@@ -53,8 +55,83 @@ the pods that still serve it and for a rollback. */}}
 - --kv-cache-dtype={{ $a.kvCacheDtype }}
 - --gpu-memory-utilization={{ $a.gpuMemoryUtilization }}
 - --budget={{ $a.budget }}
+- --fusion={{ $a.fusion }}
+{{- with $a.lora }}
+- --enable-lora
+{{- with .maxLoras }}
+- --max-loras={{ int64 . }}
+{{- end }}
+{{- with .maxLoraRank }}
+- --max-lora-rank={{ int64 . }}
+{{- end }}
+{{- with .targetModules }}
+- --lora-target-modules={{ join "," . }}
+{{- end }}
+{{- end }}
 - --served-model-name={{ default $a.model $a.servedModelName }}
 {{- range concat $a.prepareArgs .root.Values.prepare.extraArgs }}
 - {{ . | quote }}
 {{- end }}
+{{- range concat .root.Values.vllm.extraArgs $a.vllmArgs }}
+- {{ printf "--vllm-arg=%s" . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Options of `vllm serve` that the plan decides (PLANNED_OPTIONS of allocator.fitting.serving) -> where to say them. */}}
+{{- define "gamma.plannedOptions" -}}
+block-size: ""
+config: ""
+enable-expert-parallel: prepareArgs
+enable-lora: lora
+gpu-memory-utilization: gpuMemoryUtilization
+kv-cache-dtype: kvCacheDtype
+kv-cache-memory-bytes: budget
+lora-target-modules: lora.targetModules
+max-lora-rank: lora.maxLoraRank
+max-loras: lora.maxLoras
+max-model-len: maxModelLen
+max-num-batched-tokens: prepareArgs
+max-num-seqs: maxNumSeqs
+model: ""
+num-gpu-blocks-override: budget
+pipeline-parallel-size: ""
+quantization: ""
+served-model-name: servedModelName
+tensor-parallel-size: count
+{{- end -}}
+
+{{/* Options of `gamma prepare` that the chart gives -> the field they come from. */}}
+{{- define "gamma.givenOptions" -}}
+budget: budget
+enable-lora: lora
+fusion: fusion
+gpu: gpu
+gpu-memory: gpu
+gpu-memory-utilization: gpuMemoryUtilization
+kv-cache-dtype: kvCacheDtype
+lora-target-modules: lora.targetModules
+max-lora-rank: lora.maxLoraRank
+max-loras: lora.maxLoras
+max-model-len: maxModelLen
+max-num-seqs: maxNumSeqs
+out: ""
+served-model-name: servedModelName
+store: ""
+tensor-parallel-size: count
+vllm-arg: vllmArgs
+{{- end -}}
+
+{{/* dict arguments known -> JSON list of [argument, field] for arguments whose option `known` has */}}
+{{- define "gamma.contradictions" -}}
+{{- $short := dict "tp" "tensor-parallel-size" "pp" "pipeline-parallel-size" "ep" "enable-expert-parallel" "q" "quantization" -}}
+{{- $found := list -}}
+{{- range $argument := .arguments -}}
+{{- if hasPrefix "-" $argument -}}
+{{- $head := splitList "=" $argument | first -}}
+{{- $name := regexReplaceAll "^-+" $head "" | replace "_" "-" -}}
+{{- if not (hasPrefix "--" $head) -}}{{- $name = default $name (get $short $name) -}}{{- end -}}
+{{- if hasKey $.known $name -}}{{- $found = append $found (list $argument (get $.known $name)) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $found -}}
 {{- end -}}
