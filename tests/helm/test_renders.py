@@ -177,6 +177,25 @@ def test_fusion_is_left_to_the_plan_where_there_is_a_gpu(helm4):
     assert told(gpu="cpu", fusion="tied") == ["--fusion=tied"]
 
 
+def test_only_the_api_is_reached_from_outside(helm4):
+    objects = render(helm4, EXAMPLES["from-outside"])
+    services = {item["metadata"]["name"]: item for item in by_kind(objects, "Service")}
+    hosts = {}
+    for ingress in by_kind(objects, "Ingress"):
+        (rule,) = ingress["spec"]["rules"]
+        (path,) = rule["http"]["paths"]
+        assert path["path"] == "/v1"
+        target = path["backend"]["service"]
+        assert target["port"]["name"] in {port["name"] for port in services[target["name"]]["spec"]["ports"]}
+        hosts[rule["host"]] = target["name"]
+    assert hosts == {"qwen3-32b.llm.example.com": "demo-gamma-qwen3-32b", "sql.example.com": "demo-gamma-sql"}
+    for route in by_kind(objects, "HTTPRoute"):
+        (rule,) = route["spec"]["rules"]
+        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+        (target,) = rule["backendRefs"]
+        assert target["port"] in {port["port"] for port in services[target["name"]]["spec"]["ports"]}
+
+
 def test_the_share_of_the_memory_is_the_planners():
     default = yaml.safe_load((CHART / "values.yaml").read_text())["vllm"]["gpuMemoryUtilization"]
     assert default == PlanRequest().gpu_memory_utilization

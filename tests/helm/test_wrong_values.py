@@ -34,6 +34,9 @@ BY_SCHEMA = {
     "context as text": (f"{ONE}.0.maxModelLen", "32k", "maxModelLen"),
     "context of zero": (f"{ONE}.0.maxModelLen", 0, "maxModelLen"),
     "no sequences": (f"{ONE}.0.maxNumSeqs", 0, "maxNumSeqs"),
+    "host with capitals": (f"{ONE}.0.host", "LLM.example.com", "host"),
+    "gateway without a name": ("httpRoute.parentRefs", [{"namespace": "gateway"}], "parentRefs"),
+    "timeout in words": ("httpRoute.requestTimeout", "10 minutes", "requestTimeout"),
     "unknown fusion": (f"{ONE}.0.fusion", "loose", "fusion"),
     "adapters as a number": (f"{ONE}.0.lora", 4, "lora"),
     "rank that vLLM has not": (f"{ONE}.0.lora", {"maxLoraRank": 48}, "maxLoraRank"),
@@ -149,6 +152,27 @@ BY_CHECK = {
     "to zero without a queue": (allocation(autoscaling=KEDA | {"minReplicas": 0}), "minReplicas 0 needs"),
     "to zero by HPA": (allocation(autoscaling={"type": "hpa", "minReplicas": 0}), "minReplicas 0 needs"),
     "no Prometheus": (allocation(autoscaling={"type": "keda"}), "serverAddress is empty"),
+    "from outside, by no name": (
+        {**allocation(), "ingress": {"enabled": True}, "networkPolicy": {"enabled": False}},
+        "allocation one: ingress.enabled is true, but nothing says its host",
+    ),
+    "from outside, through a closed door": (
+        {**allocation(), "ingress": {"enabled": True, "domain": "a.b"}},
+        "the NetworkPolicy admits nobody from outside",
+    ),
+    "from outside, two of one name": (
+        {
+            "store": {"url": "s3://a/b"},
+            "allocations": [{"name": n, "model": "m", "gpu": "l4", "host": "a.b"} for n in "xy"],
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]},
+            "networkPolicy": {"enabled": False},
+        },
+        "allocation y: host a.b is another allocation's too",
+    ),
+    "route without a gateway": (
+        {**allocation(), "httpRoute": {"enabled": True, "domain": "a.b"}, "networkPolicy": {"enabled": False}},
+        "httpRoute.parentRefs is empty",
+    ),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},

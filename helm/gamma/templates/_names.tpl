@@ -16,6 +16,15 @@
 {{- printf "%s-%s" (include "gamma.fullname" .root) .allocation.name | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* dict allocation domain -> host name under which clients ask for the allocation; empty if nothing says it */}}
+{{- define "gamma.host" -}}
+{{- if .allocation.host -}}
+{{- .allocation.host -}}
+{{- else if .domain -}}
+{{- printf "%s.%s" .allocation.name .domain -}}
+{{- end -}}
+{{- end -}}
+
 {{/* dict root component [allocation] */}}
 {{- define "gamma.selectorLabels" -}}
 app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
