@@ -249,6 +249,39 @@ def test_extras(helm4):
     assert spec["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]["gamma/allocation"] == "one"
 
 
+def test_an_allocation_has_a_place_and_an_image_of_its_own(helm4):
+    spread = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
+    own = {
+        "priorityClassName": "urgent",
+        "topologySpreadConstraints": [spread],
+        "image": {"tag": "next"},
+        "volumes": [{"name": "adapters", "nfs": {"server": "nas", "path": "/adapters"}}],
+        "volumeMounts": [{"name": "adapters", "mountPath": "/adapters", "readOnly": True}],
+    }
+    one = allocation()["allocations"][0]
+    values = allocation() | {
+        "allocations": [one, one | {"name": "two"} | own],
+        "priorityClassName": "usual",
+        "topologySpreadConstraints": [spread | {"topologyKey": "kubernetes.io/hostname"}],
+        "images": {"vllm": {"repository": "r/vllm", "digest": "sha256:" + "0" * 64}},
+    }
+    objects = render(helm4, values)
+    for item in objects:
+        check_object(item, "1.34")
+    first, second = (item["spec"]["template"]["spec"] for item in by_kind(objects, "Deployment"))
+    assert (first["priorityClassName"], second["priorityClassName"]) == ("usual", "urgent")
+    keys = [spec["topologySpreadConstraints"][0]["topologyKey"] for spec in (first, second)]
+    assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    labels = second["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]
+    assert labels["gamma/allocation"] == "two"
+    assert first["containers"][0]["image"] == "r/vllm@sha256:" + "0" * 64
+    made = [*second["initContainers"], *second["containers"]]
+    assert [c["image"] for c in made] == ["r/vllm:next", "r/vllm:next", "gamma-sidecar:0.1.0"]
+    assert all("/adapters" in [m["mountPath"] for m in c["volumeMounts"]] for c in made)
+    assert "adapters" in [volume["name"] for volume in second["volumes"]]
+    assert "adapters" not in [volume["name"] for volume in first["volumes"]]
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_arguments_are_those_of_the_programs(helm4, name):
     """Every `gamma` command line of the pods is one that the program takes."""

@@ -6,7 +6,7 @@
 {{- /* A catalogue of auto reads the device, so this container must see it: init containers and containers share. */}}
 {{- $device := and (not $a.profile.gpuMemory) (eq (default "auto" $a.profile.catalogue) "auto") -}}
 name: prepare
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [gamma, prepare]
 args:
   - {{ $a.model }}
@@ -22,6 +22,9 @@ volumeMounts:
   - name: model
     mountPath: /model
   {{- include "gamma.storeMounts" .root | nindent 2 }}
+  {{- with $a.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{- define "gamma.sidecarContainer" -}}
@@ -30,7 +33,7 @@ volumeMounts:
 {{- $native := eq $values.prepare.mode "native" -}}
 name: sidecar
 {{- if $native }}
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 restartPolicy: Always
 {{- else }}
 {{ include "gamma.sidecarImage" .root }}
@@ -83,6 +86,9 @@ volumeMounts:
     readOnly: true
     {{- end }}
   {{- include "gamma.storeMounts" .root | nindent 2 }}
+  {{- with $a.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
   {{- if $values.sidecar.tokenSecret }}
   - name: sidecar-tokens
     mountPath: /var/run/gamma/tokens
@@ -94,7 +100,7 @@ volumeMounts:
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
 name: vllm
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [vllm, serve]
 args:
   - --config
@@ -169,7 +175,7 @@ volumeMounts:
     mountPath: /var/run/gamma/hub
     readOnly: true
   {{- end }}
-  {{- with concat $values.extraVolumeMounts $values.vllm.extraVolumeMounts }}
+  {{- with concat $values.extraVolumeMounts $values.vllm.extraVolumeMounts $a.volumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end -}}

@@ -1,6 +1,6 @@
 {{/* Parts of pods that all components share. */}}
 
-{{/* dict root [profile] [nodeSelector] [tolerations]: identity, security and place of a pod */}}
+{{/* dict root [profile] [nodeSelector] [tolerations] [priorityClassName]: identity, security and place of a pod */}}
 {{- define "gamma.podBase" -}}
 {{- $values := .root.Values -}}
 {{- $profile := default dict .profile -}}
@@ -15,7 +15,7 @@ imagePullSecrets:
 {{- end }}
 securityContext:
   {{- toYaml $values.podSecurityContext | nindent 2 }}
-{{- with $values.priorityClassName }}
+{{- with default $values.priorityClassName .priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- with $values.schedulerName }}
@@ -145,10 +145,18 @@ folders; models from the hub go to the large one. */}}
 {{/* Image and security context of a container. Writing a checkpoint needs torch, so it runs in the image of vLLM, which
 the node holds anyway; planning and watching run in the small one. */}}
 {{- define "gamma.vllmImage" -}}
-image: {{ include "gamma.image" (dict "root" . "image" .Values.images.vllm) }}
-imagePullPolicy: {{ .Values.images.vllm.pullPolicy }}
+{{- include "gamma.servingImage" (dict "root" . "image" dict) -}}
+{{- end -}}
+
+{{/* dict root image: the image of vLLM with what an allocation changes; its own tag wins over the digest of all */}}
+{{- define "gamma.servingImage" -}}
+{{- $image := deepCopy .root.Values.images.vllm -}}
+{{- if or .image.repository .image.tag -}}{{- $_ := set $image "digest" "" -}}{{- end -}}
+{{- $image = mergeOverwrite $image .image -}}
+image: {{ include "gamma.image" (dict "root" .root "image" $image) }}
+imagePullPolicy: {{ $image.pullPolicy }}
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml .root.Values.securityContext | nindent 2 }}
 {{- end -}}
 
 {{- define "gamma.sidecarImage" -}}

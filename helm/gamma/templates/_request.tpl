@@ -4,7 +4,7 @@
 {{- define "gamma.allocation" -}}
 {{- $values := .root.Values -}}
 {{- $a := deepCopy .allocation -}}
-{{- $defaults := dict "count" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "modelPath" $values.modelVolume.path -}}
+{{- $defaults := dict "count" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "priorityClassName" "" "topologySpreadConstraints" $values.topologySpreadConstraints "image" dict "volumes" list "volumeMounts" list "modelPath" $values.modelVolume.path -}}
 {{- $a = mergeOverwrite $defaults $a -}}
 {{- $_ := set $a "rollout" (mergeOverwrite (deepCopy $values.rollout) (default dict .allocation.rollout)) -}}
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
