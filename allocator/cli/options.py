@@ -36,7 +36,9 @@ _CHANNEL_BLOCKS = 8
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name, hf://org/name@revision)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 

@@ -1,9 +1,9 @@
 """`python -m allocator.exporting.worker`: one export as a process of its own, told on stdin, reporting on stdout.
 
 For callers that must not load torch, such as the sidecar. stdin has one JSON object with `model`, `manifest`, `bank`
-and `out` (paths) and then stays open: when it closes, the caller is gone and the work stops. stdout has one JSON object
+and `out` and then stays open: when it closes, the caller is gone and the work stops. stdout has one JSON object
 a line: `{"what", "share"}` while it runs, at the end `{"done": true, "files": {name: bytes}}` or
-`{"error", "exit_code"}`.
+`{"error", "exit_code"}`. `model` may be a hub id, `bank` and `out` are folders.
 """
 
 import json
@@ -34,7 +34,7 @@ def main() -> int:
 
 def _export(task: dict[str, str]) -> dict[str, Any]:
     from allocator.contract.manifest import Manifest
-    from allocator.pipeline import export
+    from allocator.pipeline import export, resolve_model
 
     last: list[tuple[str, int]] = []
 
@@ -45,9 +45,8 @@ def _export(task: dict[str, str]) -> dict[str, Any]:
             _say({"what": what, "share": share})
 
     manifest = Manifest.read(Path(task["manifest"]))
-    report = export(
-        manifest, Path(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True, progress=progress
-    )
+    model = resolve_model(task["model"])
+    report = export(manifest, model, Path(task["bank"]), Path(task["out"]), overwrite=True, progress=progress)
     return {"done": True, "files": report.written}
 
 

@@ -215,3 +215,21 @@ def test_ranks_that_do_not_divide_the_model_are_refused_without_a_gpu_too(tiny_s
     arguments = ["--store", tiny_store, "--out", tmp_path, "--budget", "4bits", "--tensor-parallel-size", 3]
     refused = gamma("prepare", "tiny", *arguments, "--max-model-len", 64, code=2).stderr
     assert "does not divide the model's" in refused
+
+
+def test_a_model_of_the_hub_is_taken_in_its_revision(learned: tuple[Path, Path], tmp_path: Path) -> None:
+    """A cache of the hub that has two revisions, of which `main` is another model's; nothing is downloaded."""
+    model, work = learned
+    cached = tmp_path / "hub" / "models--org--tiny"
+    for revision, commit in (("v1", "1" * 40), ("main", "2" * 40)):
+        shutil.copytree(model, cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+    (cached / "snapshots" / ("2" * 40) / "config.json").write_text("{}")
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    store = tmp_path / "store"
+    gamma("store", "add", work, "--model", "hf://org/tiny@v1", "--store", store, "--name", "tiny", **offline)
+    (entry,) = Store(str(store)).entries()
+    assert (entry.source.location, entry.source.revision) == ("org/tiny", "v1")
+    gamma("prepare", "org/tiny", "--store", store, "--out", tmp_path / "out", "--budget", "4bits", **offline)
+    check_checkpoint(tmp_path / "out" / "checkpoint")
