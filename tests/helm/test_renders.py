@@ -1,6 +1,7 @@
 """What the examples become: the same under helm 3 and 4 and every Kubernetes version, valid, and as written down."""
 
 import argparse
+import re
 import shutil
 from importlib import import_module
 
@@ -76,6 +77,7 @@ def test_a_budget_changes_the_pods_and_nothing_else(helm4):
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
     assert [a["kind"] for a, _ in changed] == ["Deployment"]
     (old, new) = (item["spec"].pop("template") for item in changed[0])
+    assert [item["metadata"]["labels"].pop("gamma/budget") for item in changed[0]] == ["auto", "5.5GiB"]
     assert changed[0][0] == changed[0][1]
     assert old["metadata"]["annotations"]["gamma/request"] != new["metadata"]["annotations"]["gamma/request"]
     assert new["metadata"]["annotations"]["gamma/budget"] == "5.5GiB"
@@ -194,6 +196,25 @@ def test_only_the_api_is_reached_from_outside(helm4):
         assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
         (target,) = rule["backendRefs"]
         assert target["port"] in {port["port"] for port in services[target["name"]]["spec"]["ports"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, {"gamma/budget": "auto", "gamma/gpu": "1xl4"}),
+        ({"budget": "3.25bits", "count": 2}, {"gamma/budget": "3.25bits", "gamma/gpu": "2xl4"}),
+        ({"budget": "sha256:" + "ab" * 32}, {"gamma/budget": "sha256-abababababab", "gamma/gpu": "1xl4"}),
+        ({"gpu": "our cards (new)"}, {"gamma/budget": "auto", "gamma/gpu": "1xour-cards--new"}),
+    ],
+)
+def test_kubectl_get_shows_what_was_asked_for(helm4, changes, shown):
+    values = allocation(**changes) | {"gpuProfiles": {"our cards (new)": {"resource": "nvidia.com/gpu"}}}
+    (deployment,) = by_kind(render(helm4, values), "Deployment")
+    check_object(deployment, "1.34")
+    for labels in (deployment["metadata"]["labels"], deployment["spec"]["template"]["metadata"]["labels"]):
+        assert {name: labels[name] for name in shown} == shown
+        assert all(re.fullmatch(r"([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?", value) for value in labels.values())
+    assert not set(shown) & set(deployment["spec"]["selector"]["matchLabels"])
 
 
 def test_the_share_of_the_memory_is_the_planners():

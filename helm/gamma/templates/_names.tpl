@@ -45,6 +45,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end -}}
 
+{{/* dict allocation (with its defaults): what `kubectl get -L gamma/budget,gamma/gpu` shows. Of a digest the first 12 digits:
+labels have no colon and 63 characters at most. */}}
+{{- define "gamma.shownLabels" -}}
+gamma/budget: {{ .allocation.budget | replace "sha256:" "sha256-" | trunc 19 | quote }}
+gamma/gpu: {{ printf "%dx%s" (int64 .allocation.count) (regexReplaceAll "[^A-Za-z0-9_.-]" .allocation.gpu "-") | trunc 63 | trimAll "-._" | quote }}
+{{- end -}}
+
 {{/* metadata: dict root name component [allocation] [annotations] [labels] */}}
 {{- define "gamma.metadata" -}}
 name: {{ .name }}
