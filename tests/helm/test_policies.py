@@ -43,7 +43,18 @@ def test_images_can_be_named_by_digest(helm4):
 
 
 # Pod Security Standards, level restricted: https://kubernetes.io/docs/concepts/security/pod-security-standards/
-VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+# Image volumes are of no level yet that forbids them; they are read-only and run nothing.
+VOLUMES = {
+    "image",
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "cpu"])

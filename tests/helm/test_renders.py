@@ -10,15 +10,19 @@ import pytest
 import yaml
 
 from allocator.fitting import PlanRequest
-from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, allocation, by_kind, render
+from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, OLDEST, allocation, by_kind, render
 from tests.helm.golden import CASES, GOLDEN, compact, expand
 from tests.helm.validation import check_object
+
+
+def versions_for(name):
+    return KUBERNETES[KUBERNETES.index(OLDEST.get(name, KUBERNETES[0])) :]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden(helm, name):
     expected = list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text()))
-    for kube in KUBERNETES:
+    for kube in versions_for(name):
         rendered = compact(render(helm, *CASES[name], kube=kube))
         assert rendered == expected, (
             f"Kubernetes {kube}; is it meant? python -m tests.helm.golden, and look at the diff"
@@ -28,7 +32,7 @@ def test_golden(helm, name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_object_is_valid(name):
     objects = expand(list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text())))
-    for kube in KUBERNETES:
+    for kube in versions_for(name):
         for item in objects:
             check_object(item, kube)
 
@@ -51,7 +55,7 @@ def test_no_golden_is_left_over():
 
 def test_lint(helm):
     for values in EXAMPLES.values():
-        helm.run("lint", "--strict", CHART, "-f", values)
+        helm.run("lint", "--strict", CHART, "-f", values, "--kube-version", KUBERNETES[-1])
 
 
 def test_package(helm, tmp_path):
@@ -177,6 +181,30 @@ def test_fusion_is_left_to_the_plan_where_there_is_a_gpu(helm4):
     assert told() == ["--fusion=auto"]
     assert told(gpu="cpu") == ["--fusion=free"]
     assert told(gpu="cpu", fusion="tied") == ["--fusion=tied"]
+
+
+def test_finished_checkpoints_are_served_as_they_are(helm4):
+    image, hub = by_kind(render(helm4, EXAMPLES["ready-checkpoints"]), "Deployment")
+    for deployment in (image, hub):
+        assert "initContainers" not in deployment["spec"]["template"]["spec"]
+    spec = image["spec"]["template"]["spec"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "model"]
+    assert volume["image"]["reference"] == "registry.example.com/models/qwen3-32b-gamma:3.5bits"
+    (vllm,) = spec["containers"]
+    assert vllm["args"][0] == "/model/checkpoint"
+    assert {"name": "model", "mountPath": "/model", "readOnly": True} in vllm["volumeMounts"]
+    (vllm,) = hub["spec"]["template"]["spec"]["containers"]
+    assert vllm["args"][:2] == ["example/Qwen3-8B-gamma", "--revision=v1.2"]
+    assert [a for a in vllm["args"] if "lora" in a] == ["--enable-lora", "--max-loras=2", "--max-lora-rank=32"]
+    # The download goes where there is room for it, on a volume that may be written.
+    (home,) = [variable["value"] for variable in vllm["env"] if variable["name"] == "HF_HOME"]
+    (mount,) = [mount for mount in vllm["volumeMounts"] if home.startswith(mount["mountPath"] + "/")]
+    assert not mount.get("readOnly")
+
+
+def test_image_volumes_need_a_kubernetes_that_has_them(helm):
+    with pytest.raises(ValueError, match=r"image volumes are of Kubernetes 1\.31"):
+        render(helm, EXAMPLES["ready-checkpoints"], kube="1.30")
 
 
 def test_only_the_api_is_reached_from_outside(helm4):
@@ -318,4 +346,4 @@ def test_arguments_are_those_of_the_programs(helm4, name):
             import_module(f"allocator.cli.{verb}").add_arguments(parser)
             parser.parse_args(arguments)
             seen += 1
-    assert seen or name == "shared-checkpoints"
+    assert seen or name in ("shared-checkpoints", "ready-checkpoints")

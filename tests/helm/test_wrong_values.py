@@ -37,6 +37,8 @@ BY_SCHEMA = {
     "host with capitals": (f"{ONE}.0.host", "LLM.example.com", "host"),
     "gateway without a name": ("httpRoute.parentRefs", [{"namespace": "gateway"}], "parentRefs"),
     "timeout in words": ("httpRoute.requestTimeout", "10 minutes", "requestTimeout"),
+    "checkpoint over http": (f"{ONE}.0.checkpoint", "https://x/y", "checkpoint"),
+    "checkpoint of nobody": (f"{ONE}.0.checkpoint", "hf://name", "checkpoint"),
     "unknown fusion": (f"{ONE}.0.fusion", "loose", "fusion"),
     "adapters as a number": (f"{ONE}.0.lora", 4, "lora"),
     "rank that vLLM has not": (f"{ONE}.0.lora", {"maxLoraRank": 48}, "maxLoraRank"),
@@ -163,16 +165,25 @@ BY_CHECK = {
     "from outside, two of one name": (
         {
             "store": {"url": "s3://a/b"},
-            "allocations": [{"name": n, "model": "m", "gpu": "l4", "host": "a.b"} for n in "xy"],
+            "allocations": [{"name": n, "model": "m", "gpu": "l4", "host": "a.b"} for n in ("left", "right")],
             "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]},
             "networkPolicy": {"enabled": False},
         },
-        "allocation y: host a.b is another allocation's too",
+        "allocation right: host a.b is another allocation's too",
     ),
     "route without a gateway": (
         {**allocation(), "httpRoute": {"enabled": True, "domain": "a.b"}, "networkPolicy": {"enabled": False}},
         "httpRoute.parentRefs is empty",
     ),
+    "budget of a finished checkpoint": (
+        allocation(checkpoint="hf://org/name", budget="3bits"),
+        "its checkpoint is finished, so that budget",
+    ),
+    "KV cache of a finished checkpoint": (
+        allocation(checkpoint="hf://org/name", kvCacheDtype="auto-choose"),
+        "is decided with the weights",
+    ),
+    "hub, and none": ({**allocation(checkpoint="hf://org/name"), "hub": {"offline": True}}, "hub.offline is true"),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},

@@ -30,7 +30,7 @@ volumeMounts:
 {{- define "gamma.sidecarContainer" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
-{{- $native := eq $values.prepare.mode "native" -}}
+{{- $native := eq $a.mode "native" -}}
 name: sidecar
 {{- if $native }}
 {{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
@@ -103,15 +103,20 @@ name: vllm
 {{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [vllm, serve]
 args:
+  {{- if $a.checkpoint }}
+  {{- include "gamma.servedArgs" (dict "allocation" $a) | nindent 2 }}
+  {{- else }}
   - --config
   - {{ include "gamma.outFolder" . }}/vllm.yaml
+  {{- end }}
   - --host=0.0.0.0
   - --port={{ int64 $values.vllm.port }}
   {{- range concat $values.vllm.extraArgs $a.vllmArgs }}
   - {{ . | quote }}
   {{- end }}
 env:
-  {{- include "gamma.env" (dict "root" .root "hubCache" "/cache/huggingface") | nindent 2 }}
+  {{- $fromHub := hasPrefix "hf://" $a.checkpoint }}
+  {{- include "gamma.env" (dict "root" .root "hubCache" (ternary "/model/.huggingface" "/cache/huggingface" $fromHub)) | nindent 2 }}
   - name: VLLM_CACHE_ROOT
     value: /cache/vllm
   - name: VLLM_NO_USAGE_STATS
@@ -163,7 +168,9 @@ resources:
 volumeMounts:
   - name: model
     mountPath: /model
+    {{- if not $fromHub }}
     readOnly: true
+    {{- end }}
   - name: shm
     mountPath: /dev/shm
   - name: cache
@@ -182,8 +189,13 @@ volumeMounts:
 
 {{- define "gamma.modelVolume" -}}
 {{- $volume := .root.Values.modelVolume -}}
+{{- $a := include "gamma.allocation" . | fromJson -}}
 name: model
-{{- if eq $volume.type "emptyDir" }}
+{{- if hasPrefix "oci://" $a.checkpoint }}
+image:
+  reference: {{ trimPrefix "oci://" $a.checkpoint }}
+  pullPolicy: {{ .root.Values.images.vllm.pullPolicy }}
+{{- else if eq $volume.type "emptyDir" }}
 emptyDir:
   sizeLimit: {{ $volume.size }}
 {{- else }}

@@ -4,13 +4,22 @@
 {{- define "gamma.allocation" -}}
 {{- $values := .root.Values -}}
 {{- $a := deepCopy .allocation -}}
-{{- $defaults := dict "count" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "priorityClassName" "" "topologySpreadConstraints" $values.topologySpreadConstraints "image" dict "volumes" list "volumeMounts" list "modelPath" $values.modelVolume.path -}}
+{{- $defaults := dict "count" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "priorityClassName" "" "topologySpreadConstraints" $values.topologySpreadConstraints "image" dict "volumes" list "volumeMounts" list "modelPath" $values.modelVolume.path "checkpoint" "" -}}
 {{- $a = mergeOverwrite $defaults $a -}}
 {{- $_ := set $a "rollout" (mergeOverwrite (deepCopy $values.rollout) (default dict .allocation.rollout)) -}}
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
 {{- $_ = set $a "profile" (default dict (get $values.gpuProfiles $a.gpu)) -}}
 {{- /* Without a GPU every width is multiplied in one call: nothing is won by one width a fused layer. */ -}}
 {{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (empty $a.profile.resource))) $a.fusion) -}}
+{{- /* A finished checkpoint is not prepared. `served` is what vLLM is told to load, `revision` that of the hub. */ -}}
+{{- $_ = set $a "mode" (ternary "none" $values.prepare.mode (not (empty $a.checkpoint))) -}}
+{{- if hasPrefix "oci://" $a.checkpoint -}}
+{{- $_ = set $a "served" (printf "/model/%s" (trimAll "/" $a.modelPath) | trimSuffix "/") -}}
+{{- else if $a.checkpoint -}}
+{{- $parts := splitList "@" (trimPrefix "hf://" $a.checkpoint) -}}
+{{- $_ = set $a "served" (first $parts) -}}
+{{- $_ = set $a "revision" (ternary (last $parts) "" (gt (len $parts) 1)) -}}
+{{- end -}}
 {{- toJson $a -}}
 {{- end -}}
 
@@ -28,7 +37,7 @@
 the pods that still serve it and for a rollback. */}}
 {{- define "gamma.outFolder" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
-{{- if eq .root.Values.prepare.mode "none" -}}
+{{- if eq $a.mode "none" -}}
 {{- printf "/model/%s" (trimAll "/" $a.modelPath) | trimSuffix "/" -}}
 {{- else -}}
 {{- printf "/model/%s-%s" $a.name (include "gamma.requestDigest" .) -}}
@@ -56,17 +65,9 @@ the pods that still serve it and for a rollback. */}}
 - --gpu-memory-utilization={{ $a.gpuMemoryUtilization }}
 - --budget={{ $a.budget }}
 - --fusion={{ $a.fusion }}
-{{- with $a.lora }}
-- --enable-lora
-{{- with .maxLoras }}
-- --max-loras={{ int64 . }}
-{{- end }}
-{{- with .maxLoraRank }}
-- --max-lora-rank={{ int64 . }}
-{{- end }}
-{{- with .targetModules }}
+{{- include "gamma.loraArgs" (dict "lora" $a.lora) }}
+{{- with (default dict $a.lora).targetModules }}
 - --lora-target-modules={{ join "," . }}
-{{- end }}
 {{- end }}
 - --served-model-name={{ default $a.model $a.servedModelName }}
 {{- range concat $a.prepareArgs .root.Values.prepare.extraArgs }}
@@ -74,6 +75,44 @@ the pods that still serve it and for a rollback. */}}
 {{- end }}
 {{- range concat .root.Values.vllm.extraArgs $a.vllmArgs }}
 - {{ printf "--vllm-arg=%s" . | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "gamma.loraArgs" -}}
+{{- with .lora }}
+- --enable-lora
+{{- with .maxLoras }}
+- --max-loras={{ int64 . }}
+{{- end }}
+{{- with .maxLoraRank }}
+- --max-lora-rank={{ int64 . }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* dict allocation: what `vllm serve` is told of a finished checkpoint, which has no vllm.yaml of a plan */}}
+{{- define "gamma.servedArgs" -}}
+{{- $a := .allocation -}}
+- {{ $a.served }}
+{{- with $a.revision }}
+- --revision={{ . }}
+{{- end }}
+- --served-model-name={{ default $a.model $a.servedModelName }}
+- --tensor-parallel-size={{ $a.count }}
+- --gpu-memory-utilization={{ $a.gpuMemoryUtilization }}
+- --kv-cache-dtype={{ $a.kvCacheDtype }}
+{{- with $a.maxModelLen }}
+- --max-model-len={{ int64 . }}
+{{- end }}
+{{- with $a.maxNumSeqs }}
+- --max-num-seqs={{ int64 . }}
+{{- end }}
+{{- include "gamma.loraArgs" (dict "lora" $a.lora) }}
+{{- with (default dict $a.lora).targetModules }}
+- --lora-target-modules
+{{- range . }}
+- {{ . }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
