@@ -39,6 +39,7 @@ RESOURCES = {
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
     "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy", "ingresses": "Ingress"},
     "gateway.networking.k8s.io/v1": {"httproutes": "HTTPRoute"},
+    "resource.k8s.io/v1": {"resourceclaimtemplates": "ResourceClaimTemplate"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "monitoring.coreos.com/v1": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
     "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},

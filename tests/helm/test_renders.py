@@ -207,6 +207,33 @@ def test_image_volumes_need_a_kubernetes_that_has_them(helm):
         render(helm, EXAMPLES["ready-checkpoints"], kube="1.30")
 
 
+def test_devices_are_claimed_once_a_pod(helm4):
+    objects = render(helm4, EXAMPLES["device-claims"])
+    (template,) = by_kind(objects, "ResourceClaimTemplate")
+    (request,) = template["spec"]["spec"]["devices"]["requests"]
+    assert (request["exactly"]["deviceClassName"], request["exactly"]["count"]) == ("gpu.nvidia.com", 2)
+    assert len(request["exactly"]["selectors"]) == 2
+    (deployment,) = by_kind(objects, "Deployment")
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": template["metadata"]["name"]}]
+    vllm, sidecar = spec["containers"]
+    assert vllm["resources"]["claims"] == [{"name": "gpu"}]
+    assert "nvidia.com/gpu" not in vllm["resources"]["limits"]
+    assert "claims" not in sidecar["resources"]
+    assert "--fusion=auto" in spec["initContainers"][0]["args"]
+
+
+def test_another_claim_is_another_template(helm4):
+    """Kubernetes refuses to change one, and pods that run keep theirs."""
+
+    def name(count):
+        profile = {"gpuProfiles": {"l4": {"resource": "", "deviceClass": "gpu.nvidia.com"}}}
+        (template,) = by_kind(render(helm4, allocation(count=count) | profile), "ResourceClaimTemplate")
+        return template["metadata"]["name"]
+
+    assert name(1) == name(1) != name(2)
+
+
 def test_only_the_api_is_reached_from_outside(helm4):
     objects = render(helm4, EXAMPLES["from-outside"])
     services = {item["metadata"]["name"]: item for item in by_kind(objects, "Service")}

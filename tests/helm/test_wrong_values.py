@@ -184,6 +184,10 @@ BY_CHECK = {
         "is decided with the weights",
     ),
     "hub, and none": ({**allocation(checkpoint="hf://org/name"), "hub": {"offline": True}}, "hub.offline is true"),
+    "GPUs twice": (
+        {**allocation(), "gpuProfiles": {"l4": {"deviceClass": "gpu.nvidia.com"}}},
+        "gpuProfiles.l4 has resource and deviceClass",
+    ),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},

@@ -10,7 +10,7 @@
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
 {{- $_ = set $a "profile" (default dict (get $values.gpuProfiles $a.gpu)) -}}
 {{- /* Without a GPU every width is multiplied in one call: nothing is won by one width a fused layer. */ -}}
-{{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (empty $a.profile.resource))) $a.fusion) -}}
+{{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (and (empty $a.profile.resource) (empty $a.profile.deviceClass)))) $a.fusion) -}}
 {{- /* A finished checkpoint is not prepared. `served` is what vLLM is told to load, `revision` that of the hub. */ -}}
 {{- $_ = set $a "mode" (ternary "none" $values.prepare.mode (not (empty $a.checkpoint))) -}}
 {{- if hasPrefix "oci://" $a.checkpoint -}}
