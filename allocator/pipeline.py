@@ -87,7 +87,10 @@ class LearnResult:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """A local model folder: `model` itself, or the download of a Hugging Face hub id (`org/name`)."""
+    """A local model folder: `model` itself, or the download of a hub id (`org/name`, `hf://org/name@revision`)."""
+    from allocator.inventory.hub import split_hub
+
+    model, revision = split_hub(model, revision)
     folder = Path(model)
     if folder.is_dir():
         return folder

@@ -57,6 +57,7 @@ class GammaVocabularyMethod(GammaLinearMethod):
         start = layer.shard_indices.padded_org_vocab_start_index
         shard = plan_vocabulary(module, layer.org_vocab_size, input_size, start, sum(output_partition_sizes))
         self._register(layer, [shard], layer_prefix(layer) or module.name, params_dtype)
+        _register_empty_weight(layer, params_dtype)
 
     def _keep(self, layer: nn.Module, number: int, segment: Segment, tensors: dict[str, Tensor]) -> None:
         kept: dict[int, nn.Parameter] = {}
@@ -92,7 +93,7 @@ class TiedHeadMethod(QuantizeMethodBase):
         self.embedding_layer: list[nn.Module] = []  # a list, so that torch does not see a submodule
 
     def create_weights(self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
-        pass
+        _register_empty_weight(layer, torch.get_default_dtype())
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         self.embedding_layer = [embed_tokens]
@@ -102,6 +103,11 @@ class TiedHeadMethod(QuantizeMethodBase):
         """`x` `[..., hidden_size]` to the logits of this rank's rows."""
         (embedding,) = self.embedding_layer
         return embedding.quant_method.apply(embedding, x, bias)
+
+
+def _register_empty_weight(layer: nn.Module, dtype: torch.dtype) -> None:
+    """LoRA asks the layers of the vocabulary for the device and dtype of `weight`."""
+    layer.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
 
 def _row_name(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allocator.cli.planning import add_lora, lora_request
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
@@ -28,7 +29,13 @@ def add_deployment(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory", metavar="BYTES", help="memory of one GPU, e.g. 24GiB; beats what is read")
     group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     group.add_argument("--max-model-len", type=int, metavar="N", help="default: what the model allows")
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences of that length at once (default 1)")
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="N",
+        help="sequences of that length at once (default: vLLM's, of which one fits at that length)",
+    )
+    group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: what vLLM takes on the card")
     group.add_argument(
         "--kv-cache-dtype",
         choices=["auto", "fp8", "auto-choose"],
@@ -36,13 +43,29 @@ def add_deployment(parser: argparse.ArgumentParser) -> None:
         help="auto-choose: what costs least together with the weights (`gamma kv` measured it before `store add`)",
     )
     group.add_argument("--gpu-memory-utilization", type=float, metavar="F", help="default: vLLM's")
+    group.add_argument("--enable-expert-parallel", action="store_true", help="deal whole experts out to the ranks")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument(
         "--budget",
         default="auto",
         metavar="auto|5.9GiB|3.25bits|sha256:MANIFEST",
         help="auto: what the GPU leaves for weights; else bytes of all tensors, average bits, or a stored manifest",
     )
+    group.add_argument(
+        "--fusion",
+        choices=["auto", "free", "tied"],
+        default="auto",
+        help="tied: one width for the modules that vLLM fuses into one layer; auto: tied on a GPU, else free",
+    )
     group.add_argument("--served-model-name", metavar="NAME", help="default: the model's name in the store")
+    group.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="what `vllm serve` will get besides vllm.yaml, to be refused if it contradicts the plan; may be repeated",
+    )
+    add_lora(parser)
 
 
 def from_environment(parser: argparse.ArgumentParser) -> None:
@@ -89,10 +112,16 @@ def prepare_settings(args: argparse.Namespace) -> "PrepareSettings":
             tensor_parallel_size=args.tensor_parallel_size,
             max_model_len=args.max_model_len,
             max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_dtype=args.kv_cache_dtype,
             gpu_memory_utilization=args.gpu_memory_utilization,
+            expert_parallel=args.enable_expert_parallel,
+            enforce_eager=args.enforce_eager,
+            lora=lora_request(args),
             budget=args.budget,
+            fusion=args.fusion,
             served_model_name=args.served_model_name,
+            vllm_args=args.vllm_arg,
         )
     except ValidationError as error:
         raise InputError(explain(error)) from None

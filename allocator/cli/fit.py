@@ -5,6 +5,7 @@ The work folder keeps candidates and scores, so that the same command with anoth
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.outputs import check_output_folder
 
 if TYPE_CHECKING:
+    from allocator.contract.manifest import Manifest
     from allocator.fitting import Plan
     from allocator.progress import Progress
     from allocator.solving.joint import KvOption
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             options = _choose_kv_cache(args, model, work, progress)
             plan = _plan(args)
         manifest, report = fit(
-            model, work, args.out, solve_settings(args), candidates, learning,
+            model, work, args.out, solve_settings(args, plan), candidates, learning,
             overwrite=args.overwrite, progress=progress, resume=args.resume, plan=plan, verified=args.verify,
         )  # fmt: skip
     serve = f"vllm serve {args.out}" if plan is None else _write_serving(args, plan)
@@ -87,8 +89,25 @@ def run(args: argparse.Namespace) -> None:
         document |= {"kv_cache": [_kv_entry(option) for option in options]} if options else {}
         print_json(document | {"serve": serve})
     else:
-        print_tables(*manifest_tables(manifest), export_table(report))
+        print_tables(*manifest_tables(manifest), export_table(report), *_price(args, manifest, plan, work))
         print_tables(*(_kv_line(option, args.kv_cache_dtype) for option in options), f"serve it: {serve}")
+
+
+def _price(args: argparse.Namespace, manifest: "Manifest", plan: "Plan | None", work: Path) -> list[str]:
+    """What tied fusion costs, where the plan chose it."""
+    from allocator.contract.scores import Scores
+    from allocator.fusion import fusion_price
+    from allocator.solving import solve_resident
+
+    settings = solve_settings(args, plan)
+    if plan is None or settings.fusion == "free" or manifest.proof is None:
+        return []
+    scores, free = Scores.read(work / "scores.json"), replace(settings, fusion="free")
+
+    def solved() -> "Manifest":
+        return solve_resident(scores, free, plan.residency, plan.weight_budget_bytes, manifest.budget.requested)
+
+    return [fusion_price(manifest, solved)]
 
 
 def _choose_kv_cache(args: argparse.Namespace, model: Path, work: Path, progress: "Progress") -> "list[KvOption]":
@@ -105,10 +124,10 @@ def _choose_kv_cache(args: argparse.Namespace, model: Path, work: Path, progress
             raise InputError("--kv-cache-dtype auto-choose needs --gpu or --gpu-memory, whose memory is shared out")
         return plan
 
-    plan_for("auto")
+    settings = solve_settings(args, plan_for("auto"))
     scores = learn(model, work, candidates, learning_settings(args), progress, args.resume).scores
     measured = kv_scores_of(model, work, scores, candidates, progress)
-    chosen, options = choose_kv_dtype(scores, measured, solve_settings(args), plan_for)
+    chosen, options = choose_kv_dtype(scores, measured, settings, plan_for)
     args.kv_cache_dtype = chosen.dtype
     return options
 

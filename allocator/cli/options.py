@@ -9,6 +9,7 @@ from allocator.contract.layout import GROUP_SIZES, WIDTHS
 from allocator.progress import Progress, silent
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
+    from allocator.fitting import Plan
     from allocator.learning.settings import LearningSettings
     from allocator.pipeline import CandidateSettings, SolveSettings
     from allocator.solving.units import Rules
@@ -37,7 +38,9 @@ _CHANNEL_BLOCKS = 8
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face model folder, or a hub id (org/name, hf://org/name@revision)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 
@@ -87,10 +90,11 @@ def add_budget(parser: argparse.ArgumentParser, required: bool = True, plan: boo
             metavar="PLAN",
             help="plan.json of `gamma plan --out`: the budget is the bytes that a rank has for weights after loading",
         )
-    add_rules(parser)
+    add_rules(parser, by_plan=plan)
 
 
-def add_rules(parser: argparse.ArgumentParser) -> None:
+def add_rules(parser: argparse.ArgumentParser, by_plan: bool = False) -> None:
+    """`by_plan`: --fusion may be left to the plan."""
     for name, what in (("pin", "exactly"), ("ceiling", "at most"), ("floor", "at least")):
         parser.add_argument(
             f"--{name}",
@@ -102,9 +106,10 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--fusion",
-        choices=["free", "tied"],
-        default="free",
-        help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)",
+        choices=["auto", "free", "tied"] if by_plan else ["free", "tied"],
+        default="auto" if by_plan else "free",
+        help="tied: one width for the modules that vLLM fuses into one layer (q/k/v, gate/up)"
+        + ("; auto (default): tied with a plan for CUDA, where free widths cost decode time, else free" * by_plan),
     )
 
 
@@ -122,14 +127,16 @@ def rules(args: argparse.Namespace) -> "Rules":
     return Rules(dict(args.pin), dict(args.ceiling), dict(args.floor))
 
 
-def solve_settings(args: argparse.Namespace) -> "SolveSettings":
+def solve_settings(args: argparse.Namespace, plan: "Plan | None" = None) -> "SolveSettings":
+    """`plan` decides about --fusion auto."""
+    from allocator.fusion import fusion_for
     from allocator.pipeline import SolveSettings
 
     return SolveSettings(
         budget=args.budget,
         average_bits=args.average_bits,
         rules=rules(args),
-        fusion=args.fusion,
+        fusion=fusion_for(args.fusion, plan),
     )
 
 

@@ -9,9 +9,20 @@ from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.fitting import Device, Gpu, PlanRequest
+    from allocator.fitting.request import LoraRequest
     from allocator.inventory.shape import ModelShape
 
-__all__ = ["add_device", "add_probe", "add_traffic", "catalogue_of", "device_of", "plan_request", "probe_of"]
+__all__ = [
+    "add_device",
+    "add_lora",
+    "add_probe",
+    "add_traffic",
+    "catalogue_of",
+    "device_of",
+    "lora_request",
+    "plan_request",
+    "probe_of",
+]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +77,38 @@ def add_traffic(parser: argparse.ArgumentParser) -> None:
         help="default humming (CUDA); ark-amx is ark on CPUs with AMX",
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    add_lora(parser)
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA adapters, named as in `vllm serve`")
+    group.add_argument("--enable-lora", action="store_true", help="count what vLLM sets aside for adapters")
+    group.add_argument("--max-loras", type=int, metavar="N", help="adapters in one batch (default 1)")
+    group.add_argument("--max-lora-rank", type=int, metavar="N", help="their largest rank (default 16)")
+    group.add_argument(
+        "--lora-target-modules", metavar="NAME,NAME", help="modules that have adapters, e.g. qkv_proj,o_proj (all)"
+    )
+
+
+def lora_request(args: argparse.Namespace) -> "LoraRequest | None":
+    """Raises InputError for options without --enable-lora, and for a rank that vLLM does not have."""
+    from allocator.fitting.request import LORA_RANKS, LoraRequest
+
+    given = {name: getattr(args, name) for name in ("max_loras", "max_lora_rank") if getattr(args, name) is not None}
+    if args.lora_target_modules is not None:
+        given["lora_target_modules"] = [name for name in args.lora_target_modules.split(",") if name]
+    if not args.enable_lora:
+        if given:
+            raise InputError(f"--{next(iter(given)).replace('_', '-')} needs --enable-lora")
+        return None
+    if given.get("max_lora_rank", 1) not in LORA_RANKS:
+        allowed = ", ".join(map(str, LORA_RANKS))
+        raise InputError(f"--max-lora-rank {given['max_lora_rank']} is none of vLLM's; allowed are {allowed}")
+    if given.get("max_loras", 1) < 1:
+        raise InputError(f"--max-loras {given['max_loras']}: give at least 1")
+    if not given.get("lora_target_modules", True):
+        raise InputError("--lora-target-modules is empty; name modules such as qkv_proj,o_proj")
+    return LoraRequest(**{name.removeprefix("lora_"): value for name, value in given.items()})
 
 
 def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
@@ -123,6 +166,7 @@ def plan_request(args: argparse.Namespace) -> "PlanRequest":
         "gpu_memory_utilization": _share("--gpu-memory-utilization", args.gpu_memory_utilization),
         "enforce_eager": args.enforce_eager,
         "kernel": args.kernel,
+        "lora": lora_request(args),
     }
     try:
         return PlanRequest(**given)

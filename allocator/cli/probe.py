@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _start(model: Path, request: "PlanRequest", seconds: float, form: str | None) -> dict[str, Any]:
     """What the program `gamma_vllm.probe` found. Raises GammaError with the end of its log when vLLM did not start."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "max_model_len": request.max_model_len,
         "max_num_seqs": request.max_num_seqs,
         "max_num_batched_tokens": request.max_num_batched_tokens,
@@ -83,6 +83,9 @@ def _start(model: Path, request: "PlanRequest", seconds: float, form: str | None
         "gpu_memory_utilization": request.gpu_memory_utilization,
         "enforce_eager": request.enforce_eager,
     }
+    if request.lora is not None:
+        arguments |= {"enable_lora": True, "max_loras": request.lora.max_loras}
+        arguments |= {"max_lora_rank": request.lora.max_lora_rank, "lora_target_modules": request.lora.target_modules}
     given = {name: value for name, value in arguments.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="gamma-probe-") as folder:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))

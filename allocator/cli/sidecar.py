@@ -14,7 +14,8 @@ from allocator.contract.errors import InputError
 EXAMPLES = """examples:
   gamma sidecar --store /store
   gamma sidecar --store s3://models/gamma --host 0.0.0.0 --token-file /run/secrets/tokens --read-only
-  gamma sidecar --store /store --node Qwen3-8B --out /served --max-model-len 8192"""
+  gamma sidecar --store /store --node Qwen3-8B --out /served --max-model-len 8192
+  gamma sidecar --store /store --prepared /served --read-only"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     parser.add_argument(
         "--node", nargs="?", const=True, metavar="MODEL", help="prepare this pod's folder (--out), then be ready"
+    )
+    parser.add_argument(
+        "--prepared", type=Path, metavar="DIR", help="folder that `gamma prepare` filled: what is served beside this"
     )
     parser.add_argument("--model", metavar="MODEL", help="for --node: name or digest in the store, or a hub id")
     add_deployment(parser)
@@ -74,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             log_level=args.log_level,
             allowed_hosts=("localhost", "127.0.0.1", "::1", *args.allowed_host),
             node=prepare_settings(args) if args.node else None,
+            prepared=args.prepared.absolute() if args.prepared else None,
             node_out=args.out.absolute() if args.out else None,
         )
     )

@@ -43,20 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
     from allocator.fitting import Plan
+    from allocator.fusion import fusion_price
     from allocator.reporting.summaries import manifest_tables
-    from allocator.solving import solve_resident, solve_scores
+    from allocator.solving import SolveSettings, solve_resident, solve_scores
 
     if args.out is not None:
         check_output_file(args.out)
-    scores, settings = Scores.read(args.scores), solve_settings(args)
+    scores = Scores.read(args.scores)
     plan = None if args.plan is None else Plan.read(args.plan)
-    if plan is None:
-        manifest = solve_scores(scores, settings)
-    else:
+    settings = solve_settings(args, plan)
+
+    def solved(settings: SolveSettings) -> Manifest:
+        if plan is None:
+            return solve_scores(scores, settings)
         requested = f"plan for {plan.device.name}"
-        manifest = solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested)
+        return solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested)
+
+    manifest = solved(settings)
     if args.verify:
         from allocator.refining import verify
 
@@ -70,8 +76,5 @@ def run(args: argparse.Namespace) -> None:
         print_json(manifest.payload() | {"digest": manifest.digest})
     else:
         print_tables(*manifest_tables(manifest))
-        if settings.fusion == "tied" and args.plan is None and manifest.proof is not None:
-            free = solve_scores(scores, replace(settings, fusion="free"))
-            assert free.proof is not None
-            price = manifest.proof.objective / free.proof.objective - 1 if free.proof.objective else 0.0
-            print_tables(f"one width a fused layer costs {price:.1%} of predicted loss at this budget")
+        if settings.fusion == "tied" and manifest.proof is not None:
+            print_tables(fusion_price(manifest, lambda: solved(replace(settings, fusion="free"))))

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace, store: "Store") -> None:
+    from allocator.inventory.hub import split_hub
     from allocator.pipeline import resolve_model
     from allocator.reporting.differences import read_manifest
     from allocator.sidecar.entry import Source
@@ -77,7 +78,8 @@ def _add(args: argparse.Namespace, store: "Store") -> None:
         elif Path(args.model).is_dir():
             source = Source(kind="folder", location=str(folder.resolve()))
         else:
-            source = Source(kind="hub", location=args.model, revision=args.revision)
+            location, revision = split_hub(args.model, args.revision)
+            source = Source(kind="hub", location=location, revision=revision)
         published = publish(args.work, folder, store, source, args.name, progress)
     for manifest in manifests:
         publish_manifest(manifest, store)

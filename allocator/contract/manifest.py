@@ -38,12 +38,16 @@ class Budget(Strict):
 
 
 class Proof(Strict):
-    """What the solver says of the assignment: it minimises the sum of scores; `bound` is a lower bound on it."""
+    """What the solver says of the assignment: it minimises the sum of scores; `bound` is a lower bound on it.
+
+    `cut` is true where the time limit ended the search before the best sum of scores was proven, else absent.
+    """
 
     solver: str
     objective: float
     bound: float
     gap: float = Field(ge=0)
+    cut: Literal[True] | None = None
 
 
 class Verification(Strict):

@@ -1,9 +1,9 @@
 """`python -m allocator.exporting.worker`: one export as a process of its own, told on stdin, reporting on stdout.
 
 For callers that must not load torch, such as the sidecar. stdin has one JSON object with `model`, `manifest`, `bank`
-and `out` (paths) and then stays open: when it closes, the caller is gone and the work stops. stdout has one JSON object
-a line: those of `--progress json` while it runs, at the end `{"done": true, "files": {name: bytes}}` or
-`{"error", "exit_code"}`.
+and `out` and then stays open: when it closes, the caller is gone and the work stops. `model` may be a hub id, `bank`
+and `out` are folders. stdout has one JSON object a line: those of `--progress json` while it runs, at the end
+`{"done": true, "files": {name: bytes}}` or `{"error", "exit_code"}`.
 """
 
 import json
@@ -36,14 +36,14 @@ def main() -> int:
 
 def _export(task: dict[str, str]) -> dict[str, Any]:
     from allocator.contract.manifest import Manifest
-    from allocator.pipeline import export
+    from allocator.pipeline import export, resolve_model
     from allocator.progress_lines import ProgressLines, json_line, keep_telling
 
     manifest = Manifest.read(Path(task["manifest"]))
     lines = ProgressLines(_print, json_line, every=_TOLD_SECONDS)
     with keep_telling(lines):
         report = export(
-            manifest, Path(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True,
+            manifest, resolve_model(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True,
             progress=lines.tracker,
         )  # fmt: skip
     return {"done": True, "files": report.written}

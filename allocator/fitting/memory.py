@@ -126,8 +126,9 @@ def cuda_graph_bytes(shape: ModelShape, request: PlanRequest, batched_tokens: in
         value_size = shape.attention[0].key_size
         layers = int(layers * LATENT_KERNELS)
     first_whole = 4 * whole[-1] * shape.heads.query / size * value_size * ATTENTION_SPLITS
-    further = (len(piecewise) - 1) * max(PIECEWISE_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)
-    further += (len(whole) - 1) * max(FULL_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)
+    each = 1 if request.lora is None else 2  # with adapters in the batch and without (`cudagraph_specialize_lora`)
+    further = (each * len(piecewise) - 1) * max(PIECEWISE_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)
+    further += (each * len(whole) - 1) * max(FULL_BYTES_PER_LAYER * layers, _GRAPH_LEAST_BYTES)
     return int(first + first_whole + further)
 
 

@@ -8,6 +8,7 @@ from allocator.fitting.advice import advise
 from allocator.fitting.catalogue import Device, Gpu, find_gpu
 from allocator.fitting.document import Advice, Capacity, DeviceMemory, Plan, UniformWidth, Verdict
 from allocator.fitting.lines import PROBED, Ledger, batched_tokens, ledger
+from allocator.fitting.lora import check_lora
 from allocator.fitting.request import PlanRequest, check_request
 from allocator.fitting.weights import check_formats, residency_of, weight_sizes
 from allocator.inventory.shape import ModelShape
@@ -38,6 +39,8 @@ def make_plan(
     if not probe.keys() <= set(PROBED):
         raise InputError(f"probed lines {sorted(probe.keys() - set(PROBED))} are not known; known are {PROBED}")
     request = check_request(request, shape, device.capability, device.cuda_bytes)
+    if request.lora is not None:
+        check_lora(shape, request.lora)
     residency = residency_of(shape, request)
     sizes = weight_sizes(shape, residency, group_size, symmetric)
     total = ledger(shape, device, request, probe)
@@ -84,6 +87,8 @@ def plans_of_catalogue(
     """A plan for every card of `catalogue` that runs the kernels and what `request` asks, least memory first."""
     cards = [find_gpu(gpu.name, catalogue) for gpu in catalogue if gpu.why_not is None]
     check_request(request, shape, None)
+    if request.lora is not None:
+        check_lora(shape, request.lora)
     plans = []
     for device in sorted(cards, key=lambda d: (d.cuda_bytes, d.name)):
         try:

@@ -40,6 +40,7 @@ _OF_THE_RECORD = (
     "expert_parallel",
     "kv_cache_dtype",
     "enforce_eager",
+    "lora",
 )
 """Fields of a request that decide what vLLM uses beside weights and KV cache; a record is of one value of each."""
 
@@ -82,8 +83,9 @@ class ProbeRecord(Document):
     @property
     def lines(self) -> dict[str, int]:
         """The lines of a plan as measured, the most of all ranks. What vLLM cannot tell apart stands in one of them:
-        workspaces and position tables in `non-torch` and `slack`."""
-        return {
+        workspaces and position tables in `non-torch` and `slack`, buffers of adapters in `slack`."""
+        adapters = {} if self.request.lora is None else {"LoRA adapters": 0}
+        return adapters | {
             "activations": max(rank.activations for rank in self.ranks),
             "cuda graphs": max(rank.graphs for rank in self.ranks),
             "non-torch": max(max(rank.consumed - rank.loaded, 0) for rank in self.ranks),

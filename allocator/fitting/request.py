@@ -9,8 +9,17 @@ from allocator.contract.errors import InputError
 from allocator.contract.resident import Kernel, Ranks
 from allocator.inventory.shape import ModelShape
 
-__all__ = ["KV_CACHE_DTYPES", "PlanRequest", "check_request", "default_batched_tokens"]
+__all__ = [
+    "KV_CACHE_DTYPES",
+    "LORA_RANKS",
+    "LoraRequest",
+    "PlanRequest",
+    "check_request",
+    "default_batched_tokens",
+    "default_num_seqs",
+]
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 CONTEXT_BYTES = 530 << 20
@@ -20,15 +29,26 @@ _FP8_CAPABILITY = (8, 0)
 _DEFAULT_UTILIZATION = 0.92
 
 
+class LoraRequest(Strict):
+    """`--enable-lora` and its options, named as in vLLM: adapters in one batch, their largest rank, and the modules
+    that have adapters by the last part of their names (None: all)."""
+
+    max_loras: int = Field(default=1, ge=1, le=1 << 12)
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+
+
 class PlanRequest(Strict):
     """Arguments of `vllm serve` that decide about memory; defaults are vLLM's where it has one.
 
     `max_model_len` None means the model's own; `max_num_batched_tokens` None what vLLM takes on the device.
+    `kv_sequences` are the sequences of `max_model_len` tokens that the KV cache must hold, None all `max_num_seqs`.
     `kernel` is the one that will multiply (humming on CUDA).
     """
 
     max_model_len: int | None = Field(default=None, ge=1, le=1 << 40)
     max_num_seqs: int = Field(default=1, ge=1, le=1 << 16)
+    kv_sequences: int | None = Field(default=None, ge=1, le=1 << 16)
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
@@ -38,6 +58,12 @@ class PlanRequest(Strict):
     block_size: int = Field(default=16, ge=1, le=1024)
     enforce_eager: bool = False
     kernel: Kernel = "humming"
+    lora: LoraRequest | None = None
+
+    @property
+    def cached_sequences(self) -> int:
+        """Sequences of `max_model_len` tokens that the KV cache must hold."""
+        return self.max_num_seqs if self.kv_sequences is None else self.kv_sequences
 
     @property
     def ranks(self) -> Ranks:
@@ -55,6 +81,11 @@ def default_batched_tokens(cuda_bytes: int, name: str = "") -> int:
     if cuda_bytes >= 70 << 30 and "a100" not in name.lower():
         return 8192
     return 2048
+
+
+def default_num_seqs(cuda_bytes: int, name: str = "") -> int:
+    """What `vllm serve` takes for `--max-num-seqs`, likewise."""
+    return 1024 if default_batched_tokens(cuda_bytes, name) > 2048 else 256
 
 
 def check_request(

@@ -8,6 +8,7 @@ from urllib.request import getproxies
 
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import InputError
+from allocator.inventory.hub import split_hub
 
 __all__ = ["find_config", "read_config", "refuse_quantized"]
 
@@ -16,10 +17,12 @@ _CONFIG_MAX_BYTES = 64 << 20
 
 
 def find_config(model: str, revision: str | None = None) -> dict[str, Any]:
-    """The config of `model`: a folder, a config.json, or a hub id (`org/name`), of which only that file is fetched.
+    """The config of `model`: a folder, a config.json, or a hub id (`org/name`, `hf://org/name@revision`), of which only
+    that file is fetched.
 
     Raises InputError when there is none, saying where it was sought.
     """
+    model, revision = split_hub(model, revision)
     path = Path(model)
     if path.is_dir():
         return read_config(path)

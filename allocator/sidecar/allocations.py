@@ -94,6 +94,7 @@ class Allocations:
             )  # fmt: skip
             self._metrics.solve_seconds.observe(solved.seconds)
             self._metrics.solve_gap.observe(solved.gap_ratio)
+            self._metrics.solves_cut.inc(solved.cut)
             self._remember(identity, solved.allocation, solved.manifest, persist)
             return solved.allocation
 
@@ -139,19 +140,15 @@ class Allocations:
         request = chosen.model_dump(mode="json") | ({"manifest": digest_bytes(manifest)} if manifest else {})
         key = f"plan {_identity('plan', request, entry)}"
         content = self._memory.get(key)
-        made: dict[str, Any]
         if content is not None:
-            made = json.loads(content)
-        else:
-            try:
-                made = await self._solve("plan", entry.model_dump_json(), chosen.model_dump_json(), manifest)
-            except ApiError as error:
-                error.param = error.param and within + error.param
-                raise
-            self._memory.put(key, json.dumps(made).encode())
-        headroom = made["weight_budget_bytes"] - made["smallest_weight_bytes"]
-        gpu = made["device"]["name"] if hardware.gpu_memory is None else "by memory"
-        self._metrics.headroom.labels(entry.name, gpu).set(headroom)
+            return dict(json.loads(content))
+        made: dict[str, Any]
+        try:
+            made = await self._solve("plan", entry.model_dump_json(), chosen.model_dump_json(), manifest)
+        except ApiError as error:
+            error.param = error.param and within + error.param
+            raise
+        self._memory.put(key, json.dumps(made).encode())
         return made
 
     async def allocation(self, identity: str) -> bytes:

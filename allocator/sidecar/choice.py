@@ -1,7 +1,8 @@
 """Which model of the store, which budget, which assignment: an explicit choice always beats the automatic one."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from allocator.choosing import choose_kv_dtype
@@ -9,15 +10,20 @@ from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.fitting import Device, Plan, PlanRequest
-from allocator.fitting.serving import serving_options
+from allocator.fitting.lora import check_lora
+from allocator.fitting.request import check_request, default_num_seqs
+from allocator.fitting.serving import check_arguments, serving_options
 from allocator.fitting.visible import device_of_visible, read_devices
+from allocator.fitting.weights import residency_of
+from allocator.fusion import fusion_for, fusion_price
+from allocator.inventory.shape import read_shape
 from allocator.progress import Progress
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.planning import device_of, plan_entry
 from allocator.sidecar.resident import solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
-from allocator.solving import SolveSettings, solve_scores
+from allocator.solving import Fusion, SolveSettings, solve_scores
 
 __all__ = ["Choice", "choose", "find_entry"]
 
@@ -57,6 +63,7 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
     Raises InputError when nothing says how much memory there is, InfeasibleBudgetError when it does not fit.
     """
     device = _device(settings)
+    request = _request(settings, device)
     progress.begin("solving")
     if settings.budget == "auto":
         if device is None:
@@ -66,24 +73,26 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
             )
         why = ""
         if settings.kv_cache_dtype == "auto-choose":
-            settings, why = _with_kv_cache(settings, entry, device, store)
-        manifest, plan = _planned(settings, entry, device, _scores(store, entry))
+            request, why = _with_kv_cache(settings, request, entry, device, store)
+        manifest, plan, price = _planned(settings, request, entry, device, _scores(store, entry))
         left = f"{device.name} has {plan.weight_budget_bytes:,} bytes a rank left for weights"
-        reason = f"{why}{left}: {plan.verdict.message}"
-        return Choice(manifest, plan, reason, _arguments(settings, plan))
+        return _checked(settings, Choice(manifest, plan, f"{why}{left}: {plan.verdict.message}{price}"))
     if settings.kv_cache_dtype == "auto-choose":
         raise InputError(
             f"--kv-cache-dtype auto-choose shares out the GPU's memory, --budget {settings.budget} has shared it out; "
             "give --kv-cache-dtype auto or fp8, or --budget auto"
         )
-    manifest = _explicit(settings.budget, entry, store)
     reason = f"{'manifest' if _DIGEST.fullmatch(settings.budget) else 'budget'} {settings.budget} was asked for"
     if device is None:
-        return Choice(manifest, None, reason, _arguments(settings, None))
-    plan = plan_entry(entry, _scores(store, entry), device, _request(settings), manifest.modules)
+        manifest, price = _explicit(settings, fusion_for(settings.fusion, None), entry, store)
+        _check_ranks(request, entry, manifest)
+        return _checked(settings, Choice(manifest, None, reason + price))
+    plan = plan_entry(entry, _scores(store, entry), device, request)
+    manifest, price = _explicit(settings, fusion_for(settings.fusion, plan), entry, store)
+    plan = plan_entry(entry, _scores(store, entry), device, request, manifest.modules)
     if not plan.verdict.fits:
         reason += f", although on {device.name} it {plan.verdict.message}"
-    return Choice(manifest, plan, reason, _arguments(settings, plan))
+    return _checked(settings, Choice(manifest, plan, reason + price))
 
 
 def _names(entry: Entry) -> set[str | None]:
@@ -97,18 +106,23 @@ def _device(settings: PrepareSettings) -> Device | None:
     return device_of_visible(visible, settings.tensor_parallel_size) if visible else None
 
 
-def _planned(settings: PrepareSettings, entry: Entry, device: Device, scores: Scores) -> tuple[Manifest, Plan]:
-    plan = plan_entry(entry, scores, device, _request(settings))
+def _planned(
+    settings: PrepareSettings, request: PlanRequest, entry: Entry, device: Device, scores: Scores
+) -> tuple[Manifest, Plan, str]:
+    """The assignment for what the device leaves, its plan, and the price of tied fusion in words."""
+    plan = plan_entry(entry, scores, device, request)
     if not plan.verdict.fits:
         raise InfeasibleBudgetError(f"{entry.name} does not fit on {device.name}: {plan.verdict.message}")
-    manifest = solve_for_plan(scores, SolveSettings(), plan)
-    return manifest, plan_entry(entry, scores, device, _request(settings), manifest.modules)
+    fusion = fusion_for(settings.fusion, plan)
+    manifest = solve_for_plan(scores, SolveSettings(fusion=fusion), plan)
+    price = _price(fusion, manifest, lambda: solve_for_plan(scores, SolveSettings(), plan))
+    return manifest, plan_entry(entry, scores, device, request, manifest.modules), price
 
 
 def _with_kv_cache(
-    settings: PrepareSettings, entry: Entry, device: Device, store: Store
-) -> tuple[PrepareSettings, str]:
-    """`settings` with the dtype of the KV cache that costs least together with the weights beside it, and why."""
+    settings: PrepareSettings, request: PlanRequest, entry: Entry, device: Device, store: Store
+) -> tuple[PlanRequest, str]:
+    """`request` with the dtype of the KV cache that costs least together with the weights beside it, and why."""
     measured = store.kv_cache(entry.model.digest)
     if measured is None:
         raise InputError(
@@ -119,15 +133,18 @@ def _with_kv_cache(
     scores = _scores(store, entry)
 
     def plan_for(dtype: str) -> Plan:
-        return plan_entry(entry, scores, device, _request(settings.model_copy(update={"kv_cache_dtype": dtype})))
+        return plan_entry(entry, scores, device, request.model_copy(update={"kv_cache_dtype": dtype}))
 
-    best, options = choose_kv_dtype(scores, measured, SolveSettings(), plan_for)
+    fusion = fusion_for(settings.fusion, plan_for("auto"))
+    best, options = choose_kv_dtype(scores, measured, SolveSettings(fusion=fusion), plan_for)
     told = [f"{o.dtype} {o.message if o.total_loss is None else f'{o.total_loss:.4g}'}" for o in options]
-    chosen = settings.model_copy(update={"kv_cache_dtype": best.dtype})
+    chosen = request.model_copy(update={"kv_cache_dtype": best.dtype})
     return chosen, f"a KV cache of {best.dtype} costs least with its weights ({'; '.join(told)}); "
 
 
-def _explicit(budget: str, entry: Entry, store: Store) -> Manifest:
+def _explicit(settings: PrepareSettings, fusion: Fusion, entry: Entry, store: Store) -> tuple[Manifest, str]:
+    """The assignment that the budget names or asks for, and the price of tied fusion in words."""
+    budget = settings.budget
     if _DIGEST.fullmatch(budget):
         manifest = store.manifest(budget)
         if manifest is None:
@@ -136,8 +153,24 @@ def _explicit(budget: str, entry: Entry, store: Store) -> Manifest:
             raise InputError(
                 f"manifest {budget} is of bank {manifest.bank_digest}, {entry.name} has {entry.bank_digest}"
             )
-        return manifest
-    return solve_scores(_scores(store, entry), SolveSettings(budget=budget))
+        return manifest, ""
+    free = SolveSettings(budget=budget)
+    scores = _scores(store, entry)
+    manifest = solve_scores(scores, replace(free, fusion=fusion))
+    return manifest, _price(fusion, manifest, lambda: solve_scores(scores, free))
+
+
+def _price(fusion: Fusion, manifest: Manifest, solve_free: Callable[[], Manifest]) -> str:
+    return "" if fusion == "free" else f"; {fusion_price(manifest, solve_free)}"
+
+
+def _check_ranks(request: PlanRequest, entry: Entry, manifest: Manifest) -> None:
+    """Without a GPU to plan for: what vLLM would refuse all the same. Raises InputError."""
+    shape = read_shape(entry.config)
+    check_request(request, shape, None)
+    if request.lora is not None:
+        check_lora(shape, request.lora)
+    residency_of(shape, request).stage_bytes(manifest.modules)
 
 
 def _scores(store: Store, entry: Entry) -> Scores:
@@ -147,26 +180,47 @@ def _scores(store: Store, entry: Entry) -> Scores:
     return scores
 
 
-def _request(settings: PrepareSettings) -> PlanRequest:
+def _request(settings: PrepareSettings, device: Device | None) -> PlanRequest:
     given: dict[str, Any] = {
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "kv_cache_dtype": settings.kv_cache_dtype,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-    }
-    return PlanRequest(**{name: value for name, value in given.items() if value is not None})
+        name: getattr(settings, name)
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "gpu_memory_utilization",
+            "expert_parallel", "enforce_eager", "lora",
+        )
+        if getattr(settings, name) is not None
+    }  # fmt: skip
+    if settings.kv_cache_dtype != "auto-choose":
+        given["kv_cache_dtype"] = settings.kv_cache_dtype
+    if settings.max_num_seqs is None and device is not None:
+        most = default_num_seqs(device.cuda_bytes, device.name)
+        given |= {"max_num_seqs": min(most, settings.max_num_batched_tokens or most), "kv_sequences": 1}
+    return PlanRequest(**given)
 
 
-def _arguments(settings: PrepareSettings, plan: Plan | None) -> dict[str, Any]:
-    """Options for `vllm serve`: all that the plan rests on, without a plan only what was asked for."""
-    if plan is not None:
-        return dict(serving_options(plan))
+def _checked(settings: PrepareSettings, choice: Choice) -> Choice:
+    """`choice` with the options of `vllm serve`: all that the plan rests on, without a plan what was asked for.
+
+    Raises InputError when `settings.vllm_args` contradict them.
+    """
+    if choice.plan is not None:
+        options: dict[str, Any] = dict(serving_options(choice.plan))
+        check_arguments(settings.vllm_args, options)
+        return replace(choice, vllm_arguments=options)
+    lora = settings.lora
     given = {
         "tensor-parallel-size": settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else None,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
+        "max-num-batched-tokens": settings.max_num_batched_tokens,
         "kv-cache-dtype": settings.kv_cache_dtype if settings.kv_cache_dtype != "auto" else None,
         "gpu-memory-utilization": settings.gpu_memory_utilization,
+        "enable-expert-parallel": settings.expert_parallel or None,
+        "enforce-eager": settings.enforce_eager or None,
+        "enable-lora": None if lora is None else True,
+        "max-loras": None if lora is None else lora.max_loras,
+        "max-lora-rank": None if lora is None else lora.max_lora_rank,
+        "lora-target-modules": None if lora is None else lora.target_modules,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None}
+    check_arguments(settings.vllm_args, options)
+    return replace(choice, vllm_arguments=options)

@@ -16,6 +16,7 @@ class Solved:
     manifest: bytes
     seconds: float
     gap_ratio: float
+    cut: bool
 
 
 def begin(store_url: str) -> None:

@@ -290,6 +290,8 @@ class Jobs:
         return found.digest == manifest_digest
 
     def _update(self, identity: str, **changes: object) -> None:
+        if changes.get("state") == "failed":
+            self._metrics.job_failures.inc()
         self._here[identity] = self._here[identity].model_copy(update=changes | {"updated": now_text(time.time())})
 
     async def _beat(self, identity: str, ended: asyncio.Event) -> None:

@@ -13,6 +13,7 @@ from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.inventory import CARRIED_FOLDERS
+from allocator.inventory.hub import HUB_SCHEME
 from allocator.progress import Progress, silent
 from allocator.progress_lines import standing_of
 from allocator.sidecar.entry import Entry
@@ -88,7 +89,9 @@ def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> 
 
 
 def _local_model(store: Store, entry: Entry, target: Path, progress: Progress) -> str:
-    """A folder, or a hub id, which the export resolves."""
+    """A folder, or a hub id with its revision, which the export resolves."""
+    if entry.source.kind == "hub" and entry.source.revision is not None:
+        return f"{HUB_SCHEME}{entry.source.location}@{entry.source.revision}"
     if entry.source.kind != "store":
         return str(entry.source.location)
     at = f"sources/{hex_of(entry.model.digest)}"

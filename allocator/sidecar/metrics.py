@@ -42,9 +42,16 @@ class Metrics:
             "gamma_solve_gap_ratio", "Proven distance from the optimum, as a part of the objective.",
             buckets=_GAPS, registry=self.registry,
         )  # fmt: skip
+        self.solves_cut = Counter(
+            "gamma_solves_cut", "Solves that ended at --solver-seconds, before their assignment was proven best.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.job_failures = Counter(
+            "gamma_job_failures", "Checkpoint jobs that failed here since this process began.", registry=self.registry
+        )
         self.jobs = Gauge("gamma_jobs", "Checkpoint jobs by state.", ["state"], registry=self.registry)
         self.headroom = Gauge(
-            "gamma_plan_headroom_bytes", "Bytes a rank that the latest plan leaves above the smallest weights.",
+            "gamma_plan_headroom_bytes", "Bytes a rank that the plan in service leaves above the smallest weights.",
             ["model", "gpu"], registry=self.registry,
         )  # fmt: skip
         self.manifest = Gauge(

@@ -1,15 +1,19 @@
-"""`--node`: prepares this pod's folder once, in a process of its own, while the service already answers."""
+"""What this pod serves. `--node` prepares its folder once, in a process of its own, while the service already answers;
+`--prepared` tells of a folder that an init container filled."""
 
 import asyncio
 import contextlib
 import json
 import sys
+from pathlib import Path
 
-from allocator.contract.errors import InputError
+from allocator.contract.errors import ContractError, InputError
+from allocator.fitting import Plan
 from allocator.progress import Standing
 from allocator.progress_lines import standing_of
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
+from allocator.sidecar.prepared import read_prepared
 from allocator.sidecar.schemas import NodeStatus
 from allocator.sidecar.settings import PrepareSettings, ServiceSettings
 
@@ -17,7 +21,10 @@ __all__ = ["Node"]
 
 
 class Node:
-    """`status` is "off" without --node, else "preparing", then "ready" or "failed"."""
+    """`status` is "off" for a service of no pod; with --node "preparing", then "ready" or "failed"; with --prepared
+    "ready", or "off" where the folder tells nothing: then vLLM serves it all the same, and so this does not stand in
+    its way. `metrics` get manifest and headroom of what is served, of nothing else.
+    """
 
     def __init__(self, settings: ServiceSettings, metrics: Metrics, log: Log) -> None:
         self._settings, self._metrics, self._log = settings, metrics, log
@@ -26,6 +33,10 @@ class Node:
         self.status = NodeStatus(state="off" if settings.node is None else "preparing")
         if settings.node is not None and settings.node_out is None:
             raise InputError("--node needs --out DIR, where checkpoint and vllm.yaml go")
+        if settings.node is not None and settings.prepared is not None:
+            raise InputError("--node prepares a folder, --prepared has one; give one of them")
+        if settings.prepared is not None:
+            self._take(settings.prepared)
 
     @property
     def ready(self) -> bool:
@@ -48,7 +59,7 @@ class Node:
         command = [sys.executable, "-m", "allocator.cli.main", "prepare", settings.model, "--json"]
         command += ["--progress", "json"]
         command += ["--store", self._settings.store, "--out", str(self._settings.node_out)]
-        command += [part for name, value in _options(settings).items() for part in (name, str(value))]
+        command += _options(settings)
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         assert self._process.stdout is not None
@@ -69,14 +80,30 @@ class Node:
             self.status = NodeStatus(state="failed", message=message[:2000])
             self._log("error", "prepare failed", code=code, reason=message)
             return
-        prepared = json.loads(await output)
+        await output
+        assert self._settings.node_out is not None
+        await asyncio.to_thread(self._take, self._settings.node_out)
+
+    def _take(self, folder: Path) -> None:
+        """Tell of what `gamma prepare` wrote into `folder`."""
+        try:
+            prepared = read_prepared(folder)
+            plan = Plan.read(folder / "plan.json") if (folder / "plan.json").exists() else None
+        except (OSError, ContractError) as error:
+            message = f"{folder} tells nothing of what is served: {error}"
+            self.status = NodeStatus(state="off", message=message[:2000])
+            self._log("warning", "nothing prepared", reason=message)
+            return
         self.status = NodeStatus(
-            state="ready", message=prepared["reason"], progress=1.0, manifest_digest=prepared["manifest_digest"],
-            checkpoint=prepared["checkpoint"], vllm_arguments=prepared["vllm_arguments"],
+            state="ready", message=prepared.reason, progress=1.0, manifest_digest=prepared.manifest_digest,
+            checkpoint=prepared.checkpoint, vllm_arguments=prepared.vllm_arguments,
         )  # fmt: skip
-        name = prepared["vllm_arguments"]["served-model-name"]
-        self._metrics.manifest.labels(name, prepared["manifest_digest"], "prepared").set(1)
-        self._log("info", "prepared", checkpoint=prepared["checkpoint"], manifest=prepared["manifest_digest"])
+        name = prepared.vllm_arguments["served-model-name"]
+        self._metrics.manifest.labels(name, prepared.manifest_digest, "prepared").set(1)
+        if plan is not None:
+            headroom = plan.weight_budget_bytes - plan.smallest_weight_bytes
+            self._metrics.headroom.labels(name, plan.device.name).set(headroom)
+        self._log("info", "prepared", checkpoint=prepared.checkpoint, manifest=prepared.manifest_digest)
 
 
 def _standing(line: str) -> Standing | None:
@@ -86,16 +113,31 @@ def _standing(line: str) -> Standing | None:
         return None  # an error or a message
 
 
-def _options(settings: PrepareSettings) -> dict[str, object]:
+def _options(settings: PrepareSettings) -> list[str]:
+    """The command line that `prepare_settings` reads back."""
+    lora = settings.lora
+    modules = None if lora is None or lora.target_modules is None else ",".join(lora.target_modules)
     given = {
         "--gpu": settings.gpu,
         "--gpu-memory": settings.gpu_memory_bytes,
         "--tensor-parallel-size": settings.tensor_parallel_size,
         "--max-model-len": settings.max_model_len,
         "--max-num-seqs": settings.max_num_seqs,
+        "--max-num-batched-tokens": settings.max_num_batched_tokens,
         "--kv-cache-dtype": settings.kv_cache_dtype,
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--budget": settings.budget,
+        "--fusion": settings.fusion,
         "--served-model-name": settings.served_model_name,
+        "--max-loras": None if lora is None else lora.max_loras,
+        "--max-lora-rank": None if lora is None else lora.max_lora_rank,
+        "--lora-target-modules": modules,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    flags = {
+        "--enable-lora": lora is not None,
+        "--enable-expert-parallel": settings.expert_parallel,
+        "--enforce-eager": settings.enforce_eager,
+    }
+    words = [f"{name}={value}" for name, value in given.items() if value is not None]
+    words += [name for name, wanted in flags.items() if wanted]
+    return words + [f"--vllm-arg={argument}" for argument in settings.vllm_args]

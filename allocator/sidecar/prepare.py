@@ -9,7 +9,7 @@ from typing import Any
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.digest import digest_json
-from allocator.contract.documents import Digest, Strict, write_atomically
+from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
@@ -17,24 +17,11 @@ from allocator.progress import Progress, silent
 from allocator.sidecar.choice import Choice, choose, find_entry
 from allocator.sidecar.entry import Entry
 from allocator.sidecar.materialise import materialise
+from allocator.sidecar.prepared import PREPARED_NAME, Prepared, read_prepared
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
 
 __all__ = ["Prepared", "prepare"]
-
-_RECORD = "prepared.json"
-
-
-class Prepared(Strict):
-    """What lies in the folder, and why it was chosen. `unchanged`: it had been there already."""
-
-    request_digest: Digest
-    checkpoint: str
-    manifest_digest: Digest
-    tensor_bytes: int
-    vllm_arguments: dict[str, Any]
-    reason: str
-    unchanged: bool = False
 
 
 def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progress = silent) -> Prepared:
@@ -44,12 +31,12 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     nothing is done. Raises InputError (no such model, nothing to choose by), ContractError (files that do not belong
     together), InfeasibleBudgetError (it does not fit; says what would).
     """
-    if not (out / _RECORD).exists():  # else there may be nothing to write
+    if not (out / PREPARED_NAME).exists():  # else there may be nothing to write
         check_output_folder(out)
     entry = find_entry(store, settings.model)
     choice = choose(settings, entry, store, progress)
     request = digest_json({
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"vllm_args"}),
         "scores": entry.scores_digest,
         "manifest": choice.manifest.digest,
         "arguments": choice.vllm_arguments,
@@ -73,7 +60,7 @@ def _fill(
     progress: Progress,
 ) -> Prepared:
     checkpoint = out / "checkpoint"
-    (out / _RECORD).unlink(missing_ok=True)
+    (out / PREPARED_NAME).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the store may be mounted read-only; the manifest lies in `out` too
         store.add_manifest(choice.manifest)
     materialise(choice.manifest, entry, store, checkpoint, progress)
@@ -96,7 +83,7 @@ def _fill(
         vllm_arguments=arguments,
         reason=choice.reason,
     )
-    write_atomically(out / _RECORD, prepared.model_dump_json(indent=1) + "\n")
+    write_atomically(out / PREPARED_NAME, prepared.model_dump_json(indent=1) + "\n")
     return prepared
 
 
@@ -112,7 +99,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _present(out: Path, request: str, manifest: Manifest) -> Prepared | None:
     """What was prepared before, if it was for the same request and the checkpoint is still sound."""
     try:
-        prepared = Prepared.model_validate_json((out / _RECORD).read_text(encoding="utf-8"))
+        prepared = read_prepared(out)
         _config, found = check_checkpoint(Path(prepared.checkpoint))
     except (OSError, ValueError, ContractError, InputError):
         return None

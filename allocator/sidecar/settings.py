@@ -9,12 +9,18 @@ from pydantic import Field
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
+from allocator.fitting.request import LoraRequest
+from allocator.fusion import AskedFusion
 
 __all__ = ["PrepareSettings", "ServiceSettings", "is_loopback"]
 
 
 class PrepareSettings(Strict):
-    """What a user asks of `gamma prepare`. `gpu` and `budget` may be "auto"; an explicit value always wins."""
+    """What a user asks of `gamma prepare`. `gpu` and `budget` may be "auto"; an explicit value always wins.
+
+    Without `max_num_seqs` vLLM runs as many sequences as it does by default, and the KV cache holds one of
+    `max_model_len` tokens at least. `vllm_args` are what `vllm serve` gets besides; they may not contradict the plan.
+    """
 
     model: str
     gpu: str = "auto"
@@ -22,10 +28,16 @@ class PrepareSettings(Strict):
     tensor_parallel_size: int = Field(default=1, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
     kv_cache_dtype: Literal["auto", "fp8", "auto-choose"] = "auto"
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    expert_parallel: bool = False
+    enforce_eager: bool = False
+    lora: LoraRequest | None = None
     budget: str = "auto"
+    fusion: AskedFusion = "auto"
     served_model_name: str | None = None
+    vllm_args: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,8 @@ class ServiceSettings:
     """How the service runs. Raises InputError for what is not safe or not possible.
 
     `solvers` processes solve; `solver_queue` requests may wait for them, `job_queue` checkpoints may wait or be made.
-    `checkpoints` is where checkpoints go; by default into a store that is a folder.
+    `checkpoints` is where checkpoints go; by default into a store that is a folder. `prepared` is a folder that
+    `gamma prepare` filled for the server beside this service.
     """
 
     store: str
@@ -53,6 +66,7 @@ class ServiceSettings:
     log_level: str = "info"
     node: PrepareSettings | None = None
     node_out: Path | None = None
+    prepared: Path | None = None
     allowed_hosts: tuple[str, ...] = field(default=("localhost", "127.0.0.1", "::1"))
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ def allocate(
             text = _opened().manifest_text(digest) or text
     proof = manifest.proof
     gap = 0.0 if proof is None or not proof.gap else proof.gap / max(abs(proof.objective), 1e-300)
-    return Solved(content, text, taken, gap)
+    return Solved(content, text, taken, gap, proof is not None and proof.cut is True)
 
 
 def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> dict[str, Any]:

@@ -33,5 +33,11 @@ def make_manifest(
         other_bytes=scores.other_bytes,
         module_bytes=sizes,
         modules={name: solution.assignment[name] for name in scores.modules},
-        proof=Proof(solver=solution.solver, objective=solution.objective, bound=solution.bound, gap=solution.gap),
+        proof=Proof(
+            solver=solution.solver,
+            objective=solution.objective,
+            bound=solution.bound,
+            gap=solution.gap,
+            cut=solution.cut or None,
+        ),
     )

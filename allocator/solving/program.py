@@ -40,7 +40,8 @@ class Solution:
     """An assignment and its proof: no assignment within the budget has a loss below `bound`.
 
     The loss is the sum of scores, and of interactions if the scores have them. `gap` is `objective - bound` in the unit
-    of the scores; 0 means proven best. `tensor_bytes` counts every tensor of the checkpoint.
+    of the scores; 0 means proven best. `tensor_bytes` counts every tensor of the checkpoint. `cut`: the time limit
+    ended the search before the best sum of scores was proven; a gap alone can be the bound's, which interactions widen.
     """
 
     assignment: dict[str, ModuleFormat]
@@ -49,6 +50,7 @@ class Solution:
     gap: float
     solver: str
     tensor_bytes: int
+    cut: bool = False
 
 
 def solve(
@@ -122,6 +124,7 @@ class Program:
         search.run(most_states)
         chosen = [cs[j] for cs, j in zip(self.choices, search.picks, strict=True)]
         linear = _solution(self, chosen, max(search.missing, 0.0) / self.scale, search.used)
+        linear = replace(linear, cut=search.cut)
         return linear if self.scores.interactions is None else self._with_interactions(chosen, budget_bytes, linear)
 
     @cached_property
@@ -141,7 +144,7 @@ class Program:
             found, objective = start, alone
         better = _solution(self, [everything[i] for i in found], 0.0, f"{linear.solver}, local search")
         bound = min(lower_bound(self.scores, linear.bound), objective)
-        return replace(better, objective=objective, bound=bound, gap=objective - bound)
+        return replace(better, objective=objective, bound=bound, gap=objective - bound, cut=linear.cut)
 
 
 class _Search:
@@ -160,6 +163,11 @@ class _Search:
     @property
     def missing(self) -> float:
         return self._bound - total_gain(self._items, self.picks)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the deadline came before the proof."""
+        return self.missing > 0 and not self._good_enough() and time.monotonic() >= self._deadline
 
     def run(self, most_states: int) -> None:
         everything = [len(unit) - 1 for unit in self._items]

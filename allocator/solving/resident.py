@@ -126,6 +126,7 @@ def _solve_stages(
         gap=math.fsum(part.gap for part in parts),
         solver=", ".join(dict.fromkeys(part.solver for part in parts)),
         tensor_bytes=sum(part.tensor_bytes for part in parts),
+        cut=any(part.cut for part in parts),
     )
 
 

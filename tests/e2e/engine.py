@@ -105,6 +105,9 @@ class Vllm:
     def parameters(self):
         return self.engine.collective_rpc(_parameters)[0]
 
+    def adapters(self):
+        return self.engine.collective_rpc(_adapters)
+
     def resident(self):
         return self.engine.collective_rpc(_resident)
 
@@ -142,6 +145,19 @@ def _resident(worker):
             columns = getattr(layer, "input_size_per_partition", layer.input_size)
             total += rows * columns * layer.weight.element_size()
     return total
+
+
+def _adapters(worker):
+    """Bytes of all buffers for LoRA adapters on this rank, each counted once."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    buffers = {}
+    for layer in worker.model_runner.model.modules():
+        if isinstance(layer, BaseLayerWithLoRA):
+            for stacked in (layer.lora_a_stacked, layer.lora_b_stacked):
+                for tensor in stacked if isinstance(stacked, tuple) else [stacked]:
+                    buffers[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(buffers.values())
 
 
 def _scores(logprobs, prompt, save):

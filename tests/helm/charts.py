@@ -8,12 +8,14 @@ import yaml
 
 from tests.programs import program
 
-__all__ = ["CHART", "CLOUDS", "EXAMPLES", "KUBERNETES", "Helm", "allocation", "by_kind", "fail", "render"]
+__all__ = ["CHART", "CLOUDS", "EXAMPLES", "KUBERNETES", "OLDEST", "Helm", "allocation", "by_kind", "fail", "render"]
 
 CHART = Path(__file__).parents[2] / "helm" / "gamma"
 EXAMPLES = {path.stem: path for path in sorted((CHART / "examples").glob("*.yaml"))}
 CLOUDS = {path.stem: path for path in sorted((CHART / "clouds").glob("*.yaml"))}
 KUBERNETES = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
+# Examples that need a newer one.
+OLDEST = {"ready-checkpoints": "1.31", "device-claims": "1.34"}
 
 Object = dict[str, Any]
 

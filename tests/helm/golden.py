@@ -39,10 +39,12 @@ def _carried() -> dict[str, str]:
     return {f"<{name}>": (CHART / name).read_text().rstrip("\n") for name in ("files/check.py", "files/dashboard.json")}
 
 
-def _replace(item: Object, texts: dict[str, str]) -> Object:
-    if item["kind"] != "ConfigMap":
-        return item
-    return item | {"data": {name: texts.get(text, text) for name, text in item["data"].items()}}
+def _replace(item: Any, texts: dict[str, str]) -> Any:
+    if isinstance(item, dict):
+        return {key: _replace(value, texts) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_replace(value, texts) for value in item]
+    return texts.get(item, item) if isinstance(item, str) else item
 
 
 class _Dumper(yaml.SafeDumper):

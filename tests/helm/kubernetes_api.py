@@ -37,7 +37,9 @@ RESOURCES = {
     "apps/v1": {"deployments": "Deployment", "replicasets": "ReplicaSet"},
     "batch/v1": {"jobs": "Job"},
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
-    "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy"},
+    "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy", "ingresses": "Ingress"},
+    "gateway.networking.k8s.io/v1": {"httproutes": "HTTPRoute"},
+    "resource.k8s.io/v1": {"resourceclaimtemplates": "ResourceClaimTemplate"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "monitoring.coreos.com/v1": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
     "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
@@ -221,12 +223,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815
 
     def _get(self, place: _Place, query: dict[str, str]) -> None:
-        if place.sub == "log":
-            self._answer(200, b"no pod ran\n")
-        elif place.name is not None:
+        if place.name is not None:
             if place.key not in self.api.objects:
                 raise ApiError(404, "NotFound", f'{place.plural} "{place.name}" not found')
-            self._answer(200, self.api.objects[place.key])
+            if place.sub == "log":
+                self._answer(200, f"log of {place.name}\n".encode())
+            else:
+                self._answer(200, self.api.objects[place.key])
         elif query.get("watch") in ("true", "1"):
             self._watch(place, query)
         else:

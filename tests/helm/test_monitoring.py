@@ -84,6 +84,17 @@ def test_thresholds_and_runbooks_come_from_the_values(helm4):
     assert "$SERVICES" not in text
 
 
+def test_an_allocation_of_no_pods_is_not_missed(helm4):
+    """Scaled to zero on purpose, by number or by a queue."""
+    keda = {"type": "keda", "minReplicas": 0, "keda": {"serverAddress": "http://p:9090", "query": "q"}}
+    one = allocation()["allocations"][0]
+    values = allocation() | ENABLED
+    values["allocations"] = [one, one | {"name": "none", "replicas": 0}, one | {"name": "idle", "autoscaling": keda}]
+    (rules,) = by_kind(render(helm4, values), "PrometheusRule")
+    missed = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"] if "absent" in rule["expr"]]
+    assert missed == ['absent(up{namespace="llm",service="demo-gamma-one",endpoint="http"})']
+
+
 def test_dashboard_queries_parse(dashboard, tmp_path):
     rules = [
         {"record": f"panel{number}", "expr": query.replace("$__rate_interval", "5m")}

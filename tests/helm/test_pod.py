@@ -102,9 +102,9 @@ def test_install_serve_upgrade_roll_back(helm4, api, values, store, tmp_path):
         assert first.probe(sidecar, "livenessProbe")
 
         # What `helm test` would run, on the address that this pod has here.
-        (hook,) = by_kind(render(helm4, values), "ConfigMap", "test")
-        (tmp_path / "check.py").write_text(hook["data"]["check.py"])
-        check = subprocess.run([sys.executable, tmp_path / "check.py", url], capture_output=True, text=True)
+        (hook,) = by_kind(render(helm4, values), "Pod", "test")
+        script = hook["spec"]["containers"][0]["command"][-1]
+        check = subprocess.run([sys.executable, "-c", script, url], capture_output=True, text=True)
         assert check.returncode == 0, check.stdout
         assert check.stdout.startswith(f"ok {url} demo: ")
 

@@ -1,10 +1,15 @@
 """Wrong values are refused before anything is installed, with the place named: by schema or by the chart's checks."""
 
+import argparse
+import json
+
 import pytest
 import yaml
 
+from allocator.cli.prepare import add_arguments
 from allocator.fitting import find_gpu, load_catalogue
-from tests.helm.charts import CHART, CLOUDS, EXAMPLES, Helm, allocation, fail, render
+from allocator.fitting.serving import PLANNED_OPTIONS
+from tests.helm.charts import CHART, CLOUDS, EXAMPLES, Helm, allocation, by_kind, fail, render
 
 ONE = "allocations"
 # What is wrong -> (path in the values, wrong value, word that the refusal has to name).
@@ -29,6 +34,14 @@ BY_SCHEMA = {
     "context as text": (f"{ONE}.0.maxModelLen", "32k", "maxModelLen"),
     "context of zero": (f"{ONE}.0.maxModelLen", 0, "maxModelLen"),
     "no sequences": (f"{ONE}.0.maxNumSeqs", 0, "maxNumSeqs"),
+    "host with capitals": (f"{ONE}.0.host", "LLM.example.com", "host"),
+    "gateway without a name": ("httpRoute.parentRefs", [{"namespace": "gateway"}], "parentRefs"),
+    "timeout in words": ("httpRoute.requestTimeout", "10 minutes", "requestTimeout"),
+    "checkpoint over http": (f"{ONE}.0.checkpoint", "https://x/y", "checkpoint"),
+    "checkpoint of nobody": (f"{ONE}.0.checkpoint", "hf://name", "checkpoint"),
+    "unknown fusion": (f"{ONE}.0.fusion", "loose", "fusion"),
+    "adapters as a number": (f"{ONE}.0.lora", 4, "lora"),
+    "rank that vLLM has not": (f"{ONE}.0.lora", {"maxLoraRank": 48}, "maxLoraRank"),
     "unknown KV type": (f"{ONE}.0.kvCacheDtype", "int8", "kvCacheDtype"),
     "budget without a unit": (f"{ONE}.0.budget", "17", "budget"),
     "budget as a number": (f"{ONE}.0.budget", 17, "budget"),
@@ -98,6 +111,31 @@ BY_CHECK = {
     ),
     "one port for two": ({**allocation(), "vllm": {"port": 8080}}, "are equal"),
     "MIG slices together": (allocation(gpu="h100-mig-3g.40gb", count=2), "MIG slices cannot work together"),
+    "GPUs of a pod without a GPU": (allocation(gpu="cpu", count=2), "count is 2, but profile cpu has no resource"),
+    "more GPUs than a node has": (allocation(gpu="l4", count=9), "count is 9, but a node of profile l4 has 8 GPUs"),
+    "more GPUs to learn with than a node has": (
+        {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "l4", "count": 16}},
+        "learn.count is 16",
+    ),
+    "context of vLLM that was not planned": (
+        allocation(vllmArgs=["--max-model-len=32768"]),
+        "argument --max-model-len=32768 for vllm contradicts what is planned; set maxModelLen of the allocation",
+    ),
+    "the same with underscores": (allocation(vllmArgs=["--max_num_seqs", "64"]), "set maxNumSeqs of the allocation"),
+    "the same in short": (
+        allocation(vllmArgs=["-tp=2"]),
+        "argument -tp=2 for vllm contradicts what is planned; set count",
+    ),
+    "the same for all": (
+        {**allocation(), "vllm": {"extraArgs": ["--kv-cache-dtype=fp8"]}},
+        "set kvCacheDtype of the allocation",
+    ),
+    "adapters that were not planned": (allocation(vllmArgs=["--enable-lora"]), "set lora of the allocation"),
+    "port of vLLM": (allocation(vllmArgs=["--port=9000"]), "is the chart's; set vllm.port"),
+    "two budgets": (
+        allocation(prepareArgs=["--budget=3bits"]),
+        "argument --budget=3bits for gamma prepare is the chart's",
+    ),
     "one-pod claim, two pods": (
         {**allocation(replicas=2), "modelVolume": {"type": "pvc"}},
         "serves one pod at a time",
@@ -116,6 +154,40 @@ BY_CHECK = {
     "to zero without a queue": (allocation(autoscaling=KEDA | {"minReplicas": 0}), "minReplicas 0 needs"),
     "to zero by HPA": (allocation(autoscaling={"type": "hpa", "minReplicas": 0}), "minReplicas 0 needs"),
     "no Prometheus": (allocation(autoscaling={"type": "keda"}), "serverAddress is empty"),
+    "from outside, by no name": (
+        {**allocation(), "ingress": {"enabled": True}, "networkPolicy": {"enabled": False}},
+        "allocation one: ingress.enabled is true, but nothing says its host",
+    ),
+    "from outside, through a closed door": (
+        {**allocation(), "ingress": {"enabled": True, "domain": "a.b"}},
+        "the NetworkPolicy admits nobody from outside",
+    ),
+    "from outside, two of one name": (
+        {
+            "store": {"url": "s3://a/b"},
+            "allocations": [{"name": n, "model": "m", "gpu": "l4", "host": "a.b"} for n in ("left", "right")],
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]},
+            "networkPolicy": {"enabled": False},
+        },
+        "allocation right: host a.b is another allocation's too",
+    ),
+    "route without a gateway": (
+        {**allocation(), "httpRoute": {"enabled": True, "domain": "a.b"}, "networkPolicy": {"enabled": False}},
+        "httpRoute.parentRefs is empty",
+    ),
+    "budget of a finished checkpoint": (
+        allocation(checkpoint="hf://org/name", budget="3bits"),
+        "its checkpoint is finished, so that budget",
+    ),
+    "KV cache of a finished checkpoint": (
+        allocation(checkpoint="hf://org/name", kvCacheDtype="auto-choose"),
+        "is decided with the weights",
+    ),
+    "hub, and none": ({**allocation(checkpoint="hf://org/name"), "hub": {"offline": True}}, "hub.offline is true"),
+    "GPUs twice": (
+        {**allocation(), "gpuProfiles": {"l4": {"deviceClass": "gpu.nvidia.com"}}},
+        "gpuProfiles.l4 has resource and deviceClass",
+    ),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},
@@ -154,6 +226,43 @@ def test_check_refuses(helm4, case):
     refusal = fail(helm4, values)
     assert "values that cannot work" in refusal
     assert words in refusal
+
+
+def options_of(helm, name):
+    """What a named template of the chart lists."""
+    template = '{{ include "' + name + '" . | fromYaml | keys | sortAlpha | toJson }}'
+    own = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: asked}}\ndata:\n  names: '{template}'\n"
+    (found,) = by_kind(render(helm, allocation() | {"extraObjects": [own], "test": {"enabled": False}}), "ConfigMap")
+    return json.loads(found["data"]["names"])
+
+
+def test_what_is_refused_is_what_the_programs_plan(helm4):
+    assert options_of(helm4, "gamma.plannedOptions") == sorted(PLANNED_OPTIONS)
+    prepare = argparse.ArgumentParser()
+    add_arguments(prepare)
+    assert set(options_of(helm4, "gamma.givenOptions")) <= {
+        a.removeprefix("--") for a in prepare._option_string_actions
+    }
+
+
+def test_other_arguments_are_taken(helm4):
+    taken = [
+        "--enforce-eager",
+        "--tool-call-parser=hermes",
+        "--lora-modules",
+        "sql=/model/sql",
+        "value-of--max-model-len",
+    ]
+    objects = render(helm4, allocation(vllmArgs=taken, prepareArgs=["--max-num-batched-tokens=4096"]))
+    (deployment,) = by_kind(objects, "Deployment")
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["containers"][0]["args"][-5:] == taken
+    assert [f"--vllm-arg={argument}" for argument in taken] == spec["initContainers"][0]["args"][-5:]
+
+
+def test_a_checkpoint_that_nobody_planned_here_is_served_as_one_likes(helm4):
+    values = {"prepare": {"mode": "none"}, "modelVolume": {"type": "existing", "existingClaim": "a"}}
+    assert render(helm4, allocation(vllmArgs=["--max-model-len=32768"]) | values)
 
 
 def test_all_mistakes_are_told_at_once():

@@ -1,4 +1,4 @@
-"""Checks objects against the schemas of Kubernetes and of the three custom resources that the chart makes."""
+"""Checks objects against the schemas of Kubernetes and of the custom resources that the chart makes."""
 
 import json
 from functools import cache
@@ -13,7 +13,7 @@ __all__ = ["check_object"]
 
 # The schemas of one version are megabytes, read anew for each object otherwise.
 kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
-_CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
+_CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute"}
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,9 +56,11 @@ def test_metrics_are_clean_and_count(sidecar: Running) -> None:
         "gamma_solve_duration_seconds_count",
         "gamma_solve_gap_ratio_bucket",
         'gamma_jobs{state="queued"}',
-        'gamma_plan_headroom_bytes{gpu="NVIDIA L4",model="tiny"}',
+        "gamma_solves_cut_total 0.0",
+        "gamma_job_failures_total 0.0",
     ):
         assert line in text, text
+    assert "gamma_plan_headroom_bytes{" not in text  # of a plan that somebody asked for: nothing serves it
     command = [program("promtool"), "check", "metrics"]
     checked = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
@@ -77,6 +80,29 @@ def test_a_node_prepares_itself_and_is_ready_then(tiny_store: Path, tmp_path: Pa
     _, manifest = check_checkpoint(out / "checkpoint")
     assert manifest.digest == node["manifest_digest"]
     assert (out / "vllm.yaml").exists()
+
+
+def test_a_prepared_folder_is_told_of(tiny_store: Path, tmp_path: Path) -> None:
+    """The sidecar beside a server whose init container prepared the folder."""
+    out = tmp_path / "served"
+    gamma("prepare", "tiny", "--store", tiny_store, "--out", out, "--gpu", "l4", "--max-model-len", 128)
+    plan = json.loads((out / "plan.json").read_text())
+    headroom = plan["weight_budget_bytes"] - plan["smallest_weight_bytes"]
+    with running(tmp_path / "log", "--store", tiny_store, "--prepared", out, "--read-only") as service:
+        node = service.get("/v1/node")
+        assert (node["state"], node["checkpoint"]) == ("ready", str(out / "checkpoint"))
+        service.post("/v1/plans", {"model": "tiny", "gpu": "h100"})
+        (line,) = re.findall(r"^gamma_plan_headroom_bytes.*$", service.http.get("/metrics").text, re.MULTILINE)
+        assert line.startswith('gamma_plan_headroom_bytes{gpu="NVIDIA L4",model="tiny"} ')
+        assert float(line.rpartition(" ")[2]) == headroom
+        assert f'manifest="{node["manifest_digest"]}"' in service.http.get("/metrics").text
+
+
+def test_a_folder_that_tells_nothing_does_not_take_the_pod_down(tiny_store: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "--store", tiny_store, "--prepared", tmp_path / "none") as service:
+        assert service.http.get("/readyz").status_code == 200
+        assert service.get("/v1/node")["state"] == "off"
+    assert "tells nothing of what is served" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,9 @@ from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import InputError
 from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
+from allocator.fitting import Plan
 from allocator.progress import silent
-from allocator.sidecar.choice import choose, find_entry
+from allocator.sidecar.choice import Choice, choose, find_entry
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
 from tests.fitting.nvml import L4, NEEDED, library
@@ -143,3 +145,92 @@ def test_without_a_gpu_the_automatic_choice_says_what_to_give(tiny_store: Path, 
         return
     refused = gamma("prepare", "tiny", "--store", tiny_store, "--out", tmp_path / "out", code=2)
     assert "no GPU is visible" in refused.stderr
+
+
+def choose_with(store: Path, **asked: Any) -> Choice:
+    opened = Store(str(store))
+    settings = PrepareSettings(model="Qwen3-32B", gpu="l40s", max_model_len=8192, **asked)
+    return choose(settings, find_entry(opened, "Qwen3-32B"), opened, silent)
+
+
+def test_a_server_of_which_no_number_of_requests_was_said_answers_more_than_one(store: Path) -> None:
+    """It runs as many as vLLM does by default; the KV cache holds one of the longest, whatever their number."""
+    chosen = choose_with(store)
+    assert chosen.vllm_arguments["max-num-seqs"] == 256
+    assert chosen.plan is not None
+    assert chosen.plan.planned is not None
+    assert chosen.plan.planned.sequences >= 1
+    assert chosen.plan.line("KV cache").note == "1 x 8192 tokens"
+    eight = choose_with(store, max_num_seqs=8)
+    assert eight.vllm_arguments["max-num-seqs"] == 8
+    assert eight.plan is not None
+    assert eight.plan.line("KV cache").nbytes > 7 * chosen.plan.line("KV cache").nbytes
+
+
+def test_on_a_gpu_fused_layers_have_one_width_and_the_price_is_told(store: Path) -> None:
+    def widths(choice: Choice) -> list[set[int]]:
+        layers: dict[str, set[int]] = {}
+        for name, form in choice.manifest.modules.items():
+            if name.endswith(("q_proj", "k_proj", "v_proj")):
+                layers.setdefault(name.rpartition(".")[0], set()).add(form.num_bits)
+        return list(layers.values())
+
+    by_plan = choose_with(store, max_num_seqs=4)
+    assert {len(bits) for bits in widths(by_plan)} == {1}
+    assert "one width a fused layer costs" in by_plan.reason
+    assert "14% of decode" in by_plan.reason
+    free = choose_with(store, max_num_seqs=4, fusion="free")
+    assert max(len(bits) for bits in widths(free)) > 1
+    assert "fused layer" not in free.reason
+    by_bits = choose_with(store, budget="3.3bits")
+    assert {len(bits) for bits in widths(by_bits)} == {1}
+    assert "one width a fused layer costs" in by_bits.reason
+
+
+def test_adapters_are_counted_and_served(tiny_store: Path, tmp_path: Path) -> None:
+    base = ["prepare", "tiny", "--store", tiny_store, "--gpu", "l4", "--max-model-len", 128, "--json"]
+    lora = ["--enable-lora", "--max-loras", 3, "--max-lora-rank", 32, "--lora-target-modules", "qkv_proj,o_proj"]
+    prepared = json.loads(gamma(*base, *lora, "--out", tmp_path).stdout)
+    told = {name: prepared["vllm_arguments"][name] for name in ("enable-lora", "max-loras", "max-lora-rank")}
+    assert told == {"enable-lora": True, "max-loras": 3, "max-lora-rank": 32}
+    assert 'lora-target-modules: ["qkv_proj", "o_proj"]' in (tmp_path / "vllm.yaml").read_text().splitlines()
+    plan = Plan.read(tmp_path / "plan.json")
+    assert plan.line("LoRA adapters").nbytes > 0
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--max-num-seqs=64", "--max_model_len=4096", "-tp=2", "--enable-lora", "--kv-cache-memory-bytes=1000000000"],
+)
+def test_arguments_for_vllm_that_contradict_the_plan_are_refused(store: Path, argument: str) -> None:
+    with pytest.raises(InputError, match="contradicts the plan"):
+        choose_with(store, max_num_seqs=4, vllm_args=[argument])
+
+
+def test_arguments_for_vllm_that_the_plan_does_not_decide_are_taken(store: Path) -> None:
+    harmless = ["--enforce-eager", "--tool-call-parser", "hermes", "--max-num-seqs", "4", "--max-model-len=8192"]
+    assert choose_with(store, max_num_seqs=4, vllm_args=harmless).plan
+
+
+def test_ranks_that_do_not_divide_the_model_are_refused_without_a_gpu_too(tiny_store: Path, tmp_path: Path) -> None:
+    arguments = ["--store", tiny_store, "--out", tmp_path, "--budget", "4bits", "--tensor-parallel-size", 3]
+    refused = gamma("prepare", "tiny", *arguments, "--max-model-len", 64, code=2).stderr
+    assert "does not divide the model's" in refused
+
+
+def test_a_model_of_the_hub_is_taken_in_its_revision(learned: tuple[Path, Path], tmp_path: Path) -> None:
+    """A cache of the hub that has two revisions, of which `main` is another model's; nothing is downloaded."""
+    model, work = learned
+    cached = tmp_path / "hub" / "models--org--tiny"
+    for revision, commit in (("v1", "1" * 40), ("main", "2" * 40)):
+        shutil.copytree(model, cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+    (cached / "snapshots" / ("2" * 40) / "config.json").write_text("{}")
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    store = tmp_path / "store"
+    gamma("store", "add", work, "--model", "hf://org/tiny@v1", "--store", store, "--name", "tiny", **offline)
+    (entry,) = Store(str(store)).entries()
+    assert (entry.source.location, entry.source.revision) == ("org/tiny", "v1")
+    gamma("prepare", "org/tiny", "--store", store, "--out", tmp_path / "out", "--budget", "4bits", **offline)
+    check_checkpoint(tmp_path / "out" / "checkpoint")

@@ -244,6 +244,8 @@ def test_search_cut_by_the_time_limit_still_fits_and_tells_its_gap(make_large, m
     solution = solve(scores, budget, most_states=most_states, time_limit_seconds=1e-6)
     assert solution.tensor_bytes <= budget
     assert solution.gap >= 0
+    assert solution.cut == (solution.gap > 0)
+    assert make_manifest(scores, solution, "x", budget).proof.cut == (True if solution.cut else None)
     assert solution.bound <= solve(scores, budget).objective * (1 + 1e-9) <= solution.objective * (1 + 2e-9)
 
 

@@ -76,6 +76,7 @@ def test_descent_finds_the_best_or_nearly(seed: int) -> None:
         assert truth - 1e-12 <= solution.objective <= 1.02 * truth
         assert solution.bound <= truth + 1e-12
         assert solution.gap == pytest.approx(solution.objective - solution.bound)
+        assert not solution.cut  # what is left is the bound's
 
 
 def test_descent_never_loses_against_scores_alone() -> None:

@@ -6,7 +6,7 @@
 {{- /* A catalogue of auto reads the device, so this container must see it: init containers and containers share. */}}
 {{- $device := and (not $a.profile.gpuMemory) (eq (default "auto" $a.profile.catalogue) "auto") -}}
 name: prepare
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [gamma, prepare]
 args:
   - {{ $a.model }}
@@ -22,15 +22,18 @@ volumeMounts:
   - name: model
     mountPath: /model
   {{- include "gamma.storeMounts" .root | nindent 2 }}
+  {{- with $a.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{- define "gamma.sidecarContainer" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
-{{- $native := eq $values.prepare.mode "native" -}}
+{{- $native := eq $a.mode "native" -}}
 name: sidecar
 {{- if $native }}
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 restartPolicy: Always
 {{- else }}
 {{ include "gamma.sidecarImage" .root }}
@@ -42,6 +45,7 @@ args:
   {{- include "gamma.requestArgs" . | nindent 2 }}
   {{- else }}
   - --store={{ $values.store.url }}
+  - --prepared={{ include "gamma.outFolder" . }}
   {{- end }}
   - --host=0.0.0.0
   - --port={{ int64 $values.sidecar.port }}
@@ -54,7 +58,7 @@ args:
   {{- end }}
 env:
   {{- include "gamma.env" (dict "root" .root "hubCache" (ternary "/model/.huggingface" "/cache/huggingface" $native)) | nindent 2 }}
-  {{- with $values.sidecar.extraEnv }}
+  {{- with concat (ternary $values.prepare.extraEnv list $native) $values.sidecar.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 ports:
@@ -74,13 +78,17 @@ readinessProbe:
   httpGet: {path: /readyz, port: sidecar}
   periodSeconds: 10
 resources:
-  {{- toYaml $values.sidecar.resources | nindent 2 }}
+  {{- toYaml (ternary $values.prepare.resources $values.sidecar.resources $native) | nindent 2 }}
 volumeMounts:
-  {{- if $native }}
   - name: model
     mountPath: /model
-  {{- end }}
+    {{- if not $native }}
+    readOnly: true
+    {{- end }}
   {{- include "gamma.storeMounts" .root | nindent 2 }}
+  {{- with $a.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
   {{- if $values.sidecar.tokenSecret }}
   - name: sidecar-tokens
     mountPath: /var/run/gamma/tokens
@@ -92,18 +100,23 @@ volumeMounts:
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
 name: vllm
-{{ include "gamma.vllmImage" .root }}
+{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [vllm, serve]
 args:
+  {{- if $a.checkpoint }}
+  {{- include "gamma.servedArgs" (dict "allocation" $a) | nindent 2 }}
+  {{- else }}
   - --config
   - {{ include "gamma.outFolder" . }}/vllm.yaml
+  {{- end }}
   - --host=0.0.0.0
   - --port={{ int64 $values.vllm.port }}
   {{- range concat $values.vllm.extraArgs $a.vllmArgs }}
   - {{ . | quote }}
   {{- end }}
 env:
-  {{- include "gamma.env" (dict "root" .root "hubCache" "/cache/huggingface") | nindent 2 }}
+  {{- $fromHub := hasPrefix "hf://" $a.checkpoint }}
+  {{- include "gamma.env" (dict "root" .root "hubCache" (ternary "/model/.huggingface" "/cache/huggingface" $fromHub)) | nindent 2 }}
   - name: VLLM_CACHE_ROOT
     value: /cache/vllm
   - name: VLLM_NO_USAGE_STATS
@@ -155,7 +168,9 @@ resources:
 volumeMounts:
   - name: model
     mountPath: /model
+    {{- if not $fromHub }}
     readOnly: true
+    {{- end }}
   - name: shm
     mountPath: /dev/shm
   - name: cache
@@ -167,15 +182,20 @@ volumeMounts:
     mountPath: /var/run/gamma/hub
     readOnly: true
   {{- end }}
-  {{- with concat $values.extraVolumeMounts $values.vllm.extraVolumeMounts }}
+  {{- with concat $values.extraVolumeMounts $values.vllm.extraVolumeMounts $a.volumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end -}}
 
 {{- define "gamma.modelVolume" -}}
 {{- $volume := .root.Values.modelVolume -}}
+{{- $a := include "gamma.allocation" . | fromJson -}}
 name: model
-{{- if eq $volume.type "emptyDir" }}
+{{- if hasPrefix "oci://" $a.checkpoint }}
+image:
+  reference: {{ trimPrefix "oci://" $a.checkpoint }}
+  pullPolicy: {{ .root.Values.images.vllm.pullPolicy }}
+{{- else if eq $volume.type "emptyDir" }}
 emptyDir:
   sizeLimit: {{ $volume.size }}
 {{- else }}

@@ -16,6 +16,15 @@
 {{- printf "%s-%s" (include "gamma.fullname" .root) .allocation.name | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* dict allocation domain -> host name under which clients ask for the allocation; empty if nothing says it */}}
+{{- define "gamma.host" -}}
+{{- if .allocation.host -}}
+{{- .allocation.host -}}
+{{- else if .domain -}}
+{{- printf "%s.%s" .allocation.name .domain -}}
+{{- end -}}
+{{- end -}}
+
 {{/* dict root component [allocation] */}}
 {{- define "gamma.selectorLabels" -}}
 app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
@@ -34,6 +43,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* dict allocation (with its defaults): what `kubectl get -L gamma/budget,gamma/gpu` shows. Of a digest the first 12 digits:
+labels have no colon and 63 characters at most. */}}
+{{- define "gamma.shownLabels" -}}
+gamma/budget: {{ .allocation.budget | replace "sha256:" "sha256-" | trunc 19 | quote }}
+gamma/gpu: {{ printf "%dx%s" (int64 .allocation.count) (regexReplaceAll "[^A-Za-z0-9_.-]" .allocation.gpu "-") | trunc 63 | trimAll "-._" | quote }}
 {{- end -}}
 
 {{/* metadata: dict root name component [allocation] [annotations] [labels] */}}

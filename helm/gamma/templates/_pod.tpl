@@ -1,6 +1,6 @@
 {{/* Parts of pods that all components share. */}}
 
-{{/* dict root [profile] [nodeSelector] [tolerations]: identity, security and place of a pod */}}
+{{/* dict root [profile] [nodeSelector] [tolerations] [priorityClassName] [claimant count]: identity, security and place of a pod */}}
 {{- define "gamma.podBase" -}}
 {{- $values := .root.Values -}}
 {{- $profile := default dict .profile -}}
@@ -15,11 +15,15 @@ imagePullSecrets:
 {{- end }}
 securityContext:
   {{- toYaml $values.podSecurityContext | nindent 2 }}
-{{- with $values.priorityClassName }}
+{{- with default $values.priorityClassName .priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- with $values.schedulerName }}
 schedulerName: {{ . }}
+{{- end }}
+{{- if $profile.deviceClass }}
+resourceClaims:
+  - {name: gpu, resourceClaimTemplateName: {{ include "gamma.claimTemplateName" (dict "name" .claimant "profile" $profile "count" .count) }}}
 {{- end }}
 {{- with $profile.runtimeClassName }}
 runtimeClassName: {{ . }}
@@ -28,7 +32,7 @@ runtimeClassName: {{ . }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- $gpuTolerations := ternary $values.gpuTolerations list (not (empty $profile.resource)) }}
+{{- $gpuTolerations := ternary $values.gpuTolerations list (not (and (empty $profile.resource) (empty $profile.deviceClass))) }}
 {{- with concat $gpuTolerations (default list $profile.tolerations) $values.tolerations (default list .tolerations) }}
 tolerations:
   {{- toYaml . | nindent 2 }}
@@ -60,8 +64,37 @@ tolerations:
 {{- $_ := set $resources $kind (mergeOverwrite (default dict (get $resources $kind)) (dict $.profile.resource (int64 $.count))) -}}
 {{- end -}}
 {{- end -}}
+{{- if .profile.deviceClass -}}
+{{- $_ := set $resources "claims" (append (default list $resources.claims) (dict "name" "gpu")) -}}
+{{- end -}}
 {{- toYaml $resources -}}
 {{- end -}}
+
+{{/* dict profile count -> the claim of a pod on its devices (spec of a ResourceClaim), as JSON */}}
+{{- define "gamma.deviceClaim" -}}
+{{- $exactly := dict "deviceClassName" .profile.deviceClass "allocationMode" "ExactCount" "count" (int64 .count) -}}
+{{- $selectors := list -}}
+{{- range .profile.deviceSelectors -}}{{- $selectors = append $selectors (dict "cel" (dict "expression" .)) -}}{{- end -}}
+{{- if $selectors -}}{{- $_ := set $exactly "selectors" $selectors -}}{{- end -}}
+{{- dict "devices" (dict "requests" (list (dict "name" "gpu" "exactly" $exactly))) | toJson -}}
+{{- end -}}
+
+{{/* dict name profile count -> name of the ResourceClaimTemplate. A template cannot change, so each claim has its own. */}}
+{{- define "gamma.claimTemplateName" -}}
+{{- printf "%s-%s" (.name | trunc 54 | trimSuffix "-") (include "gamma.deviceClaim" . | sha256sum | trunc 8) -}}
+{{- end -}}
+
+{{/* dict root name component profile count [allocation] */}}
+{{- define "gamma.claimTemplate" -}}
+---
+apiVersion: resource.k8s.io/v1
+kind: ResourceClaimTemplate
+metadata:
+  {{- include "gamma.metadata" (merge (dict "name" (include "gamma.claimTemplateName" .)) .) | nindent 2 }}
+spec:
+  spec:
+    {{- include "gamma.deviceClaim" . | fromJson | toYaml | nindent 4 }}
+{{ end -}}
 
 {{/* dict root hubCache: environment of everything that reads the store or the hub. HOME and every cache are in writable
 folders; models from the hub go to the large one. */}}
@@ -145,10 +178,18 @@ folders; models from the hub go to the large one. */}}
 {{/* Image and security context of a container. Writing a checkpoint needs torch, so it runs in the image of vLLM, which
 the node holds anyway; planning and watching run in the small one. */}}
 {{- define "gamma.vllmImage" -}}
-image: {{ include "gamma.image" (dict "root" . "image" .Values.images.vllm) }}
-imagePullPolicy: {{ .Values.images.vllm.pullPolicy }}
+{{- include "gamma.servingImage" (dict "root" . "image" dict) -}}
+{{- end -}}
+
+{{/* dict root image: the image of vLLM with what an allocation changes; its own tag wins over the digest of all */}}
+{{- define "gamma.servingImage" -}}
+{{- $image := deepCopy .root.Values.images.vllm -}}
+{{- if or .image.repository .image.tag -}}{{- $_ := set $image "digest" "" -}}{{- end -}}
+{{- $image = mergeOverwrite $image .image -}}
+image: {{ include "gamma.image" (dict "root" .root "image" $image) }}
+imagePullPolicy: {{ $image.pullPolicy }}
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml .root.Values.securityContext | nindent 2 }}
 {{- end -}}
 
 {{- define "gamma.sidecarImage" -}}
