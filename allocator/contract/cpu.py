@@ -1,16 +1,32 @@
-"""What the CPU at hand can do."""
+"""What the CPU at hand can do, and what of it is used: `GAMMA_CPU_ISA` hides the rest. It is read here alone."""
 
 import functools
+import os
 from pathlib import Path
 
-__all__ = ["cpu_flags"]
+__all__ = ["CPU_ISA_VARIABLE", "cpu_flags"]
+
+CPU_ISA_VARIABLE = "GAMMA_CPU_ISA"
+# What each value hides, by how names begin. AVX2 machines (Zen 3) have no `avx_vnni` and the like either.
+_HIDDEN = {"avx2": ("avx512", "avx10", "avx_", "amx"), "avx512": ("amx",), "amx": ()}
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that Linux names of the first processor ("avx512_bf16", "amx_tile"); empty elsewhere.
+
+    `GAMMA_CPU_ISA=avx2|avx512|amx` means at most this: what is above is left out, and our own kernels do not use it.
+    Other libraries ask the processor themselves. Raises ValueError for another value.
+    """
+    most = os.environ.get(CPU_ISA_VARIABLE) or "amx"
+    if most not in _HIDDEN:
+        raise ValueError(f"{CPU_ISA_VARIABLE}={most!r}: expected one of {', '.join(_HIDDEN)}, or nothing")
+    return frozenset(flag for flag in _flags_of_first_processor() if not flag.startswith(_HIDDEN[most]))
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The instruction sets that Linux names of the first processor ("avx512_bf16", "amx_tile"); empty elsewhere."""
+def _flags_of_first_processor() -> tuple[str, ...]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+        return ()
+    return next((tuple(line.split()) for line in lines if line.startswith("flags")), ())

@@ -143,6 +143,7 @@ def _library() -> ctypes.CDLL:
     library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
     library.gamma_dequantize.argtypes = [pointer, pointer]
     library.gamma_use_amx.argtypes, library.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
+    library.gamma_use_amx("amx_bf16" in cpu_flags())
     return library
 
 
