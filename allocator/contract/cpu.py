@@ -2,9 +2,10 @@
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["CPU_ISA_VARIABLE", "cpu_flags"]
+__all__ = ["CPU_ISA_VARIABLE", "cpu_flags", "why_missing"]
 
 CPU_ISA_VARIABLE = "GAMMA_CPU_ISA"
 # What each value hides, by how names begin. AVX2 machines (Zen 3) have no `avx_vnni` and the like either.
@@ -21,6 +22,16 @@ def cpu_flags() -> frozenset[str]:
     if most not in _HIDDEN:
         raise ValueError(f"{CPU_ISA_VARIABLE}={most!r}: expected one of {', '.join(_HIDDEN)}, or nothing")
     return frozenset(flag for flag in _flags_of_first_processor() if not flag.startswith(_HIDDEN[most]))
+
+
+def why_missing(wanted: Iterable[str]) -> str | None:
+    """Why code that needs these instruction sets cannot run here, or None: it can."""
+    missing = [flag for flag in wanted if flag not in cpu_flags()]
+    if not missing:
+        return None
+    most = os.environ.get(CPU_ISA_VARIABLE)
+    hidden = most and set(missing) <= set(_flags_of_first_processor())
+    return f"{CPU_ISA_VARIABLE}={most} hides {', '.join(missing)}" if hidden else f"this CPU has no {', '.join(missing)}"
 
 
 @functools.cache
