@@ -147,5 +147,8 @@ def _fake_bfloat16(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tenso
 
 _SCHEMA = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero_point, int num_bits"
 define("gather_rows", f"{_SCHEMA}, ScalarType dtype) -> Tensor", gather_rows, _fake)
-for _name in ("native_gather_rows", "native_avx2_gather_rows"):  # native.cpp and native_avx2.cpp have the implementations
+for _name in (
+    "native_gather_rows",
+    "native_avx2_gather_rows",
+):  # native.cpp and native_avx2.cpp have the implementations
     define(_name, f"{_SCHEMA}) -> Tensor", None, _fake_bfloat16)

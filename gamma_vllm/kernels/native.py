@@ -1,11 +1,11 @@
-"""Our own kernels for CPUs with AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids): `native.cpp`, and for
-those with AVX2, FMA and F16C (AMD from Zen 1, Intel from Haswell): `native_avx2.cpp`.
+"""Our own kernels for CPUs: `native.cpp` for AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids), and
+`native_avx2.cpp` for AVX2, FMA and F16C (AMD from Zen 1, Intel from Haswell).
 
 They read codes and scales as the checkpoint stores them, so nothing is repacked and nothing is larger in memory but the
 zero points, one byte each (`resident_bytes`). Few activations are multiplied code by code; many, as in prefill, with
-weights dequantized a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
-registers of AVX-512. Tiles take three to 32 activations code by code too. With AVX2 codes and activations are multiplied
-as integers of 16 bits.
+weights unpacked a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
+registers. Tiles take three to 32 activations code by code too. With AVX2 codes and activations are multiplied as
+integers of 16 bits.
 
 What is needed is compiled on first use with the C++ compiler that is there, into vLLM's cache folder; `gamma warmup`
 does it ahead, for images without a compiler.
@@ -36,7 +36,7 @@ from gamma_vllm.kernels.library import define
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
 
-__all__ = ["Isa", "NativeKernel", "build", "resident_bytes"]
+__all__ = ["Isa", "NativeKernel", "build", "resident_bytes", "usable_isas"]
 
 Isa = Literal["avx512", "avx2"]
 
@@ -62,8 +62,13 @@ def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symm
     return rows * columns * num_bits // 8 + groups * (2 if symmetric else 3)
 
 
+def usable_isas() -> tuple[Isa, ...]:
+    """The instruction sets that there is a kernel for and that it has passed its self-test with, the best first."""
+    return tuple(isa for isa in _NEEDED if _why_not(isa) is None)
+
+
 def _best_isa() -> Isa:
-    return next((isa for isa in _NEEDED if _why_not(isa) is None), "avx2")
+    return next(iter(usable_isas()), "avx2")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr long kFewTokens = 16;  // up to so many are faster code by code (measured, Zen 5, one core)
+constexpr long kFewTokens = 10;  // up to so many are faster code by code (measured, Zen 5, one core)
 
 // Calls work(std::integral_constant<int, bits>()).
 template <typename Work>

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "native_layout.h"
 
@@ -15,9 +16,25 @@ namespace {
 
 constexpr int kLanes = 16;  // of 16 bits in a vector
 
+#define GAMMA_LAMBDA __attribute__((always_inline))
+
+// work(0), work(1), ... work(COUNT - 1): a loop that is unrolled before anything else, so that what it indexes is in registers.
+template <int COUNT, typename Work>
+GAMMA_INNER void each(const Work& work) {
+    [&]<int... I>(std::integer_sequence<int, I...>) GAMMA_LAMBDA { (work(I), ...); }(std::make_integer_sequence<int, COUNT>());
+}
+
 GAMMA_INNER __m256i load_halves(const void* low, const void* high) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low)),
                                    _mm_loadu_si128((const __m128i*)high), 1);
+}
+
+// sums plus the products of neighbours, [8, 2] times [8, 2]. As one piece of assembly: compilers would rather make all
+// products of a loop first, and have no registers left for the sums.
+GAMMA_INNER __m256i plus_products(__m256i sums, __m256i a, __m256i b) {
+    __m256i products;
+    __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
+    return sums;
 }
 
 // 8 floats of bfloat16 or float16.

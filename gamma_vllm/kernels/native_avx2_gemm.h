@@ -93,8 +93,8 @@ void multiply_tile(const Weight& w, const int16_t* panel, const float* scales, c
                 int32_t pair;
                 std::memcpy(&pair, x + m * columns + k, 4);
                 const __m256i activation = _mm256_set1_epi32(pair);
-                sums[m][0] = _mm256_add_epi32(sums[m][0], _mm256_madd_epi16(first, activation));
-                sums[m][1] = _mm256_add_epi32(sums[m][1], _mm256_madd_epi16(second, activation));
+                sums[m][0] = plus_products(sums[m][0], first, activation);
+                sums[m][1] = plus_products(sums[m][1], second, activation);
             }
         }
         for (int m = 0; m < M; m++) {

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr long kAhead = 8192;  // bytes that are asked for ahead of their use
-constexpr int kChunk = 16;     // groups whose scales are made ready at a time
+constexpr int kChunk = 8;      // groups whose scales are made ready at a time
 
 constexpr int codes_in_lane(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : bits == 7 ? 1 : 2; }
 
@@ -118,21 +118,34 @@ GAMMA_INNER void ask_for(const uint8_t* from, long bytes) {
     for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, _MM_HINT_T0);
 }
 
-// Scales and zero points of at most 8 groups that follow each other, as floats; those that are not there are zeros.
+// Scales and zero points of 8 groups that follow each other, as floats. Where they are BOUNDED those behind the last group
+// of the row are zeros; else they are another row's, and their activations are zeros.
+template <bool BOUNDED>
 GAMMA_INNER void read_scales(const Weight& w, long row, long group, __m256& scales, __m256& zeros) {
-    const long at = row * w.groups() + group, there = std::min(w.groups() - group, 8L);
-    uint16_t halves[8] = {0};
-    uint8_t points[8] = {0};
-    const bool whole = there == 8;
-    if (!whole) std::memcpy(halves, w.scale + at, 2 * std::max(there, 0L));
-    scales = widen(_mm_loadu_si128((const __m128i*)(whole ? w.scale + at : halves)), w.scale_is_bf16);
+    const long at = row * w.groups() + group;
+    const uint16_t* halves = w.scale + at;
+    const uint8_t* points = w.zeros + at;
+    alignas(16) uint16_t few_halves[8] = {0};
+    alignas(8) uint8_t few_points[8] = {0};
+    if (BOUNDED) {
+        const long there = std::min(w.groups() - group, 8L);
+        std::memcpy(few_halves, halves, there * sizeof(uint16_t));
+        halves = few_halves;
+        if (w.zeros) std::memcpy(few_points, points, there);
+        points = few_points;
+    }
+    scales = widen(_mm_loadu_si128((const __m128i*)halves), w.scale_is_bf16);
     if (w.zeros) {
-        if (!whole) std::memcpy(points, w.zeros + at, std::max(there, 0L));
-        const __m128i bytes = _mm_loadl_epi64((const __m128i*)(whole ? w.zeros + at : points));
-        zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+        zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)points)));
     } else {
         zeros = _mm256_set1_ps(float(1 << (w.bits - 1)));  // a symmetric module has its zero point in the middle
     }
+}
+
+// The sums of four vectors' lanes.
+GAMMA_INNER __m128 sums_of_lanes(const __m256* v) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 // R neighbouring rows of the weight times M activations from `token` on, to out[M, rows].
@@ -158,93 +171,101 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, long row, const Acti
     }
     long k = 0;
     for (long first = 0; first < groups; first += kChunk) {
-        for (long group = first; group < first + kChunk; group += 8) {
-            for (int r = 0; r < R; r++) {
-                __m256 of_weight, zeros;
-                read_scales(w, row + r, group, of_weight, zeros);
-                for (int m = 0; m < M; m++) {
-                    const long at = m * all.groups + group;
-                    const __m256 off = _mm256_mul_ps(zeros, _mm256_loadu_ps(sums_of_x + at));
-                    total[r][m] = _mm256_fnmadd_ps(off, of_weight, total[r][m]);
-                    _mm256_store_ps(scales[r][m] + group - first, _mm256_mul_ps(of_weight, _mm256_loadu_ps(scales_of_x + at)));
-                }
+        for (int r = 0; r < R; r++) {
+            __m256 of_weight, zeros;
+            read_scales<BOUNDED>(w, row + r, first, of_weight, zeros);
+            for (int m = 0; m < M; m++) {
+                const long at = m * all.groups + first;
+                const __m256 off = _mm256_mul_ps(zeros, _mm256_loadu_ps(sums_of_x + at));
+                total[r][m] = _mm256_fnmadd_ps(off, of_weight, total[r][m]);
+                _mm256_store_ps(scales[r][m], _mm256_mul_ps(of_weight, _mm256_loadu_ps(scales_of_x + at)));
             }
         }
         const long end = std::min(w.columns, (first + kChunk) * w.group_size);
         for (long group = 0; k < end; group += in_step) {
             __m256i sums[R][M];
-            for (int r = 0; r < R; r++) {
-                for (int m = 0; m < M; m++) sums[r][m] = _mm256_setzero_si256();
-            }
+            each<R * M>([&](int i) GAMMA_LAMBDA { sums[i / M][i % M] = _mm256_setzero_si256(); });
             for (const long stop = k + columns; k < stop; k += Of::kColumns) {
                 // In the order of memory, so that the caches' own prefetchers see one stream.
-                if (M == 1) ask_for(begin + kAhead + k * R * BITS / 8, R * Of::kBytes);
+                ask_for(begin + kAhead + k * R * BITS / 8, R * Of::kBytes);
                 __m256i lanes[R];
-                for (int r = 0; r < R; r++) {
-                    const long at = r * row_bytes + k * BITS / 8;
+                each<R>([&](int r) GAMMA_LAMBDA {
+                    const long at = r * row_bytes + long(size_t(k) * BITS / 8);
                     lanes[r] = step.template lanes<BOUNDED>(begin + at, row_bytes - k * BITS / 8);
-                }
-#pragma GCC unroll 8
-                for (int code = 0; code < Of::kCodes; code++) {
+                });
+                each<Of::kCodes>([&](int code) GAMMA_LAMBDA {
                     __m256i codes[R];
-                    for (int r = 0; r < R; r++) codes[r] = step.code(lanes[r], code);
-                    for (int m = 0; m < M; m++) {
+                    each<R>([&](int r) GAMMA_LAMBDA { codes[r] = step.code(lanes[r], code); });
+                    each<M>([&](int m) GAMMA_LAMBDA {
                         const __m256i values = _mm256_load_si256((const __m256i*)(x + m * all.stride + k + code * kLanes));
-                        for (int r = 0; r < R; r++) {
-                            sums[r][m] = _mm256_add_epi32(sums[r][m], _mm256_madd_epi16(codes[r], values));
-                        }
-                    }
-                }
+                        each<R>([&](int r) GAMMA_LAMBDA { sums[r][m] = plus_products(sums[r][m], codes[r], values); });
+                    });
+                });
             }
-            for (int r = 0; r < R; r++) {
-                for (int m = 0; m < M; m++) {
-                    const float* const from = scales[r][m] + group;
-                    const __m256 scale = in_step == 1 ? _mm256_broadcast_ss(from)
-                                                      : _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), group_of_lane);
-                    total[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][m]), scale, total[r][m]);
-                }
-            }
+            each<R * M>([&](int i) GAMMA_LAMBDA {
+                const float* const from = scales[i / M][i % M] + group;
+                const __m256 scale = in_step == 1 ? _mm256_broadcast_ss(from)
+                                                  : _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), group_of_lane);
+                __m256& all_groups = total[i / M][i % M];
+                all_groups = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i / M][i % M]), scale, all_groups);
+            });
         }
     }
+    alignas(16) float of_rows[R][M];
+    float* const flat = &of_rows[0][0];
+    const __m256* const vectors = &total[0][0];
+    if constexpr (R * M % 4 == 0) {
+        for (int i = 0; i < R * M; i += 4) _mm_store_ps(flat + i, sums_of_lanes(vectors + i));
+    } else {
+        for (int i = 0; i < R * M; i++) flat[i] = sum_of_lanes(vectors[i]);
+    }
     for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, sum_of_lanes(total[r][m]));
+        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r][m]);
     }
 }
 
-template <int BITS, int R, bool BOUNDED, typename Out>
-void multiply_tokens(const Weight& w, const Step<BITS>& step, long row, const Activations<BITS>& all, long tokens, Out* out,
-                     long out_stride) {
-    long token = 0;
-    for (; token + 4 <= tokens; token += 4) {
-        multiply_rows<BITS, 4, R, BOUNDED>(w, step, row, all, token, out + token * out_stride, out_stride);
+// M activations from `token` on, by all threads: each takes its rows and does not wait for the others.
+template <int BITS, int M, typename Out>
+void multiply_all(const Weight& w, const Step<BITS>& step, const Activations<BITS>& all, long token, Out* out,
+                  long out_stride) {
+    constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
+    // From the rows behind `safe` a whole load could reach behind the weight, or behind the scales.
+    const long row_bytes = w.columns * BITS / 8, last_step = (w.columns - 1) / step.kColumns * step.kBytes;
+    const long over = last_step + step.kReach - row_bytes, over_scales = all.groups - w.groups();
+    const auto rows_of = [](long size, long row) { return size > 0 ? (size + row - 1) / row : 0; };
+    const long unsafe = std::max(rows_of(over, row_bytes), rows_of(over_scales, w.groups()));
+    const long safe = std::max(0L, w.rows - unsafe) / R * R;
+#pragma omp for schedule(static) nowait
+    for (long row = 0; row < safe; row += R) {
+        multiply_rows<BITS, M, R, false>(w, step, row, all, token, out, out_stride);
     }
-    for (; token + 2 <= tokens; token += 2) {
-        multiply_rows<BITS, 2, R, BOUNDED>(w, step, row, all, token, out + token * out_stride, out_stride);
-    }
-    if (token < tokens) {
-        multiply_rows<BITS, 1, R, BOUNDED>(w, step, row, all, token, out + token * out_stride, out_stride);
+#pragma omp for schedule(static) nowait
+    for (long row = safe; row < w.rows; row++) {
+        multiply_rows<BITS, M, 1, true>(w, step, row, all, token, out, out_stride);
     }
 }
 
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows], float32 or bfloat16. Within a parallel region, by
-// all: each thread takes its rows and does not wait for the others.
+// all.
 template <int BITS, typename Out>
 void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
-    constexpr int R = 2;
     thread_local Activations<BITS> all;
+    ask_for(w.packed, kAhead);  // meanwhile the activations are made ready
     all.prepare(x, tokens, w.columns, w.group_size);
     const Step<BITS> step;
-    // From the rows behind `safe` a whole load could reach behind the weight.
-    const long row_bytes = w.columns * BITS / 8, last_step = (w.columns - 1) / step.kColumns * step.kBytes;
-    const long over = last_step + step.kReach - row_bytes;
-    const long safe = std::max(0L, w.rows - (over > 0 ? (over + row_bytes - 1) / row_bytes : 0)) / R * R;
-#pragma omp for schedule(static) nowait
-    for (long row = 0; row < safe; row += R) {
-        multiply_tokens<BITS, R, false>(w, step, row, all, tokens, out, out_stride);
-    }
-#pragma omp for schedule(static) nowait
-    for (long row = safe; row < w.rows; row++) {
-        multiply_tokens<BITS, 1, true>(w, step, row, all, tokens, out, out_stride);
+    for (long token = 0; token < tokens;) {
+        Out* const place = out + token * out_stride;
+        const long left = tokens - token;
+        if (left >= 4) {
+            multiply_all<BITS, 4>(w, step, all, token, place, out_stride);
+            token += 4;
+        } else if (left >= 2) {
+            multiply_all<BITS, 2>(w, step, all, token, place, out_stride);
+            token += 2;
+        } else {
+            multiply_all<BITS, 1>(w, step, all, token, place, out_stride);
+            token += 1;
+        }
     }
 }
 
