@@ -80,9 +80,8 @@ class GammaVocabularyMethod(GammaLinearMethod):
         """Token numbers `[...]` to rows `[..., hidden_size]` in the model's dtype."""
         packed, scale, zero_point = (getattr(layer, _row_name(name), None) for name in _ROWS)
         bits = self.segments[0].num_bits
-        if self.kernel.name == NativeKernel.name and self.params_dtype == torch.bfloat16:
-            ids = input_.to(torch.int64).contiguous()
-            return torch.ops.gamma.native_gather_rows(ids, packed, scale, zero_point, bits)
+        if isinstance(self.kernel, NativeKernel) and self.params_dtype == torch.bfloat16:
+            return self.kernel.gather_rows(input_, packed, scale, zero_point, bits)
         return torch.ops.gamma.gather_rows(input_, packed, scale, zero_point, bits, self.params_dtype)
 
 
@@ -154,4 +153,8 @@ def _fake_bfloat16(ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tenso
 
 _SCHEMA = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero_point, int num_bits"
 define("gather_rows", f"{_SCHEMA}, ScalarType dtype) -> Tensor", gather_rows, _fake)
-define("native_gather_rows", f"{_SCHEMA}) -> Tensor", None, _fake_bfloat16)  # native.cpp has the implementation
+for _name in (
+    "native_gather_rows",
+    "native_avx2_gather_rows",
+):  # native.cpp and native_avx2.cpp have the implementations
+    define(_name, f"{_SCHEMA}) -> Tensor", None, _fake_bfloat16)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.native import NativeKernel, build
 
 __all__ = ["warm_up"]
 
@@ -24,10 +25,8 @@ def warm_up(request: dict[str, Any]) -> dict[str, Any]:
     if kernel.name == "humming":
         compiled = _compile_humming(request, device)
         told = f"humming: {compiled} kernels"
-    elif kernel.name == "native":
-        from gamma_vllm.kernels.native import build
-
-        compiled, told = 1, f"native: {build()}"
+    elif isinstance(kernel, NativeKernel):
+        compiled, told = 1, f"native: {build(kernel.isa)}"
     else:
         compiled, told = 0, f"{kernel.name}: nothing to compile"
     seconds = round(time.perf_counter() - started, 2)

@@ -76,6 +76,7 @@ class ArkKernel:
     compute: str = field(default_factory=_compute_type)
 
     name = "ark"
+    about = ""
     buffers = ()
 
     @property

@@ -30,6 +30,10 @@ class Kernel(Protocol):
     @property
     def signature(self) -> str: ...
 
+    @property
+    def about(self) -> str:
+        """What the log says of it beside its name; may be empty."""
+
     @staticmethod
     def why_not(device: torch.device) -> str | None:
         """Why the kernel cannot run on `device`, or None."""
@@ -74,15 +78,17 @@ def choose_kernel(device: torch.device) -> Kernel:
     reason = _KERNELS[wanted].why_not(device)
     if reason is not None:
         raise RuntimeError(f"{_VARIABLE}={wanted} cannot run: {reason}; use {_VARIABLE}=auto")
-    _report(wanted, device.type)
-    return _KERNELS[wanted]()
+    kernel = _KERNELS[wanted]()
+    _report(wanted, kernel.about, device.type)
+    return kernel
 
 
 @functools.cache
-def _report(name: str, device: str) -> None:
+def _report(name: str, about: str, device: str) -> None:
     """Log the choice, once a process. vLLM shows loggers of its own namespace."""
     logger = init_logger("vllm.gamma")
-    logger.info("gamma: modules below 16 bits use the %s kernel on %s", name, device)
+    detail = f" ({about})" if about else ""
+    logger.info("gamma: modules below 16 bits use the %s kernel on %s%s", name, device, detail)
     if name == TorchKernel.name:
         reasons = {n: k.why_not(torch.device(device)) for n, k in _KERNELS.items() if n != name}
         told = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)

@@ -61,6 +61,7 @@ class HummingKernel:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
     name = "humming"
+    about = ""
     buffers = ("locks",)
 
     @property

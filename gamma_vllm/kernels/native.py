@@ -1,11 +1,13 @@
-"""Our own kernels for CPUs with AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids): `native.cpp`.
+"""Our own kernels for CPUs: `native.cpp` for AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids), and
+`native_avx2.cpp` for AVX2, FMA and F16C (AMD from Zen 1, Intel from Haswell).
 
 They read codes and scales as the checkpoint stores them, so nothing is repacked and nothing is larger in memory but the
 zero points, one byte each (`resident_bytes`). Few activations are multiplied code by code; many, as in prefill, with
-weights dequantized a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
-registers of AVX-512. Tiles take three to 32 activations code by code too.
+weights unpacked a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
+registers. Tiles take three to 32 activations code by code too. With AVX2 codes and activations are multiplied as
+integers of 16 bits.
 
-`native.cpp` is compiled on first use with the C++ compiler that is there, into vLLM's cache folder; `gamma warmup`
+What is needed is compiled on first use with the C++ compiler that is there, into vLLM's cache folder; `gamma warmup`
 does it ahead, for images without a compiler.
 """
 
@@ -18,14 +20,15 @@ import subprocess
 import tempfile
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allocator.contract.cpu import cpu_flags
+from allocator.contract.cpu import cpu_flags, why_missing
 from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels.in_turn import multiply_in_turn
 from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
@@ -33,14 +36,19 @@ from gamma_vllm.kernels.library import define
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
 
-__all__ = ["NativeKernel", "build", "resident_bytes"]
+__all__ = ["Isa", "NativeKernel", "build", "resident_bytes", "usable_isas"]
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = (
-    "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-    "-mavx512vbmi", "-mavx512bf16", "-mfma", "-mf16c",
-)  # fmt: skip
-_CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16", "fma", "f16c")
+Isa = Literal["avx512", "avx2"]
+
+_FOLDER = Path(__file__).parent
+_SOURCES: dict[Isa, str] = {"avx512": "native.cpp", "avx2": "native_avx2.cpp"}
+_NEEDED: dict[Isa, tuple[str, ...]] = {
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+"""What the CPU must have, as Linux names it, in order of preference; and what the compiler may use."""
+_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp")
+_OPERATORS: dict[Isa, str] = {"avx512": "native_layer", "avx2": "native_avx2_layer"}
 
 _FEW_TOKENS = 24
 """Up to so many activations in float16 or float32 are multiplied code by code, as native.cpp does in bfloat16."""
@@ -54,19 +62,42 @@ def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symm
     return rows * columns * num_bits // 8 + groups * (2 if symmetric else 3)
 
 
+def usable_isas() -> tuple[Isa, ...]:
+    """The instruction sets that there is a kernel for and that it has passed its self-test with, the best first."""
+    return tuple(isa for isa in _NEEDED if _why_not(isa) is None)
+
+
+def _best_isa() -> Isa:
+    return next(iter(usable_isas()), "avx2")
+
+
 @dataclass(frozen=True)
 class NativeKernel:
-    """Multiplies on CPUs; see `gamma_vllm.kernels.choose.Kernel`."""
+    """Multiplies on CPUs; see `gamma_vllm.kernels.choose.Kernel`. Both instruction sets take the same tensors."""
+
+    isa: Isa = field(default_factory=_best_isa)
 
     name = "native"
-    signature = "native"
     buffers = ()
+
+    @property
+    def signature(self) -> str:
+        return f"native {self.isa}"
+
+    @property
+    def about(self) -> str:
+        """What is used of the CPU, and why not more."""
+        return self.isa if self.isa == "avx512" else f"{self.isa}: {_why_not('avx512')}"
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
+        """None when one of the instruction sets will do, else what each lacks."""
         if device.type != "cpu":
             return f"it multiplies on CPUs, and the model is on {device}"
-        return _why_not_cpu()
+        reasons = {isa: _why_not(isa) for isa in _NEEDED}
+        if None in reasons.values():
+            return None
+        return "; ".join(f"{isa}: {reason}" for isa, reason in reasons.items())
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
         return ("packed", "scale") if segment.symmetric else ("packed", "scale", "zeros")
@@ -88,29 +119,39 @@ class NativeKernel:
         check_columns(segments, x)
         if not any(segment.quantized for segment in segments):
             return multiply_in_turn(self, segments, tensors, x)
-        operator = torch.ops.gamma.native_layer if x.dtype == torch.bfloat16 else torch.ops.gamma.native_wide_layer
-        return operator(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
+        held, kinds = tensors_of(self, segments, tensors), kinds_of(segments)
+        if x.dtype != torch.bfloat16:
+            return torch.ops.gamma.native_wide_layer(x.contiguous(), held, kinds, self.isa)
+        return getattr(torch.ops.gamma, _OPERATORS[self.isa])(x.contiguous(), held, kinds)
+
+    def gather_rows(
+        self, ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int
+    ) -> Tensor:
+        """What `gamma_vllm.embedding.gather_rows` gives, in bfloat16."""
+        gather = torch.ops.gamma.native_gather_rows if self.isa == "avx512" else torch.ops.gamma.native_avx2_gather_rows
+        return gather(ids.to(torch.int64).contiguous(), packed, scale, zero_point, num_bits)
 
 
 @functools.cache
-def _why_not_cpu() -> str | None:
-    missing = [flag for flag in _CPU_FLAGS if flag not in cpu_flags()]
-    if missing:
-        return f"this CPU has no {', '.join(missing)}"
+def _why_not(isa: Isa) -> str | None:
+    if (missing := why_missing(_NEEDED[isa])) is not None:
+        return missing
     try:
-        _library()
+        _library(isa)
     except (OSError, RuntimeError) as error:
         return str(error)
-    error = _self_test()
+    error = _self_test(isa)
     return None if error < 1e-3 else f"its self-test is off by {error:.3g} (relative)"
 
 
-def build() -> Path:
+def build(isa: Isa) -> Path:
     """The compiled library, made now if it is not in the cache. Raises RuntimeError saying what is missing."""
     from vllm import envs
 
-    sources = b"".join(path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("native_*.h"))))
-    key = hashlib.sha256(sources + " ".join((*_FLAGS, torch.__version__)).encode()).hexdigest()[:16]
+    source = _FOLDER / _SOURCES[isa]
+    flags = (*_FLAGS, *(f"-m{flag.replace('_', '')}" for flag in _NEEDED[isa]))
+    sources = b"".join(path.read_bytes() for path in (source, *sorted(_FOLDER.glob("native_*.h"))))
+    key = hashlib.sha256(sources + " ".join((*flags, torch.__version__)).encode()).hexdigest()[:16]
     target = Path(envs.VLLM_CACHE_ROOT) / "gamma" / f"native-{key}.so"
     if target.exists():
         return target
@@ -126,10 +167,10 @@ def build() -> Path:
     try:
         torch_folder = Path(torch.__file__).parent
         torch_flags = (f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
-        command = [compiler, *_FLAGS, str(_SOURCE), *torch_flags, "-o", temporary]
+        command = [compiler, *flags, str(source), *torch_flags, "-o", temporary]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
+            raise RuntimeError(f"{compiler} cannot compile {source.name}: {done.stderr.strip()[-500:]}")
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -137,17 +178,18 @@ def build() -> Path:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build()))
+def _library(isa: Isa) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build(isa)))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
     library.gamma_dequantize.argtypes = [pointer, pointer]
-    library.gamma_use_amx.argtypes, library.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
-    library.gamma_use_amx("amx_bf16" in cpu_flags())
+    if isa == "avx512":
+        library.gamma_use_amx.argtypes, library.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
+        library.gamma_use_amx("amx_bf16" in cpu_flags())
     return library
 
 
-def _self_test() -> float:
+def _self_test(isa: Isa) -> float:
     """Relative error of a small product against the reference; one with many activations counts a tenth, as it rounds
     to bfloat16."""
     from gamma_vllm.kernels.torch_reference import TorchKernel
@@ -161,7 +203,7 @@ def _self_test() -> float:
         }
         few = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
         many = torch.linspace(-1, 1, 40 * 64, dtype=torch.float32).reshape(40, 64).to(torch.bfloat16)
-    kernel, reference = NativeKernel(), TorchKernel()
+    kernel, reference = NativeKernel(isa), TorchKernel()
     packed = kernel.pack(segment, tensors)
 
     def error(x: Tensor) -> float:
@@ -171,7 +213,7 @@ def _self_test() -> float:
     return max(error(few), error(many) / 10)
 
 
-def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
+def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Isa) -> Tensor:
     """What `_fake_layer` says, for activations in float16 and float32."""
     held, segments, total = iter(tensors), [], 0
     for rows, group_size, bits, symmetric in split_kinds(kinds):
@@ -182,7 +224,7 @@ def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
         total += rows
     flat = x.reshape(-1, x.shape[-1])
     multiply = _few if flat.shape[0] <= _FEW_TOKENS else _dequantized
-    return multiply(flat, segments, total).to(x.dtype).view(*x.shape[:-1], total)
+    return multiply(flat, segments, total, _library(isa)).to(x.dtype).view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
@@ -190,14 +232,14 @@ _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
 
 
 def _described(held: _Held, columns: int) -> "array[int]":
-    """A segment as `struct Weight` of native_weight.h."""
+    """A segment as `struct Weight` of native_layout.h."""
     weight, scale, zero, rows, group_size, bits = held
     zeros = zero.data_ptr() if zero.dtype == torch.uint8 else 0
     bfloat16 = scale.dtype == torch.bfloat16
     return array("q", (weight.data_ptr(), scale.data_ptr(), zeros, bfloat16, rows, columns, group_size, bits))
 
 
-def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+def _few(x: Tensor, segments: list[_Held], total: int, library: ctypes.CDLL) -> Tensor:
     """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
     parts = _as_bfloat16(x)
@@ -211,14 +253,14 @@ def _few(x: Tensor, segments: list[_Held], total: int) -> Tensor:
             place[tokens:].zero_()
         else:
             described = _described(held, columns)
-            _library().gamma_multiply_few(
+            library.gamma_multiply_few(
                 described.buffer_info()[0], parts.data_ptr(), parts.shape[0], place.data_ptr(), total
             )
         start += rows
     return output.view(-1, tokens, total).sum(0) if tokens else output
 
 
-def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
+def _dequantized(x: Tensor, segments: list[_Held], total: int, library: ctypes.CDLL) -> Tensor:
     """Many activations of another dtype: the weight dequantized to float32, and one product for as many rows as the
     work space holds. `[tokens, total]` in float32."""
     tokens, columns = x.shape
@@ -235,7 +277,7 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int) -> Tensor:
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
                 described = _described(held, columns)
-                _library().gamma_dequantize(described.buffer_info()[0], place.data_ptr())
+                library.gamma_dequantize(described.buffer_info()[0], place.data_ptr())
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:
@@ -275,6 +317,11 @@ def _fake_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 
 
-_ARGUMENTS = "(Tensor x, Tensor[] tensors, int[] kinds) -> Tensor"
-define("native_layer", _ARGUMENTS, None, _fake_layer)  # native.cpp has the implementation
-define("native_wide_layer", _ARGUMENTS, _wide_layer, _fake_layer)
+def _fake_wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Isa) -> Tensor:
+    return _fake_layer(x, tensors, kinds)
+
+
+_ARGUMENTS = "(Tensor x, Tensor[] tensors, int[] kinds"
+for _operator in _OPERATORS.values():
+    define(_operator, f"{_ARGUMENTS}) -> Tensor", None, _fake_layer)  # the .cpp files have the implementations
+define("native_wide_layer", f"{_ARGUMENTS}, str isa) -> Tensor", _wide_layer, _fake_wide_layer)

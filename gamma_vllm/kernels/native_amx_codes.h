@@ -98,7 +98,7 @@ GAMMA_AMX void multiply_codes(const Weight& w, const TiledActivations& x, long t
             const long first = std::min(row + r, w.rows - 1) * groups;
             for (long group = 0; group < groups; group += 16) {
                 float *const scale = scales + r * padded + group, *const shift = shifts + r * padded + group;
-                w.read_groups(first + group, std::min(groups - group, 16L), scale, shift);
+                read_groups(w, first + group, std::min(groups - group, 16L), scale, shift);
                 _mm512_store_ps(shift, _mm512_mul_ps(_mm512_load_ps(shift), _mm512_load_ps(scale)));
             }
         }

@@ -1,4 +1,4 @@
-// A module as the checkpoint stores it, and how its codes become bfloat16 values.
+// How codes become bfloat16 values.
 //
 // 32 codes are 4*bits bytes of a dense little-endian bit stream along K. vpermb brings the two bytes of each code into a
 // lane of 16 bits, a shift brings the code to its lowest bits, and vpermw looks it up in a table of bfloat16 values, where
@@ -6,32 +6,9 @@
 
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-// What stands in the innermost loops: by itself a compiler stops inlining when there are many widths.
-#define GAMMA_INNER [[gnu::always_inline]] inline
+#include "native_layout.h"
 
 namespace {
-
-constexpr int kBlock = 32;  // codes in a vector of 16-bit lanes
-
-inline float from_bf16(uint16_t bits) {
-    uint32_t word = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-inline uint16_t to_bf16(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    return uint16_t((word + 0x7FFF + ((word >> 16) & 1)) >> 16);  // round to nearest even
-}
 
 GAMMA_INNER __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
 
@@ -39,50 +16,18 @@ GAMMA_INNER __m512 widen(__m256i halves) {  // 16 of bfloat16
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// Work space from the begin of a line of the cache on. It is kept for the next call: fresh pages would cost more than
-// filling them.
-template <typename Value>
-class AlignedSpace {
-    std::vector<Value> all;
-
-  public:
-    Value* of(size_t size) {
-        constexpr size_t kLine = 64;
-        if (all.size() < size + kLine / sizeof(Value)) all.resize(size + kLine / sizeof(Value));
-        return (Value*)((uintptr_t(all.data()) + kLine - 1) & ~uintptr_t(kLine - 1));
+// Of at most 16 groups that follow each other, what scale_at and shift_at give.
+GAMMA_INNER void read_groups(const Weight& w, long first, long count, float* scales, float* shifts) {
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    const __m256i halves = _mm256_maskz_loadu_epi16(there, w.scale + first);
+    _mm512_store_ps(scales, w.scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves));
+    __m512 shift = _mm512_setzero_ps();
+    if (w.zeros) {
+        const __m512i points = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + first));
+        shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(1 << (w.bits - 1)), points));
     }
-};
-
-// packed [rows, columns*bits/32], scale [rows, groups] (bfloat16 or float16), zeros [rows, groups] or null for a symmetric
-// module. At 16 bits packed is the weight itself in bfloat16, and the rest does not count. As native.py lays it out.
-struct Weight {
-    const uint8_t* packed;
-    const uint16_t* scale;
-    const uint8_t* zeros;
-    long scale_is_bf16, rows, columns, group_size, bits;
-
-    long groups() const { return columns / group_size; }
-    float scale_at(long row, long group) const {
-        const uint16_t bits = scale[row * groups() + group];
-        return scale_is_bf16 ? from_bf16(bits) : _cvtsh_ss(bits);
-    }
-    // Of at most 16 groups that follow each other, what scale_at and shift_at give.
-    GAMMA_INNER void read_groups(long first, long count, float* scales, float* shifts) const {
-        const __mmask16 there = __mmask16((1u << count) - 1);
-        const __m256i halves = _mm256_maskz_loadu_epi16(there, scale + first);
-        _mm512_store_ps(scales, scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves));
-        __m512 shift = _mm512_setzero_ps();
-        if (zeros) {
-            const __m512i points = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, zeros + first));
-            shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(1 << (bits - 1)), points));
-        }
-        _mm512_store_ps(shifts, shift);
-    }
-    // What is added to code - 2^(bits-1).
-    float shift_at(long row, long group) const {
-        return zeros ? float(1 << (bits - 1)) - float(zeros[row * groups() + group]) : 0.0f;
-    }
-};
+    _mm512_store_ps(shifts, shift);
+}
 
 template <int BITS>
 struct Unpacker {
@@ -140,7 +85,7 @@ struct Unpacker {
         const long first = row * w.groups() + begin / w.group_size, count = (end - begin) / w.group_size;
         alignas(64) float scales[16], shifts[16];
         for (long group = 0; group < count; group++) {
-            if (group % 16 == 0) w.read_groups(first + group, std::min(count - group, 16L), scales, shifts);
+            if (group % 16 == 0) read_groups(w, first + group, std::min(count - group, 16L), scales, shifts);
             const __m512 scale = _mm512_set1_ps(scales[group % 16]), shift = _mm512_set1_ps(shifts[group % 16]);
             const auto scaled = [&](__m512 value) { return _mm512_mul_ps(_mm512_add_ps(value, shift), scale); };
             __m512i scaled_low, scaled_high;  // all values that a code of this group can have
@@ -190,8 +135,6 @@ struct Unpacker {
         }
     }
 };
-
-inline bool is_packed_width(long bits) { return bits >= 2 && bits <= 8 && bits != 7; }
 
 // Calls work(Unpacker<bits>). False for a width that nothing here unpacks.
 template <typename Work>

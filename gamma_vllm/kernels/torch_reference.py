@@ -23,6 +23,7 @@ class TorchKernel:
     """Multiplies with the checkpoint's own tensors; see `gamma_vllm.kernels.choose.Kernel`."""
 
     name = "torch"
+    about = ""
     buffers = ()
     signature = "torch"
 

@@ -1,27 +1,38 @@
 # ruff: noqa: E402 - torch and vllm are optional: imported only when they are there
-"""Our CPU kernel against the dequantized weight, and what it does without a compiler or the right CPU."""
+"""Our CPU kernels against the dequantized weight, and what they do without a compiler or the right CPU."""
+
+import logging
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from gamma_vllm.embedding import gather_rows
 from gamma_vllm.kernels import native
-from gamma_vllm.kernels.native import NativeKernel, resident_bytes
+from gamma_vllm.kernels.choose import choose_kernel
+from gamma_vllm.kernels.native import NativeKernel, resident_bytes, usable_isas
 from gamma_vllm.shards import Segment
 from tests.gamma_vllm.test_kernels import CPU, WIDTHS, make_segment, relative_error
 from tests.skips import lacking, lacking_kernel
 
-kernel = NativeKernel()
 WHY_NOT = NativeKernel.why_not(CPU)
 needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=lacking_kernel(WHY_NOT))
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 
 
+@pytest.fixture(params=["avx512", "avx2"])
+def kernel(request):
+    """The kernel of each instruction set that this CPU has; AVX2 on CPUs that have more as well."""
+    if request.param not in usable_isas():
+        pytest.skip(f"native: {NativeKernel.why_not(CPU) or 'this CPU has not all of ' + request.param}")
+    return NativeKernel(request.param)
+
+
 @needs_native
 @SYMMETRY
 @pytest.mark.parametrize("num_bits", WIDTHS)
-def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
+def test_products_are_those_of_the_dequantized_weight(kernel, num_bits, symmetric):
     for rows, columns, group_size in (
         (1, 128, 64),
         (33, 96, 32),
@@ -34,7 +45,7 @@ def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
         packed = kernel.pack(segment, tensors)
         assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
         # Code by code, in fours, twos and ones; in panels or tiles, of which some are not full; dequantized.
-        for tokens in (1, 2, 3, 7, 16, 21, 60, 90):
+        for tokens in (1, 2, 3, 7, 10, 16, 21, 33, 60, 90):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
             for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
                 product = kernel.linear(segment, packed, x.to(dtype))
@@ -46,7 +57,12 @@ def test_products_are_those_of_the_dequantized_weight(num_bits, symmetric):
 @pytest.fixture(params=[False, True], ids=["registers", "tiles"])
 def amx(request):
     """Many activations with AMX, which not all CPUs have, and without."""
-    library = native._library()
+    if "avx512" not in usable_isas():
+        if request.param:
+            pytest.skip("this CPU has no AMX")
+        yield
+        return
+    library = native._library("avx512")
     if library.gamma_use_amx(request.param) != request.param:
         pytest.skip(lacking("instruction", "this CPU has no AMX"))
     yield
@@ -55,7 +71,7 @@ def amx(request):
 
 @needs_native
 @pytest.mark.parametrize(("rows", "columns"), [(600, 2176), (40, 5120), (1024, 1024)])
-def test_many_activations(amx, rows, columns):
+def test_many_activations(amx, kernel, rows, columns):
     """More rows, columns and activations than stay in a cache at a time; several widths, none and all filling tiles."""
     parts = [
         make_segment(rows, columns, bits, 128, symmetric) for bits, symmetric in ((3, False), (8, True), (6, False))
@@ -73,14 +89,14 @@ def test_many_activations(amx, rows, columns):
 
 
 @needs_native
-def test_scales_in_float16():
+def test_scales_in_float16(kernel):
     segment, tensors, weight = make_segment(40, 128, 5, 64, False, torch.float16)
     x = torch.randn(2, 3, 256)[..., ::2].to(torch.float16)
     assert relative_error(kernel.linear(segment, kernel.pack(segment, tensors), x), x.float() @ weight.T) < 1e-3
 
 
 @needs_native
-def test_nothing_behind_the_weight_is_read():
+def test_nothing_behind_the_weight_is_read(kernel):
     """The rows of one module end where another's begin; what stands there must not count."""
     segment, tensors, weight = make_segment(16, 64, 3, 32, True)
     words = tensors["packed"].numel()
@@ -92,7 +108,7 @@ def test_nothing_behind_the_weight_is_read():
 
 
 @needs_native
-def test_a_layer_of_several_widths_and_a_dense_part():
+def test_a_layer_of_several_widths_and_a_dense_part(kernel):
     parts = [make_segment(64, 128, 3, 64, True), make_segment(32, 128, 5, 32, False)]
     dense = torch.randn(24, 128)
     segments = [segment for segment, _, _ in parts] + [Segment((9,), 16, None, None, 24, 128)]
@@ -115,7 +131,7 @@ def test_a_layer_of_several_widths_and_a_dense_part():
 
 
 @needs_native
-def test_torch_compile_sees_one_operator():
+def test_torch_compile_sees_one_operator(kernel):
     segment, tensors, _ = make_segment(33, 128, 3, 32, False)
     packed = kernel.pack(segment, tensors)
     x = torch.randn(4, 128)
@@ -124,7 +140,7 @@ def test_torch_compile_sees_one_operator():
 
 
 @needs_native
-def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
+def test_large_modules_are_dequantized_piece_by_piece(kernel, monkeypatch):
     monkeypatch.setattr(native, "_SPACE_WEIGHTS", 128 * 7)
     monkeypatch.setattr(native, "_space", [])
     segment, tensors, weight = make_segment(50, 128, 6, 32, False)
@@ -136,7 +152,7 @@ def test_large_modules_are_dequantized_piece_by_piece(monkeypatch):
 
 
 @needs_native
-def test_the_default_dtype_does_not_matter(monkeypatch):
+def test_the_default_dtype_does_not_matter(kernel, monkeypatch):
     segment, tensors, weight = make_segment(48, 128, 3, 32, False)
     packed = kernel.pack(segment, tensors)
     monkeypatch.setattr(native, "_space", [])
@@ -149,17 +165,69 @@ def test_the_default_dtype_does_not_matter(monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
-def test_it_says_why_it_cannot_run(monkeypatch, tmp_path):
+@SYMMETRY
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_rows_of_an_embedding(kernel, num_bits, symmetric):
+    _, tensors, _ = make_segment(37, 96, num_bits, 32, symmetric)
+    held = tensors["packed"], tensors["scale"], tensors.get("zero_point")
+    ids = torch.tensor([[36, 0, 7], [19, 36, 1]])
+    expected = gather_rows(ids, *held, num_bits, torch.bfloat16)
+    assert torch.equal(kernel.gather_rows(ids, *held, num_bits), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 60])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_large_and_small_activations_side_by_side(kernel, group_size, tokens):
+    """Groups a million times as large as their neighbours must not cost these their last bits."""
+    segment, tensors, weight = make_segment(33, 256, 4, group_size, False)
+    packed = kernel.pack(segment, tensors)
+    sizes = 10.0 ** torch.tensor([-3.0, 3.0]).repeat(4).repeat_interleave(32)
+    x = (torch.randn(tokens, 256, generator=torch.Generator().manual_seed(0)) * sizes).bfloat16()
+    assert relative_error(kernel.linear(segment, packed, x), x.float() @ weight.T) < 5e-3
+    if group_size == 32:
+        x[:, sizes > 1] = 0
+        assert relative_error(kernel.linear(segment, packed, x), x.float() @ weight.T) < 5e-3
+    x[0, 5] = torch.nan
+    product = kernel.linear(segment, packed, x)
+    assert product[0].isnan().all()
+    assert not product[1:].isnan().any()
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing is known of the CPU or of libraries, before the test and after it."""
+
+    def forget():
+        native._library.cache_clear()
+        native._why_not.cache_clear()
+
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+def test_it_says_why_it_cannot_run(fresh, monkeypatch, tmp_path):
     assert "CPUs" in NativeKernel.why_not(torch.device("cuda"))
-    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx512f", "fma"}))
-    native._why_not_cpu.cache_clear()
-    assert "this CPU has no avx512bw" in NativeKernel.why_not(CPU)
-    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(native._CPU_FLAGS))
+    monkeypatch.setattr("allocator.contract.cpu.cpu_flags", lambda: frozenset({"avx512f", "fma"}))
+    fresh()
+    assert "avx512: this CPU has no avx512bw" in NativeKernel.why_not(CPU)
+    assert "avx2: this CPU has no avx2, f16c" in NativeKernel.why_not(CPU)
+    monkeypatch.setattr("allocator.contract.cpu.cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    native._library.cache_clear()
-    native._why_not_cpu.cache_clear()
+    fresh()
     assert "there is no C++ compiler" in NativeKernel.why_not(CPU)
-    monkeypatch.undo()
-    native._library.cache_clear()
-    native._why_not_cpu.cache_clear()
+
+
+@pytest.mark.skipif("avx2" not in usable_isas(), reason="this CPU has no AVX2")
+def test_avx2_is_taken_where_it_is_the_most_and_the_log_says_why(fresh, monkeypatch, caplog):
+    monkeypatch.setattr("allocator.contract.cpu.cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.setenv("GAMMA_KERNEL", "auto")
+    fresh()
+    logger = logging.getLogger("vllm.gamma")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="vllm.gamma"):
+        kernel = choose_kernel(CPU)
+    assert (kernel.name, kernel.isa) == ("native", "avx2")
+    assert "use the native kernel on cpu (avx2: this CPU has no avx512f, avx512bw" in caplog.text
