@@ -1,17 +1,21 @@
 """The steps of the data flow as functions on folders and files: what each verb of the command line calls."""
 
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from allocator.contract.amounts import parse_budget
+from allocator.contract.bank import candidate_tensors
 from allocator.contract.documents import Document
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
-from allocator.contract.layout import WIDTHS, module_bytes
+from allocator.contract.layout import WIDTHS, ModuleFormat
 from allocator.contract.manifest import Manifest
+from allocator.contract.outputs import check_output_folder, naming_lack_of_room
+from allocator.contract.safetensors_file import predict_file_bytes
 from allocator.contract.scores import Scores
 from allocator.progress import Progress, silent
 from allocator.solving import SolveSettings, solve_resident, solve_scores
@@ -22,7 +26,7 @@ if TYPE_CHECKING:  # they bring torch
     from allocator.fitting import Plan
     from allocator.inventory import Inventory
     from allocator.learning import LearningSettings
-    from allocator.running import Resume
+    from allocator.running import Resume, WorkFolder
 
 _LARGEST_WRITER_PARAMETERS = 2_000_000_000
 """Larger models do not write their own calibration text: in float32 they would need more than 8 GB of memory."""
@@ -38,7 +42,9 @@ __all__ = [
     "solve_scores",
 ]
 
+_LOG = logging.getLogger(__name__)
 _VERIFIED_SEQUENCES = 32
+_DISK_BLOCK_BYTES = 4096
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -103,8 +109,25 @@ def learn(
     """Build the bank and learn the scores of `model` in the folder `work`; what is there and fits is used again.
 
     A run that was stopped or killed goes on from its last finished step (see `running.WorkFolder.begin` for `resume`).
-    Under torchrun the processes share the calibration sequences.
+    Under torchrun the processes share the calibration sequences. Raises InputError before the work if `work` cannot be
+    written, or its disk has too little room; also when the disk is full after all: what is finished is kept.
     """
+    check_output_folder(work)
+    for inside in (work / "bank", work / "hidden", work / "journal"):
+        if inside.exists():
+            check_output_folder(inside)
+    with naming_lack_of_room(work, "What was finished is kept"):
+        return _learn(model, work, candidates, learning, progress, resume)
+
+
+def _learn(
+    model: Path,
+    work: Path,
+    candidates: CandidateSettings,
+    learning: "LearningSettings",
+    progress: Progress,
+    resume: "Resume",
+) -> LearnResult:
     import torch
 
     from allocator.blocks import BlockStream
@@ -117,6 +140,8 @@ def learn(
     from allocator.running import RunFingerprint, WorkFolder, team_from_environment, versions
 
     inventory = read_inventory(model)
+    for line in inventory.told():
+        _LOG.warning("%s: %s", model, line)
     quantizer = get_quantizer(candidates.quantizer)
     cut = cut_unsorted(inventory, candidates.channel_blocks)
     formats = {
@@ -132,6 +157,10 @@ def learn(
     team = team_from_environment()
     folder = WorkFolder(work, team)
     work.mkdir(parents=True, exist_ok=True)
+    tokens = candidates.sequences * length
+    needed = _bank_bytes(inventory, formats) + _learning_bytes(inventory, formats, tokens, learning)
+    if not folder.scores.exists():  # else there may be nothing to do, which is known only later
+        _check_room(folder, needed)
     reference = ModelReference(
         name=model.resolve().name,
         architecture=inventory.architecture,
@@ -185,10 +214,7 @@ def learn(
             return LearnResult(reference.digest, scores, folder.scores, folder.bank, [*reused, "scores"])
 
     hidden = HiddenStates(folder.hidden, candidates.sequences, length, inventory.config["hidden_size"])
-    # Of gradients, which take half of what states take, two boundaries a draw are there at a time.
-    state_bytes = hidden.boundary_bytes * (inventory.blocks + 1 + learning.draws)
-    bank_bytes = sum(module_bytes(f) for of in formats.values() for f in of)
-    _check_room(work, [folder.hidden, folder.bank], state_bytes + (0 if same_bank else bank_bytes))
+    _check_room(folder, needed)
     stream = BlockStream(inventory, device)
     states = folder.journal.section("states")
     order = bank.channel_order if same_bank and bank is not None else None
@@ -254,9 +280,10 @@ def export(
 ) -> "ExportReport":
     """Write the checkpoint of `manifest` to `out`. `digest` is the model's if it was just computed."""
     from allocator.candidates import BankReader
-    from allocator.exporting import check_declarable, export_checkpoint
+    from allocator.exporting import check_declarable, check_target, export_checkpoint
     from allocator.inventory import read_inventory
 
+    check_target(out, manifest.tensor_bytes, overwrite)
     inventory, bank = read_inventory(model), BankReader(bank_folder)
     check_declarable(manifest, bank.arranged(inventory), declaration)
     if digest is None:
@@ -305,6 +332,7 @@ def fit(
     if plan is not None:
         _check_plan(plan, cut, candidates)
     check_target(out, low, overwrite)
+    check_output_folder(work, "--work")
     result = learn(model, work, candidates, learning, progress, resume)
     if plan is None:
         manifest = solve_scores(result.scores, solving)
@@ -371,13 +399,38 @@ def _readable(kind: type[AnyDocument], path: Path) -> AnyDocument | None:
         return None
 
 
-def _check_room(work: Path, folders: list[Path], needed: int) -> None:
-    """Raises InputError if `folders`, on the disk of `work`, cannot grow to `needed` bytes."""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    there = sum(path.stat().st_blocks * 512 for path in files)
-    free = shutil.disk_usage(work).free
+def _bank_bytes(inventory: "Inventory", formats: Mapping[str, Sequence[ModuleFormat]]) -> int:
+    """Bytes of the bank's files on a disk: candidates with their headers, side files, links."""
+    from allocator.inventory import side_files
+
+    tensors = [[t for f in of for t in candidate_tensors(f, inventory.dtype)] for of in formats.values() if of]
+    sizes = [predict_file_bytes(of_module) for of_module in tensors]
+    if inventory.prefix is not None:  # with other names the model's files cannot be links
+        sizes += [path.stat().st_size for path in {module.tensor.path for module in inventory.modules}]
+    sizes += [(inventory.folder / name).stat().st_size for name in side_files(inventory).carried]
+    return sum(-(-size // _DISK_BLOCK_BYTES) * _DISK_BLOCK_BYTES for size in sizes)
+
+
+def _learning_bytes(
+    inventory: "Inventory", formats: Mapping[str, Sequence[ModuleFormat]], tokens: int, learning: "LearningSettings"
+) -> int:
+    """Bytes of the hidden states of `tokens`, of gradients, and of what the journal and the scores keep of errors."""
+    # Of gradients, which take half of what states take, two boundaries a draw are there at a time.
+    states = 4 * tokens * inventory.shape.hidden_size * (inventory.blocks + 1 + learning.draws)
+    candidates = sum(map(len, formats.values()))
+    errors = 2 * candidates * min(tokens * learning.draws, learning.pair_samples)
+    small = _DISK_BLOCK_BYTES * (len(formats) + 3 * (inventory.blocks + 1))
+    return states + errors + 4 * candidates**2 // 3 + small
+
+
+def _check_room(folder: "WorkFolder", needed: int) -> None:
+    """Raises InputError if hidden states and bank cannot grow to `needed` bytes on the disk of the work folder."""
+    files = [path for name in ("bank", "hidden", "journal") for path in (folder.folder / name).rglob("*")]
+    # The model's own files are links in the bank, which take no room there.
+    there = sum(path.lstat().st_blocks * 512 for path in files if path.is_file() and not path.is_symlink())
+    free = shutil.disk_usage(folder.folder).free
     if free + there < needed:
         raise InputError(
-            f"{work} has {free:,} bytes free; candidates and the hidden states of the calibration text need "
+            f"{folder.folder} has {free:,} bytes free; candidates and the hidden states of the calibration text need "
             f"{needed - there:,} more: use a larger disk, or fewer or shorter --sequences"
         )

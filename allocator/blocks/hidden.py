@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from allocator.contract.outputs import is_out_of_room
+
 __all__ = ["HiddenStates"]
 
 
@@ -36,7 +38,22 @@ class HiddenStates:
         batch when there are many.
         """
         size = self.shape[0] * self.shape[1] * self.shape[2]
-        return torch.from_file(str(self._path(index)), shared=True, size=size, dtype=self.dtype).view(self.shape)
+        path = self._path(index)
+        self._reserve(path)
+        return torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(self.shape)
+
+    def _reserve(self, path: Path) -> None:
+        """Take the file's room on the disk: in a mapping of a sparse file a full disk would kill the process."""
+        if path.exists() and path.stat().st_size >= self.boundary_bytes:
+            return
+        with path.open("ab") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, self.boundary_bytes)
+            except OSError as error:
+                if not is_out_of_room(error):
+                    return  # a file system that cannot; torch makes the file
+                path.unlink()
+                raise
 
     def settle(self, index: int) -> None:
         """Return once the states before block `index` are on the disk."""

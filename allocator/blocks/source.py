@@ -25,7 +25,7 @@ def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Ten
             whole = whole[:, torch.tensor(stored.columns)]
         return whole.to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
-        tensor: Tensor = file.get_tensor(stored.name)
+        tensor: Tensor = file.get_tensor(stored.stored_as or stored.name)
     return tensor
 
 
@@ -38,7 +38,7 @@ def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "c
         part = read_rows(stored.source, rows)
         return (part if stored.columns is None else part[:, torch.tensor(stored.columns)]).to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
-        found: Tensor = file.get_slice(stored.name)[rows]
+        found: Tensor = file.get_slice(stored.stored_as or stored.name)[rows]
     return found
 
 

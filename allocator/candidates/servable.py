@@ -2,12 +2,11 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 from allocator.contract.documents import write_atomically
-from allocator.contract.safetensors_file import INDEX_NAME
-from allocator.inventory import Inventory, carry
+from allocator.contract.safetensors_file import INDEX_NAME, copy_renamed
+from allocator.inventory import Inventory, carry, copy_whole
 
 __all__ = ["make_servable"]
 
@@ -23,11 +22,13 @@ def make_servable(inventory: Inventory, bank_folder: Path, *, copy: bool = False
     for path in sorted({tensor.path for tensor in tensors}):
         target = bank_folder / path.name
         target.unlink(missing_ok=True)
-        if copy:
-            shutil.copyfile(path, target)
+        if inventory.prefix is not None:  # a server looks for the architecture's names
+            copy_renamed(path, target, inventory.prefix, "lm_head.")
+        elif copy:
+            copy_whole(path, target)
         else:
             os.symlink(path.resolve(), target)
-    shutil.copyfile(inventory.folder / "config.json", bank_folder / "config.json")
+    copy_whole(inventory.folder / "config.json", bank_folder / "config.json")
     carry(inventory, bank_folder)
     weight_map = {tensor.name: tensor.path.name for tensor in tensors}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}

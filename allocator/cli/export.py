@@ -9,6 +9,7 @@ from pathlib import Path
 
 from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables, show_progress
+from allocator.contract.outputs import check_output_folder
 
 EXAMPLES = """examples:
   gamma export ./Qwen3-8B --manifest manifest.json --bank work/bank --out Qwen3-8B-gamma
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.reporting.summaries import export_table
     from allocator.running import finish_step_on_sigterm
 
+    check_output_folder(args.out, replaced=True)
     manifest = Manifest.read(args.manifest)
     with finish_step_on_sigterm(), show_progress() as progress:
         model = resolve_model(args.model, args.revision)

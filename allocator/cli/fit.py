@@ -21,6 +21,7 @@ from allocator.cli.options import (
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.cli.planning import add_device, add_probe, add_traffic, device_of, plan_request, probe_of
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_folder
 
 if TYPE_CHECKING:
     from allocator.fitting import Plan
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     from allocator.running import finish_step_on_sigterm
 
     candidates, learning = candidate_settings(args), learning_settings(args)
-    work = args.work or args.out.with_name(args.out.name + "-work")
+    work = args.work or args.out.absolute().with_name(args.out.absolute().name + "-work")
+    check_output_folder(args.out, replaced=True)
+    check_output_folder(work, "--work")
     joint = args.kv_cache_dtype == "auto-choose"
     if joint:
         args.kv_cache_dtype = "auto"

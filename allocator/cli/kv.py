@@ -9,6 +9,7 @@ from pathlib import Path
 from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_file
 
 EXAMPLES = """examples:
   gamma kv ./Qwen3-8B --calibration text.jsonl --out work/kv_cache.json"""
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.measuring import measure_kv_losses
     from allocator.pipeline import resolve_model
 
+    check_output_file(args.out)
     for name in ("sequences", "sequence_length"):
         if getattr(args, name) < 2 - (name == "sequences"):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few")

@@ -18,6 +18,7 @@ from allocator.cli.options import (
     learning_settings,
 )
 from allocator.cli.output import leads, print_json, print_tables, show_progress
+from allocator.contract.outputs import check_output_folder
 
 EXAMPLES = """examples:
   gamma learn ./Qwen3-8B --calibration text.jsonl --out work
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.reporting.summaries import scores_table
     from allocator.running import finish_step_on_sigterm
 
+    check_output_folder(args.out)
     candidates, learning = candidate_settings(args), learning_settings(args)
     with finish_step_on_sigterm(), show_progress() as progress:
         result = learn(resolve_model(args.model, args.revision), args.out, candidates, learning, progress, args.resume)

@@ -12,6 +12,7 @@ from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables
 from allocator.cli.planning import add_device, add_probe, add_traffic, catalogue_of, device_of, plan_request, probe_of
 from allocator.contract.layout import GROUP_SIZES
+from allocator.contract.outputs import check_output_file
 
 EXAMPLES = """examples:
   gamma plan Qwen/Qwen3-32B --gpu rtx4090 --max-model-len 16384 --max-num-seqs 4 --kv-cache-dtype fp8
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     from allocator.fitting.serving import vllm_arguments
     from allocator.reporting.plans import devices_table, plan_tables
 
+    if args.out is not None:
+        check_output_file(args.out)
     request = plan_request(args)
     device = device_of(args, request.tensor_parallel_size)
     model = read_model(args.model, args.revision)

@@ -16,6 +16,7 @@ from allocator.cli.options import add_json
 from allocator.cli.output import print_json, print_tables
 from allocator.cli.planning import add_traffic, plan_request
 from allocator.contract.errors import GammaError, InputError
+from allocator.contract.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from allocator.fitting import PlanRequest
@@ -37,10 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.fitting.model import read_model
-    from allocator.fitting.probe import ProbeRecord, model_config_digest, record_path
+    from allocator.fitting.probe import ProbeRecord, model_config_digest, probe_folder, record_path
     from allocator.fitting.request import check_request
     from allocator.reporting.plans import probe_tables
 
+    if args.record is None:
+        check_output_folder(probe_folder(), "the user's cache")
+    else:
+        check_output_file(args.record, "--record")
     model = read_model(str(args.model))
     request = check_request(plan_request(args), model.shape, None)
     found = _start(args.model, request, args.timeout)

@@ -9,6 +9,7 @@ from pathlib import Path
 from allocator.cli.options import add_json, add_measuring, add_rules, measure_student, rules
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_file
 
 EXAMPLES = """examples:
   gamma refine manifest.json --scores work/scores.json --model ./Qwen3-8B --text text.txt --out better.json"""
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--minutes {args.minutes}: must be greater than 0")
     if args.fusion == "tied":
         raise InputError("refine changes modules one by one; it cannot keep --fusion tied")
+    if args.out is not None:
+        check_output_file(args.out)
     manifest, scores = Manifest.read(args.manifest), Scores.read(args.scores)
     student = measure_student(args, args.scores)
     with show_progress() as progress:

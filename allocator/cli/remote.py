@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_file
 
 if TYPE_CHECKING:
     from allocator.sidecar.client import Client
@@ -101,6 +102,8 @@ def _plan(args: argparse.Namespace, client: "Client") -> None:
 
 
 def _allocate(args: argparse.Namespace, client: "Client") -> None:
+    if args.out is not None:
+        check_output_file(args.out)
     hardware = _hardware(args)
     fields: dict[str, Any] = {"model": args.model, "fusion": args.fusion}
     fields |= {k: v for k, v in {"budget": args.budget, "average_bits": args.average_bits}.items() if v is not None}

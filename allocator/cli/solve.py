@@ -10,6 +10,7 @@ from pathlib import Path
 
 from allocator.cli.options import add_budget, add_json, add_measuring, measure_student, rules, solve_settings
 from allocator.cli.output import print_json, print_tables
+from allocator.contract.outputs import check_output_file
 
 EXAMPLES = """examples:
   gamma solve work/scores.json --budget 5.9GiB --out manifest.json
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from allocator.reporting.summaries import manifest_tables
     from allocator.solving import solve_resident, solve_scores
 
+    if args.out is not None:
+        check_output_file(args.out)
     scores, settings = Scores.read(args.scores), solve_settings(args)
     plan = None if args.plan is None else Plan.read(args.plan)
     if plan is None:

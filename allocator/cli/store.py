@@ -59,6 +59,7 @@ def _add(args: argparse.Namespace, store: "Store") -> None:
     from allocator.sidecar.entry import Source
     from allocator.sidecar.publish import publish, publish_manifest
 
+    store.check_writable()
     manifests = [read_manifest(path) for path in args.manifest]
     with show_progress() as progress:
         folder = resolve_model(args.model, args.revision)
@@ -89,6 +90,7 @@ def _add_manifests(args: argparse.Namespace, store: "Store") -> None:
     from allocator.reporting.differences import read_manifest
     from allocator.sidecar.publish import publish_manifest
 
+    store.check_writable()
     manifests = [read_manifest(path) for path in args.manifest]
     new = [publish_manifest(manifest, store) for manifest in manifests]
     if args.json:

@@ -1,9 +1,10 @@
 """Safetensors files without weights: read and check headers, predict the exact bytes of a file to be written."""
 
 import json
+import shutil
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from allocator.contract.layout import DTYPE_BYTES, TensorSpec
 __all__ = [
     "INDEX_NAME",
     "StoredTensor",
+    "copy_renamed",
     "header_bytes",
     "predict_file_bytes",
     "read_folder_headers",
@@ -28,10 +30,14 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: where its bytes are (`start` counts from the begin of the file)."""
+    """A tensor in a file: where its bytes are (`start` counts from the begin of the file).
+
+    `stored_as` is its name in the file where that is another one.
+    """
 
     path: Path
     start: int
+    stored_as: str | None = field(default=None, kw_only=True)
 
 
 def serialized_order(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -93,6 +99,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if position != size:
         raise ContractError(f"{path}: {size} bytes, its header says {position}; the file is cut short or damaged")
     return tensors
+
+
+def copy_renamed(source: Path, target: Path, prefix: str, unchanged: str) -> None:
+    """Copy a safetensors file with `prefix` before the name of each tensor that does not begin with `unchanged`.
+
+    `target` appears as a whole.
+    """
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        with source.open("rb") as reader, temporary.open("wb") as writer:
+            entries = json.loads(reader.read(struct.unpack("<Q", reader.read(8))[0]))
+            kept = (unchanged, "__metadata__")
+            header = {name if name.startswith(kept) else prefix + name: entry for name, entry in entries.items()}
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            writer.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(reader, writer, 1 << 22)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _stored(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:

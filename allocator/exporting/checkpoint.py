@@ -13,8 +13,9 @@ from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.compressed_tensors import compressed_tensors_config
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, InputError, StoppedError
-from allocator.contract.layout import TensorSpec
+from allocator.contract.layout import Dtype16, TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.outputs import check_output_folder, is_out_of_room
 from allocator.contract.safetensors_file import INDEX_NAME
 from allocator.contract.tensor_digests import DIGESTS_NAME, digest_folder
 from allocator.exporting.declaration import Declaration, check_declarable
@@ -70,9 +71,11 @@ def export_checkpoint(
     predicted = plan.file_bytes()
     check_target(out, sum(predicted.values()), overwrite)
 
-    temporary = _partial_folder(out, f"{manifest.digest} {declaration} {max_shard_bytes}")
-    journal = Journal(temporary / _JOURNAL)
+    target = _place(out)
+    temporary = _partial(target)
     try:
+        _begin(temporary, f"{manifest.digest} {declaration} {max_shard_bytes}")
+        journal = Journal(temporary / _JOURNAL)
         for done, (name, tensors) in enumerate(plan.files.items()):
             progress("writing", done / len(plan.files))
             if journal.load(name) is None or not (temporary / name).exists():
@@ -87,27 +90,41 @@ def export_checkpoint(
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
         check_checkpoint(temporary)
         digest_folder(temporary, manifest).write(temporary / DIGESTS_NAME)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
     except StoppedError:
         raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_room(error):
+            raise InputError(
+                f"{temporary}: its disk is full; make room and give the same command again: it goes on from what is "
+                "written there"
+            ) from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     progress("writing", 1.0)
     return ExportReport(out, plan.tensor_bytes, predicted, written, side_files(inventory))
 
 
-def _partial_folder(out: Path, of: str) -> Path:
-    """The folder that becomes `out`. What an earlier export left in it is kept if it was `of` the same."""
-    folder = out.with_name(f".{out.name}.partial")
+def _partial(out: Path) -> Path:
+    """The folder that becomes `out`."""
+    place = _place(out)
+    return place.with_name(f".{place.name}.partial")
+
+
+def _place(out: Path) -> Path:
+    """Where `out` is: a link stays, and leads to the new folder."""
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def _begin(folder: Path, of: str) -> None:
+    """What an earlier export left in `folder` is kept if it was `of` the same."""
     begun = folder / _JOURNAL / "manifest"
     if not begun.exists() or begun.read_text(encoding="utf-8") != of:
         shutil.rmtree(folder, ignore_errors=True)
         begun.parent.mkdir(parents=True)
         write_atomically(begun, of)
-    return folder
 
 
 def _check_belongs(manifest: Manifest, inventory: Inventory, model_digest: str, bank: BankReader) -> None:
@@ -135,11 +152,16 @@ def check_target(out: Path, needed: int, overwrite: bool) -> None:
         raise InputError(f"{out} exists; give another --out or --overwrite")
     if out.exists() and overwrite and not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
         raise InputError(f"{out} is no gamma checkpoint and is not overwritten; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
+    check_output_folder(out, replaced=True)
+    disk = out.resolve().parent
+    while not disk.exists():
+        disk = disk.parent
+    begun = sum(path.stat().st_blocks * 512 for path in _partial(out).glob("*.safetensors"))
+    free = shutil.disk_usage(disk).free
+    if free + begun < needed:
         raise InputError(
-            f"{out.parent} has {free} bytes free, the checkpoint needs {needed}; make room or give another --out"
+            f"{out.parent} has {free} bytes free, the checkpoint needs {needed - begun}; "
+            "make room or give another --out"
         )
 
 
@@ -153,10 +175,17 @@ def _content(
         if module is None:
             content[spec.name] = read_tensor(inventory.tensor(spec.name))
         elif not module.quantized:
-            content[spec.name] = read_tensor(inventory.tensor(spec.name)).to(torch_dtype(manifest.dtype))
+            content[spec.name] = _rounded(spec.name, read_tensor(inventory.tensor(spec.name)), manifest.dtype)
         elif spec.name not in content:
             content |= {f"{name}.{p}": tensor for p, tensor in bank.tensors(name, module).items()}
     return {name: tensor.contiguous() for name, tensor in content.items()}
+
+
+def _rounded(name: str, weight: Tensor, dtype: Dtype16) -> Tensor:
+    kept = weight.to(torch_dtype(dtype))
+    if kept.dtype != weight.dtype and not kept.isfinite().all():
+        raise InputError(f"{name}: a weight is too large for {dtype}; convert the model to bfloat16 first")
+    return kept
 
 
 def _write_side_files(manifest: Manifest, inventory: Inventory, declaration: Declaration, folder: Path) -> None:

@@ -6,7 +6,7 @@ from allocator.inventory.digest import model_digest
 from allocator.inventory.digest_cache import DIGEST_CACHE_NAME, cached_model_digest
 from allocator.inventory.inventory import Inventory, Module, read_inventory
 from allocator.inventory.shape import ModelShape, read_shape
-from allocator.inventory.side_files import CARRIED_FOLDERS, SideFiles, carry, side_files
+from allocator.inventory.side_files import CARRIED_FOLDERS, SideFiles, carry, copy_whole, side_files
 
 __all__ = [
     "CARRIED_FOLDERS",
@@ -19,6 +19,7 @@ __all__ = [
     "cached_model_digest",
     "carry",
     "channel_layout",
+    "copy_whole",
     "cut_unsorted",
     "find_config",
     "model_digest",

@@ -46,7 +46,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first, for example with `hf download`")
     if not (folder / _CONFIG_NAME).exists():
-        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder")
+        cached = sorted(str(path) for path in folder.glob("snapshots/*/"))
+        hint = f": give {' or '.join(cached[:3])}" if cached else "; expected a Hugging Face model folder"
+        raise InputError(f"{folder}: no config.json{hint}")
     return _parsed(folder / _CONFIG_NAME)
 
 

@@ -1,8 +1,9 @@
 """Every module of a model folder with its shape, role and possible formats, from headers alone."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from allocator.contract.layout import (
     module_bytes,
     usable_group_size,
 )
-from allocator.contract.resident import Split
+from allocator.contract.resident import Split, kind_name
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
-from allocator.inventory.architectures import architecture_of
+from allocator.inventory.architectures import Architecture, architecture_of
 from allocator.inventory.config import read_config, refuse_quantized
 from allocator.inventory.shape import ModelShape, ModuleKind, Role, read_shape
 
 __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Inventory:
     """A checked model folder.
 
     `dtype` is that of 16-bit weights and of scales in a checkpoint: the source's if it has 16 bits, else
-    BF16. `others` are copied bit for bit. `dropped` are tensors that a checkpoint leaves out: the second copy
+    BF16; where float16 and float32 are mixed, what config.json says. `others` are copied bit for bit; of these the
+    architecture does not know `unknown`. `dropped` are tensors that a checkpoint leaves out: the second copy
     of a tied lm_head. `channels` is the order of the MLPs' channels where these are cut into pieces (see
     `allocator.inventory.channels`).
     """
@@ -72,6 +75,7 @@ class Inventory:
     blocks: int
     shape: ModelShape
     channels: ChannelOrder | None = None
+    unknown: tuple[str, ...] = ()
 
     @cached_property
     def _by_name(self) -> dict[str, StoredTensor]:
@@ -100,6 +104,24 @@ class Inventory:
             if module.fused_group is not None:
                 groups[module.fused_group] = (*groups.get(module.fused_group, ()), module.name)
         return groups
+
+    @property
+    def prefix(self) -> str | None:
+        """What stands before the names of the files' tensors here (`model.`), None where they are the same."""
+        first = self.modules[0].tensor
+        return None if first.stored_as is None else first.name.removesuffix(first.stored_as)
+
+    def told(self) -> list[str]:
+        """What a reader of the files would not expect: one line each."""
+        lines = []
+        if self.prefix is not None:
+            lines.append(f"tensors are named without {self.prefix!r} in the files; it is put before them")
+        for dtype in sorted({m.dtype for m in self.modules} - {self.dtype}):
+            names = [m.name for m in self.modules if m.dtype == dtype]
+            lines.append(f"rounded from {dtype} to {self.dtype} where they are kept at 16 bits: {_shown(names)}")
+        if self.unknown:
+            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
+        return lines
 
     def module(self, name: str) -> Module:
         """Raises InputError when the model has no module `name`."""
@@ -150,25 +172,29 @@ def read_inventory(folder: Path) -> Inventory:
     shape = read_shape(config)
     if shape.plan_only is not None:
         raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
-    stored = _read_headers(folder)
+    rules = architecture_of(config)[1]
+    stored = _with_prefix(_read_headers(folder), rules)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
-    rules = architecture_of(config)[1]
     head = stored.get(f"{rules.lm_head.name}.weight")
     dropped = (head,) if shape.tied and head is not None else ()
+    known: set[str] = set()
     for other in shape.others:
         for name in other.names():
             _checked(folder, stored, name, other.shape, other.terms)
+            known.add(name)
 
     taken = {m.tensor.name for m in modules} | {t.name for t in dropped}
+    others = tuple(sorted((t for n, t in stored.items() if n not in taken), key=lambda t: t.name))
     return Inventory(
         folder=folder,
         architecture=shape.architecture,
         config=config,
-        dtype=_storage_dtype(folder, modules),
+        dtype=_storage_dtype(folder, modules, shape.dtype),
         tied=shape.tied,
         modules=tuple(modules),
-        others=tuple(sorted((t for n, t in stored.items() if n not in taken), key=lambda t: t.name)),
+        others=others,
+        unknown=tuple(t.name for t in others if t.name not in known),
         dropped=dropped,
         blocks=shape.blocks,
         shape=shape,
@@ -262,10 +288,32 @@ def _checked(
     return tensor
 
 
-def _storage_dtype(folder: Path, modules: list[Module]) -> Dtype16:
+def _with_prefix(stored: dict[str, StoredTensor], rules: Architecture) -> dict[str, StoredTensor]:
+    """Tensors by the names of the architecture, where a model was saved without its head: `layers.0.` for
+    `model.layers.0.`, which transformers takes for the same."""
+    prefix, _, rest = rules.embedding.name.partition(".")
+    if f"{rules.embedding.name}.weight" in stored or f"{rest}.weight" not in stored:
+        return stored
+    renamed = {}
+    for name, tensor in stored.items():
+        full = name if name.startswith(f"{rules.lm_head.name}.") else f"{prefix}.{name}"
+        renamed[full] = replace(tensor, name=full, stored_as=name)
+    return renamed
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names that differ in numbers only as one, with their count."""
+    kinds = Counter(kind_name(name) for name in names)
+    shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
+    return ", ".join(shown[:_MOST_SHOWN]) + (f" and {len(shown) - _MOST_SHOWN} more" if shown[_MOST_SHOWN:] else "")
+
+
+def _storage_dtype(folder: Path, modules: list[Module], declared: Dtype16) -> Dtype16:
     dtypes = {m.dtype: m.name for m in modules}
     if "BF16" in dtypes and "F16" in dtypes:
         raise InputError(
             f"{folder}: {dtypes['BF16']} is BF16 and {dtypes['F16']} is F16; convert the model to one 16-bit dtype"
         )
+    if dtypes.keys() == {"F16", "F32"}:  # servers cast to what config.json says
+        return declared
     return "F16" if dtypes.keys() == {"F16"} else "BF16"

@@ -13,7 +13,7 @@ from allocator.contract.manifest import MANIFEST_NAME
 from allocator.contract.tensor_digests import DIGESTS_NAME
 from allocator.inventory.inventory import Inventory
 
-__all__ = ["CARRIED_FOLDERS", "SideFiles", "carry", "side_files"]
+__all__ = ["CARRIED_FOLDERS", "SideFiles", "carry", "copy_whole", "side_files"]
 
 CARRIED_FOLDERS = ("additional_chat_templates", "custom_generate")
 """Folders of a model folder that transformers reads."""
@@ -61,7 +61,17 @@ def carry(inventory: Inventory, target: Path) -> None:
     """Copy the files that are carried into the folder `target`, each under its own name."""
     for name in side_files(inventory).carried:
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(inventory.folder / name, target / name)
+        copy_whole(inventory.folder / name, target / name)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file's content; `target` is the old one or the new one, never half of it."""
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:

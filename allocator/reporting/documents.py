@@ -37,6 +37,8 @@ def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -
         "modules": modules,
         "other_bytes": inventory.other_bytes,
         "feasible_bytes": [low, high],
+        "notes": inventory.told(),
+        "unknown_tensors": list(inventory.unknown),
         "carried_files": list(files.carried),
         "left_out_files": files.left_out,
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_file
 
 __all__ = ["check_figure_path", "new_figure", "save_figure"]
 
@@ -25,9 +26,10 @@ _STYLE = {
 
 
 def check_figure_path(path: Path) -> Path:
-    """`path` if a figure can be written there. Raises InputError for another suffix than .png and .svg."""
+    """`path` if a figure can be written there. Raises InputError, also for another suffix than .png and .svg."""
     if path.suffix.lower() not in _SUFFIXES:
         raise InputError(f"figure {path}: the name must end in {' or '.join(_SUFFIXES)}")
+    check_output_file(path, "--figure")
     return path
 
 

@@ -126,7 +126,7 @@ def _inventory_lines(
     lines += [f"16 bits only: {note} ({count})" for note, count in notes.items()]
     if inventory.dropped:
         lines.append(f"tied, stored twice, left out: {', '.join(t.name for t in inventory.dropped)}")
-    lines += side_files(inventory).told()
+    lines += [*inventory.told(), *side_files(inventory).told()]
     lines.append(f"group size {group_size}, {'symmetric' if symmetric else 'asymmetric'}")
     lines.append(f"feasible budgets: {smallest:,} to {largest:,} bytes")
     unit, divisor = ("GiB", 2**30) if smallest >= 2**30 else ("MiB", 2**20)

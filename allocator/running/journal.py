@@ -59,11 +59,14 @@ class Journal:
             torch.save(state, content)
             path = self._path(step)
             temporary = path.with_name(f".{path.name}.tmp")
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         if self.team.any(stop_requested()):
             kept = "nothing is kept of it" if self.folder is None else "the same command goes on from here"
             raise StoppedError(f"stopped on request after the step {step}; {kept}")

@@ -12,6 +12,7 @@ from allocator.contract.digest import digest_json
 from allocator.contract.documents import Digest, Strict, write_atomically
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
+from allocator.contract.outputs import check_output_folder
 from allocator.progress import Progress, silent
 from allocator.sidecar.choice import Choice, choose, find_entry
 from allocator.sidecar.entry import Entry
@@ -43,6 +44,8 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     nothing is done. Raises InputError (no such model, nothing to choose by), ContractError (files that do not belong
     together), InfeasibleBudgetError (it does not fit; says what would).
     """
+    if not (out / _RECORD).exists():  # else there may be nothing to write
+        check_output_folder(out)
     entry = find_entry(store, settings.model)
     choice = choose(settings, entry, store, progress)
     request = digest_json({

@@ -23,6 +23,7 @@ from allocator.contract.documents import Document, parse_json
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
+from allocator.contract.outputs import check_output_folder
 from allocator.contract.scores import Scores
 from allocator.sidecar.backends import Backend, open_backend
 from allocator.sidecar.entry import Entry
@@ -60,6 +61,11 @@ class Store:
                 f"{self.url}: the storage ignores conditional writes (If-None-Match, ifGenerationMatch), so several "
                 "services could claim one job; use a release of it that has them, or a folder"
             )
+
+    def check_writable(self) -> None:
+        """Raises InputError for a folder that cannot be written. Leaves nothing behind."""
+        if self.backend.folder is not None:
+            check_output_folder(self.backend.folder, "--store")
 
     def entries(self) -> list[Entry]:
         """Everything on offer, the newest last."""

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.candidates import make_servable
@@ -122,3 +123,17 @@ def test_another_models_files_are_refused(bank: Path, tiny_model: Callable[[str]
     make_servable(read_inventory(tiny_model("llama")), bank)
     with pytest.raises(ContractError, match=r"q_proj\.weight is BF16 .* in the model, the manifest says"):
         open_served_bank(bank, bank / "m.json")
+
+
+def test_a_model_without_the_prefix_is_copied_into_the_bank_under_the_names_that_servers_know(
+    banked: Banked, bank: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(banked.model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    make_servable(read_inventory(tmp_path / "model"), bank)
+    open_served_bank(bank, bank / "m.json")
+    copied = load_file(bank / "model.safetensors")
+    assert copied.keys() == tensors.keys()
+    assert all(torch.equal(copied[name], tensors[name]) for name in tensors)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from allocator.blocks.source import read_rows, read_tensor
 from allocator.contract.errors import ContractError, GammaError, InputError
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.inventory import model_digest, read_inventory
@@ -288,3 +289,51 @@ def test_trained_models_are_understood(name):
     assert inventory.tied
     assert 0 < smallest < largest
     assert inventory.dtype == "BF16"
+
+
+def test_a_model_saved_without_its_head_is_read_by_the_architectures_names(make_model):
+    whole = read_inventory(make_model("Qwen3ForCausalLM", tie_word_embeddings=True))
+
+    def strip(_config, tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    bare = read_inventory(make_model("Qwen3ForCausalLM", spoil=strip, tie_word_embeddings=True))
+    assert [m.name for m in bare.modules] == [m.name for m in whole.modules]
+    assert model_digest(bare) == model_digest(whole)
+    assert bare.prefix == "model."
+    assert whole.prefix is None
+    assert any("named without 'model.'" in line for line in bare.told())
+    for module, same in zip(bare.modules, whole.modules, strict=True):
+        assert torch.equal(read_tensor(module.tensor), read_tensor(same.tensor))
+        assert torch.equal(read_rows(module.tensor, slice(3, 9)), read_rows(same.tensor, slice(3, 9)))
+
+
+@pytest.mark.parametrize(("declared", "kept"), [("float16", "F16"), ("bfloat16", "BF16"), ("float32", "BF16")])
+def test_float16_beside_float32_is_kept_as_config_json_says_and_rounding_is_told(make_model, declared, kept):
+    def mix(_config, tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(torch.float16 if "mlp" in name else torch.float32)
+
+    inventory = read_inventory(make_model(spoil=mix, torch_dtype=declared))
+    assert inventory.dtype == kept
+    told = "\n".join(inventory.told())
+    assert f"rounded from F32 to {kept}" in told
+    assert ("rounded from F16 to BF16" in told) == (kept == "BF16")
+    assert "model.layers.*.self_attn.q_proj (2)" in told
+
+
+def test_tensors_that_the_architecture_does_not_have_are_carried_and_named(make_model):
+    def add(_config, tensors):
+        for i in range(2):
+            tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(16)
+        tensors["mtp.fc.weight"] = torch.zeros(4, 4)
+
+    inventory = read_inventory(make_model(spoil=add))
+    assert len(inventory.unknown) == 3
+    assert set(inventory.unknown) <= {tensor.name for tensor in inventory.others}
+    (line,) = inventory.told()
+    assert line.startswith(
+        "copied, though LlamaForCausalLM has no such tensors: model.layers.*.self_attn.rotary_emb.inv"
+    )
+    assert read_inventory(make_model()).told() == []
