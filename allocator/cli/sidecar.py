@@ -10,6 +10,7 @@ from pathlib import Path
 
 from allocator.cli.deployment import add_deployment, add_store, from_environment, prepare_settings
 from allocator.contract.errors import InputError
+from allocator.contract.outputs import check_output_folder
 
 EXAMPLES = """examples:
   gamma sidecar --store /store
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.store:
         raise InputError("--store is missing; give it, or set GAMMA_STORE")
+    if args.checkpoints is not None and not args.read_only:
+        check_output_folder(args.checkpoints, "--checkpoints")
     if isinstance(args.node, str) and args.node.lower() in ("", "0", "false", "no"):
         args.node = None  # from GAMMA_NODE
     if isinstance(args.node, str) and args.node.lower() not in ("1", "true", "yes"):

@@ -13,7 +13,7 @@ from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.compressed_tensors import compressed_tensors_config
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, InputError, StoppedError
-from allocator.contract.layout import TensorSpec
+from allocator.contract.layout import Dtype16, TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.outputs import check_output_folder, is_out_of_room
 from allocator.contract.safetensors_file import INDEX_NAME
@@ -176,10 +176,17 @@ def _content(
         if module is None:
             content[spec.name] = read_tensor(inventory.tensor(spec.name))
         elif not module.quantized:
-            content[spec.name] = read_tensor(inventory.tensor(spec.name)).to(torch_dtype(manifest.dtype))
+            content[spec.name] = _rounded(spec.name, read_tensor(inventory.tensor(spec.name)), manifest.dtype)
         elif spec.name not in content:
             content |= {f"{name}.{p}": tensor for p, tensor in bank.tensors(name, module).items()}
     return {name: tensor.contiguous() for name, tensor in content.items()}
+
+
+def _rounded(name: str, weight: Tensor, dtype: Dtype16) -> Tensor:
+    kept = weight.to(torch_dtype(dtype))
+    if kept.dtype != weight.dtype and not kept.isfinite().all():
+        raise InputError(f"{name}: a weight is too large for {dtype}; convert the model to bfloat16 first")
+    return kept
 
 
 def _write_side_files(manifest: Manifest, inventory: Inventory, declaration: Declaration, folder: Path) -> None:

@@ -24,6 +24,7 @@ VERBS = {
     "prepare": ["prepare", "no-model", "--store", "none", "--out", "{folder}"],
     "store add": ["store", "add", "no-work", "--model", "none", "--store", "{folder}"],
     "store add-manifest": ["store", "add-manifest", "none", "--store", "{folder}"],
+    "sidecar": ["sidecar", "--store", "none", "--checkpoints", "{folder}"],
     "remote": ["remote", "allocate", "none", "--url", "http://127.0.0.1:9", "--budget", "1GB", "--out", "{file}"],
 }
 

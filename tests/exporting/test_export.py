@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from allocator.candidates import BankReader, make_servable
 from allocator.contract.bank import BANK_NAME
@@ -206,3 +207,22 @@ def test_a_tokenizer_renders_tools_in_checkpoint_and_bank_as_in_the_model(
         read = AutoTokenizer.from_pretrained(tmp_path / folder)
         told = read.apply_chat_template([{"role": "user", "content": "hi"}], tools=[{"name": "f"}], tokenize=False)
         assert told.startswith("TOOLS"), folder
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused_by_name(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    tensors = {n: t.half() if "mlp" in n else t.float() for n, t in load_file(model / "model.safetensors").items()}
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    candidates = CandidateSettings(quantizer="rtn", group_size=32, sequences=2, sequence_length=32)
+    learned = learn(model, tmp_path / "work", candidates, LearningSettings(method="uniform"))
+    manifest = solve_scores(learned.scores, SolveSettings(average_bits=6, pins={"*.layers.0.self_attn.q_proj": 16}))
+    assert manifest.dtype == "F16"
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight: a weight is too large for F16"):
+        export(manifest, model, learned.bank_folder, tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
