@@ -10,8 +10,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
 # Most tests of servers wait for one core; two at a time take a third less, or better. Tests of a file share what they make.
 PYTEST_WORKERS ?= 2
-# What depends on the CPU: kernels, their bytes in a plan, and one answer of a server with the kernel that is chosen.
-AVX2_TESTS := tests/gamma_vllm tests/contract/test_resident.py tests/e2e/test_server.py::test_a_bank_answers_with_the_flag
+# What depends on the CPU: kernels, and answers of a server with the kernel that is chosen.
+AVX2_TESTS := $(addprefix tests/gamma_vllm/test_,kernels.py native.py linear.py embedding.py moe.py) \
+	tests/e2e/test_server.py::test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
 .PHONY: help setup audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
@@ -80,7 +81,7 @@ test-gpu: setup ## the tests that need an NVIDIA GPU: kernels, captured graphs, 
 	$(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
 
 test-avx2: setup ## what depends on the CPU, with instructions above AVX2 hidden from us: kernels, and an answer
-	GAMMA_CPU_ISA=avx2 GAMMA_KERNEL=auto $(PYTHON) -m pytest $(AVX2_TESTS) $(PYTEST_ARGS)
+	GAMMA_CPU_ISA=avx2 $(PYTHON) -m pytest $(AVX2_TESTS) $(PYTEST_ARGS)
 
 test-versions: setup ## the plugin on older vLLM for CPU (VERSIONS="0.29.0 0.30.0 0.31.0"); five minutes each
 	@bash deploy/other_vllm.sh $(VERSIONS)

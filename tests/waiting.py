@@ -8,12 +8,12 @@ __all__ = ["wait_for"]
 
 
 def wait_for(condition: Callable[[], Any], what: Callable[[], object] | str = "", seconds: float = 60) -> Any:
-    """The first value of `condition` that counts as true, asked ten times a second or more seldom if it takes longer.
+    """The first value of `condition` that counts as true, asked again and again.
 
     Raises AssertionError after `seconds`, which are many, for machines that are slow; `what` says what is wrong then.
     """
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, what() if callable(what) else what
-        time.sleep(0.05)
+        time.sleep(0.02)
     return value

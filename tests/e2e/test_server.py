@@ -15,14 +15,16 @@ from typing import NamedTuple
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
 
 from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
 from allocator.evaluation import load_dequantized  # noqa: E402
+from gamma_vllm.kernels.choose import choose_kernel  # noqa: E402
 from tests.waiting import wait_for  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-START_SECONDS = 240
+START_SECONDS = 600
 PROMPT = [1, 5, 9, 20, 33]
 
 
@@ -31,19 +33,19 @@ class Server(NamedTuple):
     address: str
 
 
-def serve(checkpoint, environment, log_path, *flags):
+def serve(checkpoint, environment, log_path, *flags, kernel="torch"):
     """A `vllm serve` process for a checkpoint and the address of its API."""
     arguments = [checkpoint, "--served-model-name", "gamma", "--dtype", "float32", "--enforce-eager"]
-    return launch([*arguments, "--max-model-len", "128", "--max-num-seqs", "2", *flags], environment, log_path)
+    return launch([*arguments, "--max-model-len", "128", "--max-num-seqs", "2", *flags], environment, log_path, kernel)
 
 
 @contextlib.contextmanager
-def launch(arguments, environment, log_path):
+def launch(arguments, environment, log_path, kernel="torch"):
     """`vllm serve` with `arguments`, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {"GAMMA_KERNEL": "torch"} | environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "GAMMA_KERNEL": kernel}
     command = [Path(sys.executable).with_name("vllm"), "serve", *map(str, arguments)]
     command += ["--port", str(port), "--host", "127.0.0.1"]
     with log_path.open("w") as log:
@@ -137,8 +139,10 @@ def test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed(
     assert len(told) == 1
     assert manifest.digest in told[0]
 
-    with serve(checkpoint, environment, tmp_path / "again.log") as server:
+    with serve(checkpoint, environment, tmp_path / "again.log", kernel="auto") as server:  # the one for this CPU
         assert complete(server) == expected
+    chosen = choose_kernel(torch.device("cpu")).name
+    assert f"use the {chosen} kernel on cpu" in (tmp_path / "again.log").read_text()
 
 
 def test_a_bank_answers_with_the_flag(exported, learned, environment, tmp_path):

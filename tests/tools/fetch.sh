@@ -14,7 +14,8 @@ TOOLS=${GAMMA_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/gamma-tools}
 PYTHON=.venv/bin/python
 [ -x "$PYTHON" ] || PYTHON=python3
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+filling= # a folder that is not whole yet
+trap 'rm -rf "$scratch" ${filling:+"$filling"}' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_RETRIES=1
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PYTHONHOME PYTHONPATH
 
@@ -41,7 +42,9 @@ in_folder() {
     stamp=$folder/.stamp-$(cat "$@" | sha256sum | cut -c1-16)
     if [ -f "$stamp" ]; then return; fi
     rm -rf "$folder"
+    filling=$folder
     "$install" "$folder" "$@" && touch "$stamp" || { rm -rf "$folder"; missing "${folder##*/}"; }
+    filling=
 }
 
 checkov() {
