@@ -161,8 +161,9 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text (.txt, .jsonl, .json, also .xz) of any size, may be repeated; without it a model of up to 2 billion "
-        "parameters writes its own, for a larger one the documentation and sources of Python are taken",
+        help="text (.txt, .jsonl, .ndjson, .json, .csv, .tsv, also .xz, .gz, .bz2) of any size, or chats, for which the "
+        "model must have a chat template; may be repeated; without it a model of up to 2 billion parameters writes "
+        "its own, for a larger one the documentation and sources of Python are taken",
     )
     text.add_argument("--sequences", type=int, default=128)
     text.add_argument("--sequence-length", type=int, default=2048, help="at most what the model allows")
@@ -195,7 +196,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text to measure on, best such that was not calibrated on; may be repeated",
+        help="text to measure on (as --calibration of learn), best such that was not calibrated on; may be repeated",
     )
     group.add_argument("--text-sequences", type=int, default=32, help="default 32")
     group.add_argument(
