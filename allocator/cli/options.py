@@ -161,8 +161,8 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text (.txt, .jsonl, .ndjson, .json, .csv, .tsv, also .xz, .gz, .bz2) of any size, or chats, for which the "
-        "model must have a chat template; may be repeated; without it a model of up to 2 billion parameters writes "
+        help="text (.txt, .jsonl, .ndjson, .json, .csv, .tsv, also .xz, .gz, .bz2) of any size, or chats, which the "
+        "model's chat template renders; may be repeated; without it a model of up to 2 billion parameters writes "
         "its own, for a larger one the documentation and sources of Python are taken",
     )
     text.add_argument("--sequences", type=int, default=128)

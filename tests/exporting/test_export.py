@@ -102,6 +102,8 @@ def test_tokenizer_and_generation_files_come_along(fitted: Callable[..., Fitted]
 
 def test_all_chat_templates_come_along(fitted: Callable[..., Fitted], tmp_path: Path) -> None:
     """As transformers saves those of a tokenizer that has several: without `tool_use` tools are not rendered."""
+    from transformers import AutoTokenizer
+
     f = fitted()
     model = Path(shutil.copytree(f.model, tmp_path / "model"))
     tokenizer = AutoTokenizer.from_pretrained(model)
