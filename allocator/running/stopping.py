@@ -44,7 +44,10 @@ def finish_step_on_sigterm() -> Iterator[None]:
         _requested.set()
         patience.start()
 
-    patience = threading.Timer(GRACE_SECONDS, signal.raise_signal, [signal.SIGTERM])
+    main = threading.main_thread().ident
+    assert main is not None
+    # To the main thread itself, so that a call it waits in is interrupted.
+    patience = threading.Timer(GRACE_SECONDS, signal.pthread_kill, [main, signal.SIGTERM])
     patience.daemon = True
     _requested.clear()
     _in_steps.clear()

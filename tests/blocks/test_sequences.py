@@ -98,7 +98,7 @@ def test_what_a_model_writes_is_its_own_distribution(model: Path) -> None:
     ids = calibration_from_model(model, 4000, 2, seed=0).token_ids
     with torch.inference_mode():
         logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids[:1, :1]).logits[0, -1].clone()
-    logits[0] = -torch.inf
+        logits[0] = -torch.inf
     expected = logits.softmax(-1) * len(ids)
     found = torch.bincount(ids[:, 1], minlength=len(expected)).float()
     often = expected > 5

@@ -35,4 +35,6 @@ def test_a_step_that_ends_is_not_stopped() -> None:
         steps_begin()
         signal.raise_signal(signal.SIGTERM)
     assert not stop_requested()
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for timer in [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]:
+        timer.join(30)
+        assert not timer.is_alive()
