@@ -14,9 +14,7 @@ from torch import Tensor
 from allocator.blocks.finite import require_finite
 from allocator.blocks.opening import has_tokenizer, open_model, open_tokenizer
 from allocator.blocks.tokenizer import added_before
-from allocator.contract.errors import StoppedError
 from allocator.progress import Progress, silent
-from allocator.running.stopping import stop_requested
 
 __all__ = ["write_tokens"]
 
@@ -35,8 +33,6 @@ def write_tokens(folder: Path, sequences: int, length: int, seed: int, progress:
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
         while tokens.shape[1] < length:
-            if stop_requested():
-                raise StoppedError("stopped on request while the model wrote its text; nothing is kept of it")
             output = model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
             require_finite(logits, f"{folder}: the model's logits after {tokens.shape[1]} tokens that it wrote")

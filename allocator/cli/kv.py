@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text (.txt, .jsonl, .json, also .xz), may be repeated; without it the model writes its own",
+        help="text (as --calibration of learn), may be repeated; without it the model writes its own",
     )
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512, help="at most what the model allows")

@@ -40,8 +40,9 @@ VERBS = {
 _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}
 """What brings the packages of a verb, if not the extra `learn`."""
 _REASON_CHARACTERS = 300
-_EPILOG = """exit codes: 0 done, 1 unexpected error, 2 bad argument or input, 3 a file was refused,
-4 the budget cannot be met, 75 stopped by SIGTERM after a finished step (run it again), 130 interrupted"""
+_EPILOG = """exit codes: 0 done, 1 unexpected error (its traceback is kept in a file), 2 bad argument or input,
+3 a file was refused, 4 the budget cannot be met, 75 stopped by SIGTERM after a finished step (run it again),
+130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):

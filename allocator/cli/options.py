@@ -175,8 +175,9 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text (.txt, .jsonl, .json, also .xz) of any size, may be repeated; without it a model of up to 2 billion "
-        "parameters writes its own, for a larger one the documentation and sources of Python are taken",
+        help="text (.txt, .jsonl, .ndjson, .json, .csv, .tsv, also .xz, .gz, .bz2) of any size, or chats, which the "
+        "model's chat template renders; may be repeated; without it a model of up to 2 billion parameters writes "
+        "its own, for a larger one the documentation and sources of Python are taken",
     )
     text.add_argument("--sequences", type=int, help="default: 128; fewer for a model below 0.27 billion parameters")
     text.add_argument(
@@ -213,7 +214,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="text to measure on, best such that was not calibrated on; may be repeated",
+        help="text to measure on (as --calibration of learn), best such that was not calibrated on; may be repeated",
     )
     group.add_argument("--text-sequences", type=int, default=32, help="default 32")
     group.add_argument(

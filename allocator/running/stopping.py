@@ -8,12 +8,13 @@ from types import FrameType
 
 from allocator.contract.errors import StoppedError
 
-__all__ = ["GRACE_SECONDS", "finish_step_on_sigterm", "stop_requested"]
+__all__ = ["GRACE_SECONDS", "finish_step_on_sigterm", "steps_begin", "stop_requested"]
 
 GRACE_SECONDS = 100.0
 """For the step at hand; the chart's Job is killed after 120."""
 
 _requested = threading.Event()
+_in_steps = threading.Event()
 
 
 def stop_requested() -> bool:
@@ -21,10 +22,15 @@ def stop_requested() -> bool:
     return _requested.is_set()
 
 
+def steps_begin() -> None:
+    """From here on steps are kept, and one that is at work is worth to be finished."""
+    _in_steps.set()
+
+
 @contextmanager
 def finish_step_on_sigterm() -> Iterator[None]:
-    """The first SIGTERM is a request that `Journal.save` obeys after its step; a second one stops at once, and so
-    does a step that has not ended `GRACE_SECONDS` later.
+    """The first SIGTERM is a request that `Journal.save` obeys after its step; a second one stops at once, and so does
+    a step that has not ended `GRACE_SECONDS` later. Before `steps_begin` the first one stops at once: nothing is lost.
 
     Signals reach the main thread only; in any other thread this does nothing.
     """
@@ -33,14 +39,18 @@ def finish_step_on_sigterm() -> Iterator[None]:
         return
 
     def note(_number: int, _frame: FrameType | None) -> None:
-        if _requested.is_set():
+        if _requested.is_set() or not _in_steps.is_set():
             raise StoppedError("stopped at once; the same command goes on from the last finished step")
         _requested.set()
         patience.start()
 
-    patience = threading.Timer(GRACE_SECONDS, signal.raise_signal, [signal.SIGTERM])
+    main = threading.main_thread().ident
+    assert main is not None
+    # To the main thread itself, so that a call it waits in is interrupted.
+    patience = threading.Timer(GRACE_SECONDS, signal.pthread_kill, [main, signal.SIGTERM])
     patience.daemon = True
     _requested.clear()
+    _in_steps.clear()
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield
@@ -48,3 +58,4 @@ def finish_step_on_sigterm() -> Iterator[None]:
         patience.cancel()
         signal.signal(signal.SIGTERM, before)
         _requested.clear()
+        _in_steps.clear()

@@ -8,6 +8,7 @@ from typing import Literal
 from allocator.contract.errors import ContractError, InputError
 from allocator.running.fingerprint import RUN_NAME, RunFingerprint
 from allocator.running.journal import Journal
+from allocator.running.stopping import steps_begin
 from allocator.running.team import ALONE, Team
 
 __all__ = ["Resume", "WorkFolder"]
@@ -59,6 +60,7 @@ class WorkFolder:
                 temporary.unlink()  # half written when an earlier run was killed
             now.write(path)
         self.team.wait()
+        steps_begin()
 
     def finish(self) -> None:
         """Delete what only a run that goes on would need."""

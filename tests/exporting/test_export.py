@@ -101,6 +101,21 @@ def test_tokenizer_and_generation_files_come_along(fitted: Callable[..., Fitted]
     assert config == json.loads((f.model / "config.json").read_text())
 
 
+def test_all_chat_templates_come_along(fitted: Callable[..., Fitted], tmp_path: Path) -> None:
+    """As transformers saves those of a tokenizer that has several: without `tool_use` tools are not rendered."""
+    from transformers import AutoTokenizer
+
+    f = fitted()
+    model = Path(shutil.copytree(f.model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "chat {{ messages }}", "tool_use": "tools {{ tools }}"}
+    tokenizer.save_pretrained(model)
+    export(f.manifest, model, f.bank, tmp_path / "out")
+    make_servable(read_inventory(model), tmp_path / "bank")
+    for folder in ("out", "bank"):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == tokenizer.chat_template
+
+
 def test_an_existing_folder_is_not_touched(fitted: Callable[..., Fitted], tmp_path: Path) -> None:
     f = fitted()
     out = tmp_path / "out"
