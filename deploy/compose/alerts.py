@@ -14,6 +14,7 @@ def alerts() -> str:
     for name, value in {
         "$NAMESPACE": "compose",
         "$SERVICES": "compose-gamma",
+        "$ABSENT": 'absent(up{namespace="compose",service="compose-gamma",endpoint="http"})',
         "$FIRST_TOKEN_SECONDS": thresholds["firstTokenSeconds"],
         "$WAITING_REQUESTS": thresholds["waitingRequests"],
         "$HEADROOM_BYTES": thresholds["headroomBytes"],

@@ -69,6 +69,13 @@ def test_arguments_are_those_of_the_programs():
         assert flags <= help_flags(service["entrypoint"][1])
 
 
+def test_the_sidecar_knows_what_is_served():
+    (folder,) = [a.removeprefix("--out=") for a in SERVICES["prepare"]["command"] if a.startswith("--out=")]
+    assert f"--prepared={folder}" in SERVICES["sidecar"]["command"]
+    assert f"model:{folder}:ro" in SERVICES["sidecar"]["volumes"]
+    assert "prepare" in SERVICES["sidecar"]["depends_on"]
+
+
 def help_flags(verb):
     import argparse
     from importlib import import_module

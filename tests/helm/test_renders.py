@@ -234,6 +234,19 @@ def test_another_claim_is_another_template(helm4):
     assert name(1) == name(1) != name(2)
 
 
+def test_an_allocation_at_zero_is_woken_from_outside_and_kept_while_it_answers(helm4):
+    (scaled,) = by_kind(render(helm4, EXAMPLES["scale-to-zero"]), "ScaledObject")
+    assert scaled["spec"]["minReplicaCount"] == 0
+    queue, kept, woken = (trigger["metadata"] for trigger in scaled["spec"]["triggers"])
+    assert (queue["query"], queue["threshold"]) == (
+        'sum(vllm:num_requests_waiting{namespace="llm",service="demo-gamma-qwen3-8b"})',
+        "4",
+    )
+    assert "num_requests_running" in kept["query"]
+    assert woken["query"].startswith("sum(increase(envoy")
+    assert all(int(metadata["threshold"]) >= 10**6 for metadata in (kept, woken))  # one replica, not more
+
+
 def test_only_the_api_is_reached_from_outside(helm4):
     objects = render(helm4, EXAMPLES["from-outside"])
     services = {item["metadata"]["name"]: item for item in by_kind(objects, "Service")}

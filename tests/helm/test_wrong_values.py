@@ -153,6 +153,10 @@ BY_CHECK = {
     "fewest above most": (allocation(autoscaling=KEDA | {"minReplicas": 9}), "minReplicas 9 is above"),
     "to zero without a queue": (allocation(autoscaling=KEDA | {"minReplicas": 0}), "minReplicas 0 needs"),
     "to zero by HPA": (allocation(autoscaling={"type": "hpa", "minReplicas": 0}), "minReplicas 0 needs"),
+    "woken, and never asleep": (
+        allocation(autoscaling=KEDA | {"keda": KEDA["keda"] | {"wakeQuery": "q"}}),
+        "keda.wakeQuery wakes an allocation of minReplicas 0",
+    ),
     "no Prometheus": (allocation(autoscaling={"type": "keda"}), "serverAddress is empty"),
     "from outside, by no name": (
         {**allocation(), "ingress": {"enabled": True}, "networkPolicy": {"enabled": False}},

@@ -199,6 +199,7 @@ def test_a_full_disk_fails_the_job_with_the_reason(own_store: Path, tmp_path: Pa
             assert service.get("/v1/models")["data"]
             assert service.post("/v1/checkpoints", {"manifest": _asked(service, 6)}, 202)["state"] == "queued"
             assert service.finished(job)["attempt"] == 2
+            assert "\ngamma_job_failures_total 2.0\n" in service.http.get("/metrics").text
     finally:
         subprocess.run(["umount", small], check=True)
 
