@@ -73,9 +73,9 @@ def block_bits(manifest: Manifest) -> float:
 
 
 def manifest_title(manifest: Manifest) -> str:
-    """One line for a figure: model, size, average width."""
+    """One line for a figure: model, size, average width in the blocks."""
     size = format_bytes(manifest.tensor_bytes).partition(" (")[0]
-    return f"{manifest.model.name}, {size}, {block_bits(manifest):.2f} bits on average"
+    return f"{manifest.model.name}, {size}, {block_bits(manifest):.2f} bits on average in the blocks"
 
 
 def _resident_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -22,26 +22,31 @@ _LIST_SECONDS = 1.0
 
 
 class _Listing(Generic[Listed]):
-    """Something read from the store anew at most once a second, in a thread."""
+    """Something read from the store anew at most once a second, in a thread; a failure counts as long."""
 
     def __init__(self, read: Callable[[], Listed]) -> None:
         self._read = read
         self._found: Listed | None = None
-        self._read_at = 0.0
+        self._failed: GammaError | None = None
+        self._read_at = -_LIST_SECONDS
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> Listed:
-        found = self._recent()
-        if found is None:
+        if not self._recent():
             async with self._lock:
-                found = self._recent()
-                if found is None:
-                    found = self._found = await asyncio.to_thread(self._read)
+                if not self._recent():
+                    try:
+                        self._found, self._failed = await asyncio.to_thread(self._read), None
+                    except GammaError as error:
+                        self._found, self._failed = None, error
                     self._read_at = time.monotonic()
-        return found
+        if self._failed is not None:
+            raise type(self._failed)(str(self._failed))
+        assert self._found is not None
+        return self._found
 
-    def _recent(self) -> Listed | None:
-        return self._found if time.monotonic() - self._read_at < _LIST_SECONDS else None
+    def _recent(self) -> bool:
+        return time.monotonic() - self._read_at < _LIST_SECONDS
 
 
 class Catalogue:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.sidecar.backends import StoreUnreachableError
@@ -103,7 +104,7 @@ def install_handlers(app: FastAPI) -> None:
         return error_response(_of_validation(error))
 
     @app.exception_handler(HTTPException)
-    async def _http(_request: Request, error: HTTPException) -> Response:
+    async def _http(request: Request, error: HTTPException) -> Response:
         status = error.status_code if error.status_code in _TYPES else 400
         if status == 400 and "parsing the body" in str(error.detail):  # FastAPI's words
             return error_response(ApiError(400, "the body is not valid JSON", kind="invalid_json"))
@@ -111,7 +112,17 @@ def install_handlers(app: FastAPI) -> None:
             404: "no such path; /openapi.json lists them",
             405: "this path has no such method; Allow names those it has",
         }.get(status, str(error.detail))
-        return error_response(ApiError(status, message, headers=error.headers))
+        headers = {"Allow": _allowed(app, request)} if status == 405 else error.headers
+        return error_response(ApiError(status, message, headers=headers))
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of all routes of a path; Starlette names those of the first."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -90,14 +90,14 @@ class Service:
     async def _watch_store(self) -> None:
         """Reads the list of entries now and then, so that log, metrics and readiness do not wait for a request."""
         while True:
-            with contextlib.suppress(GammaError):
+            with contextlib.suppress(GammaError, OSError):
                 await self.catalogue.entries()
             await asyncio.sleep(_STORE_SECONDS if self.catalogue.problem is None else _AGAIN_SECONDS)
 
     async def _watch_tokens(self, tokens: Tokens) -> None:
         told: dict[Path, str] = {}
         while True:
-            await asyncio.to_thread(tokens.look)
+            tokens.look()
             problems = dict(tokens.problems)
             for path, reason in problems.items():
                 if told.get(path) != reason:

@@ -316,6 +316,11 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(
     assert code != 405 or answer.headers["Allow"]
 
 
+def test_allow_names_every_method_of_a_path(sidecar: Running) -> None:
+    assert sidecar.http.put("/v1/allocations").headers["Allow"] == "GET, POST"
+    assert sidecar.http.put("/v1/jobs/sha256:" + "0" * 64).headers["Allow"] == "DELETE, GET"
+
+
 def test_every_answer_has_a_request_id_and_security_headers(sidecar: Running) -> None:
     for path in ("/", "/healthz", "/v1/models", "/nothing"):
         headers = sidecar.http.get(path).headers

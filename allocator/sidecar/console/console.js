@@ -68,7 +68,8 @@ async function start() {
   panels.empty(!state.models.length);
   if (!state.models.length) return panels.verdict("", "The store is empty.", "There is no model to choose from yet.");
   if (!model()) $("model").selectedIndex = 0;
-  if (given.get("bytes")) [state.automatic, state.bytes] = [false, Number(given.get("bytes"))];
+  const bytes = Number(given.get("bytes")), { low, high } = range();
+  if (bytes > 0) [state.automatic, state.bytes] = [false, Math.round(Math.min(Math.max(bytes, low), high))];
   await chooseModel();
 }
 
@@ -112,8 +113,13 @@ async function refresh() {
     if (run !== state.run) return;
     show();
     document.querySelector(".answer").classList.remove("busy");
-    await Promise.all([sweep(signal, run), marks(signal, run)]);
-    if (run === state.run && state.allocation) showCurve();
+    try {
+      await Promise.all([sweep(signal, run), marks(signal, run)]);
+      if (run === state.run) showCurve();
+    } catch (error) {
+      if (error.name === "AbortError" || error.status === 401) throw error;
+      if (run === state.run) panels.noCurve(error.message); // the answer itself stands
+    }
   } catch (error) {
     if (error.name !== "AbortError" && run === state.run) fail(error);
   } finally {
@@ -319,12 +325,13 @@ function fail(error) {
     panels.nothing();
     return panels.verdict("bad", "A token is needed.", error.message);
   }
-  // What stood here answered another question: neither it nor its commands stay.
-  state.allocation = state.manifest = null;
-  state.changed = new Set();
-  panels.nothing();
   const name = (error.param || "").replace(/^hardware\./, ""), field = FIELDS[name] && $(FIELDS[name]);
   if (field) panels.markWrong(field);
+  // What stood here answered another question: neither it nor its commands stay.
+  state.allocation = state.manifest = null;
+  if (field === $("budget")) state.automatic = true; // the slider is hidden now: the next answer is for what fits
+  state.changed = new Set();
+  panels.nothing();
   panels.verdict("bad", field ? `${panels.labelOf(field)}:` : name ? `${name}:` : "No answer.", error.message);
   panels.advice([], takeAdvice);
 }

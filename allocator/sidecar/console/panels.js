@@ -134,9 +134,9 @@ export function memory(plan) {
 
 const MEASURED = "KL divergence from the original in nats a token, on the text named";
 
-export function noCurve() {
+export function noCurve(why = "Solving for the sizes between the smallest and the largest …") {
   $("curve-note").hidden = true;
-  $("curve").replaceChildren(element("p", "Solving for the sizes between the smallest and the largest …", "hint waiting"));
+  $("curve").replaceChildren(element("p", why, "hint"));
 }
 
 export function pareto(sweep, gpus, allocation, onPick) {
