@@ -69,10 +69,12 @@ def calibration_from_model(
     folder: Path, sequences: int, length: int, seed: int, progress: Progress = silent
 ) -> Calibration:
     """Sequences that the model itself writes at temperature 1, for when no text is given; it must fit into memory."""
-    progress.begin("writing text", length - 1, "token")
+    progress.begin("opening the model")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    progress.begin("writing text", length - 1, "token")
 
     def told(ids: Tensor, *_scores: Any, **_: Any) -> Tensor:
         progress.advance()
