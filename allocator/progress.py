@@ -178,7 +178,7 @@ class Tracker(Progress):
                 steps=self._number + len(self._coming),
                 unit=step.unit,
                 done=round(step.done, 4),
-                total=step.total,
+                total=round(step.total, 4),
                 detail=step.detail,
                 then=[planned.name for planned in self._coming],
                 elapsed_seconds=round(now - self._start, 1),

@@ -24,9 +24,10 @@ def write_tokens(folder: Path, sequences: int, length: int, seed: int, progress:
 
     Raises InputError when the model cannot be loaded or its logits are not finite.
     """
-    progress.begin("writing text", length, "token")
+    progress.begin("opening the model")
     model = open_model(folder)
     start = _start(folder, model.config)[:length]
+    progress.begin("writing text", length - len(start), "token")
     ending = _numbers(model.config.eos_token_id)
     tokens = torch.tensor([start]).expand(sequences, -1)
     unread, cache = tokens, None
@@ -39,7 +40,7 @@ def write_tokens(folder: Path, sequences: int, length: int, seed: int, progress:
             logits[:, ending] = -torch.inf
             unread = torch.multinomial(logits.softmax(-1), 1)
             tokens = torch.cat([tokens, unread], 1)
-            progress.reach(tokens.shape[1])
+            progress.advance()
     return tokens.clone()
 
 

@@ -93,7 +93,8 @@ def _messages_on(console: Console, level: int, as_json: bool) -> Iterator[None]:
 
 
 def _print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece: the thread that keeps telling writes too
+    sys.stderr.flush()
 
 
 @contextmanager

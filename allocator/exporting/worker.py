@@ -60,7 +60,8 @@ def _say(line: dict[str, Any]) -> None:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    sys.stdout.write(f"{line}\n")  # in one piece: the thread that keeps telling writes too
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
