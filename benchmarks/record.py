@@ -24,11 +24,16 @@ def claim(text: str, value: float, limit: str, holds: bool, why: str | None = No
 
 
 def write_result(
-    name: str, command: str, seeds: Sequence[int], rows: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]
+    name: str,
+    command: str,
+    seeds: Sequence[int],
+    rows: Sequence[dict[str, Any]],
+    claims: Sequence[dict[str, Any]],
+    machine: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the result and return its path."""
+    """Write the result and return its path. `machine`: what is to be said of it beside processor and memory."""
     document = {
-        "machine": _machine(),
+        "machine": _machine() | (machine or {}),
         "versions": {"python": platform.python_version()} | _versions(),
         "seeds": list(seeds),
         "command": command,

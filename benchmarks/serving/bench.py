@@ -14,7 +14,11 @@ the load generator; it runs inside this process, since importing it takes longer
 every load to every variant in turn; a figure is the least of the rounds, to which other work on the machine can only
 add. Small trained models are left out: at 1 ms a token their servers answer in a few pieces, whose times say nothing of
 a token (0 to 5 ms in rounds of one server). Writes benchmarks/results/serving.json, on CPUs with AMX serving_amx.json,
-and with an NVIDIA GPU serving_cuda.json.
+without AVX-512 serving_avx2.json, and with an NVIDIA GPU serving_cuda.json.
+
+    GAMMA_CPU_ISA=avx2 make bench-serving
+
+hides AVX-512 and AMX from everything but auto-round-lib (avx2_server.py), and writes serving_avx2.json.
 """
 
 import argparse
@@ -36,12 +40,19 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from allocator.contract.cpu import cpu_flags  # noqa: E402
+from allocator.contract.cpu import CPU_ISA_VARIABLE, cpu_flags, hidden_flags  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from benchmarks.record import claim, read_rows, rewrite_claims, write_result  # noqa: E402
 from benchmarks.serving.answers import ask  # noqa: E402
-from benchmarks.serving.pieces import CPU_PIECES, CUDA_PIECES, Piece, Variant, file_name  # noqa: E402
+from benchmarks.serving.pieces import (  # noqa: E402
+    AVX2_PIECES,
+    CPU_PIECES,
+    CUDA_PIECES,
+    Piece,
+    Variant,
+    file_name,
+)
 from benchmarks.serving.report import Load, claims_of  # noqa: E402
 from benchmarks.serving.servers import Server, start  # noqa: E402
 
@@ -54,6 +65,24 @@ Rows = list[dict[str, Any]]
 
 
 ANSWERS = "answers"
+
+PIECES = {
+    "serving_cuda": CUDA_PIECES,
+    "serving_amx": CPU_PIECES,
+    "serving": CPU_PIECES,
+    "serving_avx2": AVX2_PIECES,
+}
+"""What is run for each result. 16-bit products are several times as fast on CPUs with AMX, and as slow without AVX-512,
+so these results are kept apart."""
+
+
+def result_of_this_machine() -> str:
+    """The name of the result that is written here."""
+    if torch.cuda.is_available():
+        return "serving_cuda"
+    if "amx_bf16" in cpu_flags():
+        return "serving_amx"
+    return "serving" if "avx512f" in cpu_flags() else "serving_avx2"
 
 
 class Generator:
@@ -148,8 +177,8 @@ def _measure_together(
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    pieces = CUDA_PIECES if on_gpu else CPU_PIECES
+    result = result_of_this_machine()
+    pieces = PIECES[result]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*(piece.name for piece in pieces), ANSWERS]
     parser.add_argument("--only", choices=names, help="run this piece, also when it is done already")
@@ -158,10 +187,12 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only write the checkpoints, and measure nothing")
     parser.add_argument("--claims", metavar="NAME", help="the claims of NAME.json anew from its rows, measure nothing")
     args = parser.parse_args()
+    if hidden_flags() and result != "serving_avx2":
+        parser.error(f"{CPU_ISA_VARIABLE} can hide instructions of vLLM as avx2 only; set it to that, or not at all")
     if args.claims:
-        rows, of_file = read_rows(args.claims), CUDA_PIECES if args.claims == "serving_cuda" else CPU_PIECES
+        rows = read_rows(args.claims)
         measured = {row["piece"] for row in rows}
-        left = [name for name in (*(piece.name for piece in of_file), ANSWERS) if name not in measured]
+        left = [name for name in (*(piece.name for piece in PIECES[args.claims]), ANSWERS) if name not in measured]
         rewrite_claims(args.claims, _judged(rows, left))
         return
     OUT.mkdir(parents=True, exist_ok=True)
@@ -175,6 +206,8 @@ def main() -> None:
     }
     run[ANSWERS] = partial(ask, OUT)
     kept = {name: OUT / f"{file_name(name)}.json" for name in names}
+    if result == "serving_avx2":
+        kept[ANSWERS] = OUT / "answers-avx2.json"
     begun = {name: path.with_suffix(".part.json") for name, path in kept.items()}
     for name in names:
         if not args.report and (args.only == name or (args.only is None and not kept[name].exists())):
@@ -184,9 +217,7 @@ def main() -> None:
     left = [name for name, path in kept.items() if not path.exists()]
     paths = [kept[name] if kept[name].exists() else begun[name] for name in names]
     rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
-    # 16-bit products are several times as fast on CPUs with AMX, so their results are kept apart.
-    on_cpu = "serving_amx" if "amx_bf16" in cpu_flags() else "serving"
-    _finish("serving_cuda" if on_gpu else on_cpu, rows, left)
+    _finish(result, rows, left)
 
 
 def _judged(rows: Rows, left: list[str]) -> list[dict[str, Any]]:
@@ -202,7 +233,9 @@ def _finish(name: str, rows: Rows, left: list[str]) -> None:
         print(row)
     for entry in claims:
         print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']} ({entry['limit']})")
-    path = write_result(name, "make bench-serving", [0, 1], rows, claims)
+    hidden = " ".join(hidden_flags())
+    command = f"{CPU_ISA_VARIABLE}=avx2 make bench-serving" if hidden else "make bench-serving"
+    path = write_result(name, command, [0, 1], rows, claims, {"hidden_instructions": hidden} if hidden else {})
     print(f"written: {path.relative_to(ROOT)}")
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allocator.contract.manifest import Manifest, average_bits
+from allocator.contract.resident import Kernel
 from allocator.fitting import PlanRequest
 from allocator.fitting.weights import residency_of
 from allocator.inventory import read_inventory, read_shape
 from benchmarks.serving.checkpoints import Fusion, Vocabulary, assign, uniform, write_checkpoint, write_model
-from benchmarks.serving.report import BF16, CUDA_LOADS, LOADS, MARLIN, STOCK, Load
+from benchmarks.serving.report import ARK, AVX2_LOADS, BF16, CUDA_LOADS, LOADS, MARLIN, STOCK, Load
 
-__all__ = ["CPU_PIECES", "CUDA_PIECES", "Piece", "Variant", "file_name"]
+__all__ = ["AVX2_PIECES", "CPU_PIECES", "CUDA_PIECES", "Piece", "Variant", "file_name"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Piece:
     """Servers that are measured together: bfloat16, stock 4-bit, and gamma's at (bits, fusion, vocabulary).
 
     compiled: as vLLM does by default; else eager. apart: bfloat16 is served before the others, which do not fit beside
-    it.
+    it. avx2: vLLM's build for AVX2 has no operator for stock 4-bit (`cpu_gemm_wna16`); gamma's 3 bits are served with
+    ARK too.
     """
 
     name: str
@@ -42,29 +44,36 @@ class Piece:
     gamma: tuple[tuple[float, Fusion, Vocabulary], ...]
     cuda: bool = False
     apart: bool = False
+    avx2: bool = False
 
     def variants(self, out: Path) -> Iterator[Variant]:
         """Writes the checkpoints that are not there. On CUDA bfloat16 has no weights on disk."""
         source = write_model(self.model, out / self.model, weights=not self.cuda)
         inventory = read_inventory(source)
         yield Variant(BF16, source, None, 16.0, {}, ("--load-format", "dummy") if self.cuda else ())
-        stock = uniform(inventory, 4)
-        folder = write_checkpoint(source, stock, out / f"{self.model}-stock", "compressed-tensors")
-        without = {"VLLM_PLUGINS": ""}
-        yield Variant(STOCK, folder, None, average_bits(stock.modules), without)
-        if self.cuda:
-            yield Variant(MARLIN, folder, None, average_bits(stock.modules), without, ("--linear-backend", "marlin"))
+        if not self.avx2:
+            stock = uniform(inventory, 4)
+            folder = write_checkpoint(source, stock, out / f"{self.model}-stock", "compressed-tensors")
+            without = {"VLLM_PLUGINS": ""}
+            yield Variant(STOCK, folder, None, average_bits(stock.modules), without)
+            if self.cuda:
+                marlin = ("--linear-backend", "marlin")
+                yield Variant(MARLIN, folder, None, average_bits(stock.modules), without, marlin)
         for bits, fusion, vocabulary in self.gamma:
             manifest = assign(inventory, bits, fusion, vocabulary)
             name = f"gamma {bits} bits, {fusion}" + (", vocabulary at 16" if vocabulary == "16 bits" else "")
             folder = write_checkpoint(source, manifest, out / file_name(f"{self.model} {name}"))
-            yield Variant(name, folder, self._planned(source, manifest), average_bits(manifest.modules), {})
+            planned = _planned(source, manifest, "humming" if self.cuda else "native")
+            yield Variant(name, folder, planned, average_bits(manifest.modules), {})
+            if self.avx2 and bits == 3.0:
+                planned, ark = _planned(source, manifest, "ark"), {"GAMMA_KERNEL": "ark"}
+                yield Variant(ARK, folder, planned, average_bits(manifest.modules), ark)
 
-    def _planned(self, model: Path, manifest: Manifest) -> int:
-        shape = read_shape(json.loads((model / "config.json").read_text()))
-        request = PlanRequest(kernel="humming" if self.cuda else "native")
-        (planned,) = residency_of(shape, request).stage_bytes(manifest.modules)
-        return planned
+
+def _planned(model: Path, manifest: Manifest, kernel: Kernel) -> int:
+    shape = read_shape(json.loads((model / "config.json").read_text()))
+    (planned,) = residency_of(shape, PlanRequest(kernel=kernel)).stage_bytes(manifest.modules)
+    return planned
 
 
 _THREE: tuple[float, Fusion, Vocabulary] = (3.0, "free", "quantized")
@@ -79,6 +88,7 @@ CPU_PIECES = (
     Piece("Qwen3-0.6B, eager", "Qwen3-0.6B", False, (LOADS[0],), (_SMALL, _THREE, _FOUR)),
     Piece("Qwen3-1.7B", "Qwen3-1.7B", True, LOADS, (_THREE,)),
 )
+AVX2_PIECES = (Piece("Qwen3-0.6B, AVX2", "Qwen3-0.6B", True, AVX2_LOADS, (_SMALL, _THREE, _FOUR), avx2=True),)
 CUDA_PIECES = (
     Piece("Qwen3-8B", "Qwen3-8B", True, CUDA_LOADS, (_SMALL, _THREE, _TIED), cuda=True),
     Piece("Qwen3-32B", "Qwen3-32B", True, CUDA_LOADS, (_THREE,), cuda=True, apart=True),

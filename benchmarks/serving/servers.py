@@ -14,6 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocator.contract.cpu import hidden_flags
+from benchmarks.serving.avx2_server import HIDING
+
 __all__ = ["Server", "start"]
 
 _START_SECONDS = 900  # five servers compile on two cores
@@ -107,17 +110,22 @@ def _anonymous(pid: int) -> int:
 
 
 def start(folder: Path, log: Path, max_model_len: int, variables: dict[str, str] | None = None, *flags: str) -> Server:
-    """Start `vllm serve` for a folder."""
+    """Start `vllm serve` for a folder, without what `GAMMA_CPU_ISA` hides; then its cache lies beside the log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    program = [str(Path(sys.executable).parent / "vllm")]
+    hiding: dict[str, str] = {}
+    if hidden_flags():
+        program = [sys.executable, "-P", str(Path(__file__).with_name("avx2_server.py"))]
+        # What was compiled for the whole processor must not be found.
+        hiding = HIDING | {"VLLM_CACHE_ROOT": str(log.parent / "cache-avx2")}
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(folder), *_OPTIONS, str(max_model_len),
-        "--port", str(port), *flags,
+        *program, "serve", str(folder), *_OPTIONS, str(max_model_len), "--port", str(port), *flags,
     ]  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
     environment |= {"VLLM_LOGGING_LEVEL": "INFO"}
-    environment |= variables or {}
+    environment |= hiding | (variables or {})
     environment.pop("OMP_WAIT_POLICY", None)  # threads wait as vLLM's do by default, whatever the Makefile says
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     with log.open("w") as output:

@@ -224,7 +224,7 @@ def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Isa) ->
         total += rows
     flat = x.reshape(-1, x.shape[-1])
     multiply = _few if flat.shape[0] <= _FEW_TOKENS else _dequantized
-    return multiply(flat, segments, total, _library(isa)).to(x.dtype).view(*x.shape[:-1], total)
+    return multiply(flat, segments, total, isa).to(x.dtype).view(*x.shape[:-1], total)
 
 
 _Held = tuple[Tensor, Tensor, Tensor, int, int, int]
@@ -239,10 +239,10 @@ def _described(held: _Held, columns: int) -> "array[int]":
     return array("q", (weight.data_ptr(), scale.data_ptr(), zeros, bfloat16, rows, columns, group_size, bits))
 
 
-def _few(x: Tensor, segments: list[_Held], total: int, library: ctypes.CDLL) -> Tensor:
+def _few(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
     """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
-    parts = _as_bfloat16(x)
+    parts = _as_bfloat16(x, isa)
     output = torch.empty(parts.shape[0], total, dtype=torch.float32)
     start = 0
     for held in segments:
@@ -253,14 +253,14 @@ def _few(x: Tensor, segments: list[_Held], total: int, library: ctypes.CDLL) -> 
             place[tokens:].zero_()
         else:
             described = _described(held, columns)
-            library.gamma_multiply_few(
+            _library(isa).gamma_multiply_few(
                 described.buffer_info()[0], parts.data_ptr(), parts.shape[0], place.data_ptr(), total
             )
         start += rows
     return output.view(-1, tokens, total).sum(0) if tokens else output
 
 
-def _dequantized(x: Tensor, segments: list[_Held], total: int, library: ctypes.CDLL) -> Tensor:
+def _dequantized(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
     """Many activations of another dtype: the weight dequantized to float32, and one product for as many rows as the
     work space holds. `[tokens, total]` in float32."""
     tokens, columns = x.shape
@@ -277,7 +277,7 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int, library: ctypes.C
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
                 described = _described(held, columns)
-                library.gamma_dequantize(described.buffer_info()[0], place.data_ptr())
+                _library(isa).gamma_dequantize(described.buffer_info()[0], place.data_ptr())
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:
@@ -297,15 +297,20 @@ def _work_space(columns: int) -> Tensor:
     return _space[0][: rows * columns].view(rows, columns)
 
 
-def _as_bfloat16(x: Tensor) -> Tensor:
+def _as_bfloat16(x: Tensor, isa: Isa) -> Tensor:
     """`[tokens, columns]` as a sum of bfloat16 parts, one after the other: `[parts*tokens, columns]`.
 
-    float16 is two parts exactly, float32 three up to its last bit.
+    float16 is two parts exactly, float32 three up to its last bit. With AVX2, which rounds activations to 15 bits below
+    the largest of their group, a part is rounded so already, and the next one has what that took away.
     """
     parts, rest = [], x.to(torch.float32)
     for _ in range(2 if x.dtype == torch.float16 else 3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1].to(torch.float32)
+        part = rest.to(torch.bfloat16).to(torch.float32)
+        if isa == "avx2":
+            lowest = torch.exp2(torch.frexp(rest.abs().amax(-1, keepdim=True)).exponent.float() - 15)
+            part = (part / lowest).round_() * lowest
+        parts.append(part.to(torch.bfloat16))
+        rest = rest - part
     return torch.cat(parts)
 
 

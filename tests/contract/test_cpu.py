@@ -34,3 +34,17 @@ def test_instructions_above_the_variable_are_hidden(most):
 
 def test_another_value_of_the_variable_is_refused():
     assert "GAMMA_CPU_ISA='sse': expected one of avx2, avx512, amx, or nothing" in flags("sse").stderr
+
+
+def test_what_is_missing_is_told_from_what_is_hidden():
+    code = CODE.replace("cpu_flags", "why_missing").replace("print(*why_missing())", "print(why_missing({names!r}))")
+    told = {}
+    for most, names in (("", ["avx2"]), ("", ["avx2", "sse9"]), ("avx2", ["fma", "avx512f", "amx_tile"])):
+        program = [sys.executable, "-c", code.format(names=names)]
+        done = subprocess.run(program, env=os.environ | {"GAMMA_CPU_ISA": most}, capture_output=True, text=True)
+        told[most, len(names)] = done.stdout.strip()
+    assert told == {
+        ("", 1): "None",
+        ("", 2): "this CPU has no sse9",
+        ("avx2", 3): "GAMMA_CPU_ISA=avx2 hides avx512f, amx_tile",
+    }
