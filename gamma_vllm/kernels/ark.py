@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allocator.contract.cpu import cpu_flags
+from allocator.contract.cpu import cpu_flags, hidden_flags
 from allocator.contract.packing import unpack_codes, unpack_zero_points
 from allocator.contract.resident import ARK_ROWS, pad
 from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
@@ -39,7 +39,8 @@ def blob_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetri
     `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`. Found by packing thousands of shapes
     with auto-round-lib 0.16.0. It holds for the default, fp32; with AMX the other compute types take more.
     """
-    padded = pad(rows, ARK_ROWS["ark-amx" if "amx_tile" in cpu_flags() else "ark"])
+    has_amx = "amx_tile" in (*cpu_flags(), *hidden_flags())  # ARK asks the processor, whatever is hidden from us
+    padded = pad(rows, ARK_ROWS["ark-amx" if has_amx else "ark"])
     scales = padded * (columns // group_size) * (4 if symmetric else 5)
     return padded * columns * num_bits // 8 + scales + _HEADER_BYTES
 

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from allocator.contract.cpu import cpu_flags  # noqa: E402
+from allocator.contract.cpu import cpu_flags, hidden_flags  # noqa: E402
 from allocator.contract.layout import WIDTHS  # noqa: E402
 from allocator.contract.manifest import Manifest  # noqa: E402
 from allocator.fitting import PlanRequest  # noqa: E402
@@ -79,7 +79,7 @@ def measured(tmp_path_factory, serving, run_engines):
         else:
             make_checkpoint(plain, gamma, random_choice(number, kind))
         shape = read_shape(json.loads((plain / "config.json").read_text()))
-        planned = "ark-amx" if kernel == "ark" and "amx_tile" in cpu_flags() else kernel
+        planned = "ark-amx" if kernel == "ark" and "amx_tile" in (*cpu_flags(), *hidden_flags()) else kernel
         request = PlanRequest(tensor_parallel_size=ranks, expert_parallel=dealt, kernel=planned)
         predicted[case] = residency_of(shape, request).stage_bytes(Manifest.read(gamma / "gamma_manifest.json").modules)
         options = {"skip_tokenizer_init": True, "dtype": "bfloat16"}

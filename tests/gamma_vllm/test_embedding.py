@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.embedding import TiedHeadMethod, gather_rows
-from gamma_vllm.kernels.native import NativeKernel
+from gamma_vllm.kernels.native import NativeKernel, usable_isas
 from tests.gamma_vllm.layers import declare, gamma_config, load
 
 FORMATS = {"symmetric": (5, 32, True), "asymmetric, words straddled": (3, 64, False), "8 bits": (8, 64, False)}
@@ -137,7 +137,8 @@ def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data
     packed, scale, zero_point, ids = _vocabulary(
         num_bits, rows, data.draw(st.sampled_from([96, 2080])), symmetric, data
     )
-    gathered = torch.ops.gamma.native_gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
+    kernel = NativeKernel(data.draw(st.sampled_from(usable_isas())))
+    gathered = kernel.gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
     assert torch.equal(gathered[0], gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
     with pytest.raises(RuntimeError, match=f"row {rows} of an embedding of {rows} rows"):
-        torch.ops.gamma.native_gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)
+        kernel.gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)

@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from gamma_vllm.embedding import gather_rows
 from gamma_vllm.kernels import native
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.native import NativeKernel, resident_bytes, usable_isas
@@ -160,16 +159,6 @@ def test_the_default_dtype_does_not_matter(kernel, monkeypatch):
             assert relative_error(kernel.linear(segment, packed, x), x @ weight.T) < 1e-4
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@SYMMETRY
-@pytest.mark.parametrize("num_bits", WIDTHS)
-def test_rows_of_an_embedding(kernel, num_bits, symmetric):
-    _, tensors, _ = make_segment(37, 96, num_bits, 32, symmetric)
-    held = tensors["packed"], tensors["scale"], tensors.get("zero_point")
-    ids = torch.tensor([[36, 0, 7], [19, 36, 1]])
-    expected = gather_rows(ids, *held, num_bits, torch.bfloat16)
-    assert torch.equal(kernel.gather_rows(ids, *held, num_bits), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 60])
