@@ -182,6 +182,7 @@ def test_large_and_small_activations_side_by_side(kernel, group_size, tokens):
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing is known of the CPU or of libraries, before the test and after it."""
+    monkeypatch.delenv("GAMMA_CPU_ISA", raising=False)
 
     def forget():
         native._library.cache_clear()
