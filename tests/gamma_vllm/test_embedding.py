@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 from gamma_vllm.embedding import TiedHeadMethod, gather_rows
+from gamma_vllm.kernels.native import NativeKernel, usable_isas
 from tests.gamma_vllm.layers import declare, gamma_config, load
 from tests.gamma_vllm.test_native import needs_native
 
@@ -137,7 +138,8 @@ def test_the_native_kernel_gathers_the_same_rows(num_bits, rows, symmetric, data
     packed, scale, zero_point, ids = _vocabulary(
         num_bits, rows, data.draw(st.sampled_from([96, 2080])), symmetric, data
     )
-    gathered = torch.ops.gamma.native_gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
+    kernel = NativeKernel(data.draw(st.sampled_from(usable_isas())))
+    gathered = kernel.gather_rows(ids.view(1, -1), packed, scale, zero_point, num_bits)
     assert torch.equal(gathered[0], gather_rows(ids, packed, scale, zero_point, num_bits, torch.bfloat16))
     with pytest.raises(RuntimeError, match=f"row {rows} of an embedding of {rows} rows"):
-        torch.ops.gamma.native_gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)
+        kernel.gather_rows(torch.tensor([rows]), packed, scale, zero_point, num_bits)

@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from gamma_vllm.embedding import gather_rows
 from gamma_vllm.kernels import native
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.native import NativeKernel, resident_bytes, usable_isas
@@ -25,7 +24,7 @@ SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric",
 def kernel(request):
     """The kernel of each instruction set that this CPU has; AVX2 on CPUs that have more as well."""
     if request.param not in usable_isas():
-        pytest.skip(f"native: {NativeKernel.why_not(CPU) or 'this CPU has not all of ' + request.param}")
+        pytest.skip(lacking_kernel(WHY_NOT or f"this CPU has not all of {request.param}"))
     return NativeKernel(request.param)
 
 
@@ -166,16 +165,6 @@ def test_the_default_dtype_does_not_matter(kernel, monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
-@SYMMETRY
-@pytest.mark.parametrize("num_bits", WIDTHS)
-def test_rows_of_an_embedding(kernel, num_bits, symmetric):
-    _, tensors, _ = make_segment(37, 96, num_bits, 32, symmetric)
-    held = tensors["packed"], tensors["scale"], tensors.get("zero_point")
-    ids = torch.tensor([[36, 0, 7], [19, 36, 1]])
-    expected = gather_rows(ids, *held, num_bits, torch.bfloat16)
-    assert torch.equal(kernel.gather_rows(ids, *held, num_bits), expected)
-
-
 @pytest.mark.parametrize("tokens", [1, 12, 60])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_large_and_small_activations_side_by_side(kernel, group_size, tokens):
@@ -197,6 +186,7 @@ def test_large_and_small_activations_side_by_side(kernel, group_size, tokens):
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing is known of the CPU or of libraries, before the test and after it."""
+    monkeypatch.delenv("GAMMA_CPU_ISA", raising=False)
 
     def forget():
         native._library.cache_clear()
@@ -220,10 +210,11 @@ def test_it_says_why_it_cannot_run(fresh, monkeypatch, tmp_path):
     assert "there is no C++ compiler" in NativeKernel.why_not(CPU)
 
 
-@pytest.mark.skipif("avx2" not in usable_isas(), reason="this CPU has no AVX2")
+@pytest.mark.skipif("avx2" not in usable_isas(), reason=lacking("instruction", "this CPU has no AVX2"))
 def test_avx2_is_taken_where_it_is_the_most_and_the_log_says_why(fresh, monkeypatch, caplog):
     monkeypatch.setattr("allocator.contract.cpu.cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     monkeypatch.setenv("GAMMA_KERNEL", "auto")
+    monkeypatch.delenv("GAMMA_CPU_ISA", raising=False)
     fresh()
     logger = logging.getLogger("vllm.gamma")
     monkeypatch.setattr(logger, "propagate", True)

@@ -11,6 +11,7 @@ import pytest
 from allocator.contract.errors import InputError
 from allocator.learning import LearningSettings
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from tests.skips import lacking
 
 CANDIDATES = CandidateSettings(quantizer="rtn", group_size=32, sequences=4, sequence_length=64)
 LEARNING = LearningSettings(batch_tokens=128, draws=2)
@@ -32,7 +33,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip(lacking("system", "no disk can be mounted here"))
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
