@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_hardware(made[name])
     made["allocate"].add_argument("--budget", help="bytes of all tensors, e.g. 5.9GiB, or 3.25bits")
     made["allocate"].add_argument("--average-bits", type=float)
-    made["allocate"].add_argument("--fusion", choices=["free", "tied"], default="free")
+    made["allocate"].add_argument("--fusion", choices=["auto", "free", "tied"], default="auto")
     made["allocate"].add_argument("--out", type=Path, metavar="MANIFEST", help="write the manifest to this file")
     made["sweep"].add_argument("--points", type=int, default=17)
     made["checkpoint"].add_argument("manifest", metavar="DIGEST", help="of an allocation's manifest")

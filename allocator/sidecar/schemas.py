@@ -110,7 +110,17 @@ class AllocationRequest(Body):
     pins: Rules = Field(default_factory=dict, description="modules (fnmatch pattern) with exactly this width")
     ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
     floors: Rules = Field(default_factory=dict, description="modules with at least this width")
-    fusion: Literal["free", "tied"] = "free"
+    fusion: Literal["auto", "free", "tied"] = Field(
+        default="auto", description="auto: one width a fused layer with a plan (CUDA), free widths with a budget"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fusion_is_said(cls, given: Any) -> Any:
+        """A request that leaves fusion out is the same as one that says what it means."""
+        if isinstance(given, dict) and given.get("fusion", "auto") == "auto":
+            return given | {"fusion": "free" if given.get("plan") is None else "tied"}
+        return given
 
     @model_validator(mode="after")
     def _one_budget(self) -> "AllocationRequest":

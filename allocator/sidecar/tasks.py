@@ -15,6 +15,7 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
 from allocator.fitting import Plan, PlanRequest
+from allocator.fusion import fusion_for
 from allocator.reporting.differences import compare, comparison_document
 from allocator.reporting.recorded import recorded_loss, recorded_row
 from allocator.sidecar.dispatch import Solved
@@ -77,17 +78,17 @@ def allocate(
     request = AllocationRequest.model_validate_json(request_json)
     entry = Entry.model_validate_json(entry_json)
     scores = _scores_of(entry.scores_digest)
+    made = None if plan_payload is None else Plan.parse(plan_payload, "plan")
     settings = SolveSettings(
         budget=request.budget,
         average_bits=request.average_bits,
         rules=Rules(request.pins, request.ceilings, request.floors),
-        fusion=request.fusion,
+        fusion=fusion_for(request.fusion, made),
     )
     started = time.perf_counter()
-    if plan_payload is None:
-        made, manifest = None, solve_scores(scores, settings, seconds)
+    if made is None:
+        manifest = solve_scores(scores, settings, seconds)
     else:
-        made = Plan.parse(plan_payload, "plan")
         manifest = solve_for_plan(scores, settings, made, seconds)
     taken = time.perf_counter() - started
     allocation = _allocation(identity, request, entry.name, scores, manifest, made)
