@@ -81,6 +81,7 @@ def test_adding_it_again_changes_nothing_and_unmeasured_ones_are_no_points(
 
 def test_manifests_of_other_scores_are_refused(measured: Measured, learned: tuple[Path, Path], tmp_path: Path) -> None:
     model, work = learned
+    (tmp_path / "empty").mkdir()
     refused = gamma("store", "add-manifest", measured.file, "--store", tmp_path / "empty", code=2)
     assert f"was solved from scores {measured.manifest.scores_digest}" in refused.stderr
     assert "it offers nothing" in refused.stderr

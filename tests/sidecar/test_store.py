@@ -108,11 +108,11 @@ def test_add_publishes_what_belongs_together_and_only_once(
 
 
 @pytest.fixture
-def two_names(learned: tuple[Path, Path], tiny_store: Path, tmp_path: Path) -> Path:
+def two_names(learned: tuple[Path, Path], tmp_path: Path) -> Path:
     """A store that offers the same scores as "tiny" and as "other"."""
     model, work = learned
     folder = tmp_path / "two"
-    shutil.copytree(tiny_store, folder)
+    gamma("store", "add", work, "--model", model, "--store", folder, "--name", "tiny")
     gamma("store", "add", work, "--model", model, "--store", folder, "--name", "other", "--copy-model")
     return folder
 
