@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from allocator.contract.channels import piece_name
+from allocator.contract.channel_blocks import piece_name
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest

@@ -22,7 +22,7 @@ _SMALL = 4096
 
 
 class _Mapping(mmap.mmap):
-    """Memory that lives as long as a tensor in it. `used` is counted in bytes from its begin."""
+    """Memory that lives as long as a tensor in it. `used` is counted in bytes from its start."""
 
     part: str
     used: int

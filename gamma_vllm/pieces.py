@@ -1,4 +1,4 @@
-"""Fused layers of an MLP whose modules are cut into channel blocks (see `allocator.contract.channels`).
+"""Fused layers of an MLP whose modules are cut into channel blocks (see `allocator.contract.channel_blocks`).
 
 Piece j of gate_proj and piece j of up_proj are a small fused layer of their own, `gate_up_proj.rows.j`: it has the
 names that vLLM makes of the checkpoint's, is loaded, packed, reloaded and checked like any other, and its two modules
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from allocator.contract.channels import ChannelBlocks
+from allocator.contract.channel_blocks import ChannelBlocks
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from gamma_vllm.compatibility import layer_prefix

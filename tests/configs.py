@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from allocator.inventory import ModelShape, read_shape
+from allocator.model import ModelShape, read_shape
 
 FOLDER = Path(__file__).with_name("fixtures") / "configs"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from allocator.cli.main import main
-from allocator.progress import PlannedStep, Standing, Tracker
-from allocator.progress_lines import EVERY_SECONDS, ProgressLines, json_line, standing_of, text_line
+from allocator.run.progress import PlannedStep, Standing, Tracker
+from allocator.run.progress_lines import EVERY_SECONDS, ProgressLines, json_line, standing_of, text_line
 
 LONG_VERBS = ("learn", "fit", "refine", "export", "verify", "sweep", "kv", "prepare", "probe", "solve", "warmup")
 

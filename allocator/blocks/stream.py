@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.finite import first_not_finite, require_finite
-from allocator.blocks.hidden import HiddenStates
-from allocator.blocks.opening import build_skeleton, open_config
-from allocator.blocks.source import read_tensor
+from allocator.blocks.hf_model import build_skeleton, open_config
+from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.structure import as_stored, cut_rows
-from allocator.inventory import Inventory
-from allocator.progress import Progress, silent
-from allocator.running import ALONE, Journal, Team
+from allocator.blocks.tensors import read_tensor
+from allocator.model import Inventory
+from allocator.run.journal import Journal
+from allocator.run.process_group import ALONE, ProcessGroup
+from allocator.run.progress import Progress, silent
 
 __all__ = ["HEAD_WEIGHT", "BlockStream", "InputObserver", "batches", "record_inputs", "state_step"]
 
@@ -114,13 +115,13 @@ class BlockStream:
         ago = ago[:, None] - ago[None, :]
         return ((ago >= 0) & (ago < self._window))[None, None]
 
-    def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, team: Team = ALONE) -> None:
+    def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, process_group: ProcessGroup = ALONE) -> None:
         """Write the states before block 0."""
-        for _, batch in team.share(batches(token_ids.shape)):
+        for _, batch in process_group.share(batches(token_ids.shape)):
             states = self.embed(token_ids[batch])
             require_finite(states, f"{self.inventory.folder}: the embedding's output")
             hidden.boundary(0)[batch] = states.cpu()
-        self._settle(hidden, 0, team)
+        self._settle(hidden, 0, process_group)
 
     def fill_block(
         self,
@@ -128,23 +129,23 @@ class BlockStream:
         index: int,
         recorded: Sequence[str] = (),
         see: InputObserver | None = None,
-        team: Team = ALONE,
+        process_group: ProcessGroup = ALONE,
         block: nn.Module | None = None,
     ) -> None:
         """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`.
 
-        With a team, each process runs its own sequences and `see` is shown the inputs of those. `block` is that of
+        With a process group, each process runs its own sequences and `see` is shown the inputs of those. `block` is that of
         `block(index)` where it is at hand.
         """
         block = self.block(index) if block is None else block
         with torch.inference_mode():
-            for _, batch in team.share(batches(hidden.shape)):
+            for _, batch in process_group.share(batches(hidden.shape)):
                 states = hidden.boundary(index)[batch].to(self.device)
                 with record_inputs(block, recorded, see):
                     output = self.run(block, states)
                 self._require_finite(output, block, states)
                 hidden.boundary(index + 1)[batch] = output.cpu()
-        self._settle(hidden, index + 1, team)
+        self._settle(hidden, index + 1, process_group)
 
     def fill(
         self, hidden: HiddenStates, token_ids: Tensor, progress: Progress = silent, journal: Journal | None = None
@@ -152,14 +153,14 @@ class BlockStream:
         """Write the states of all boundaries that `journal` (its steps are boundaries) does not have."""
         journal = journal or Journal.nowhere()
         if journal.load(state_step(0)) is None:
-            self.fill_embeddings(hidden, token_ids, journal.team)
+            self.fill_embeddings(hidden, token_ids, journal.process_group)
             journal.save(state_step(0), True)
         progress.begin("teacher states", self.blocks, "block")
         for index in range(self.blocks):
             if journal.load(state_step(index + 1)) is not None:
                 progress.skip()
                 continue
-            self.fill_block(hidden, index, team=journal.team)
+            self.fill_block(hidden, index, process_group=journal.process_group)
             journal.save(state_step(index + 1), True)
             progress.advance()
 
@@ -172,9 +173,9 @@ class BlockStream:
         where = f"the output of {prefix}{module}" if module else f"the output of {prefix[:-1]}"
         require_finite(output, f"{self.inventory.folder}: {where}, and so of its block")
 
-    def _settle(self, hidden: HiddenStates, index: int, team: Team) -> None:
-        team.wait()
-        if team.leads:
+    def _settle(self, hidden: HiddenStates, index: int, process_group: ProcessGroup) -> None:
+        process_group.wait()
+        if process_group.leads:
             hidden.settle(index)
 
     def norm(self) -> nn.Module:

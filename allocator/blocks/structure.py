@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.contract.channels import CUT, ChannelBlocks
+from allocator.contract.channel_blocks import CUT, ChannelBlocks
 
 __all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows"]
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.reporting.differences import (
+    from allocator.report.differences import (
         COLUMNS,
         compare,
         comparison_document,
@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
         read_manifest,
         row_of,
     )
-    from allocator.reporting.figures import check_figure_path, save_figure
-    from allocator.reporting.heatmap import draw_heatmap
-    from allocator.reporting.summaries import manifest_title
+    from allocator.report.figures import check_figure_path, save_figure
+    from allocator.report.heatmap import draw_heatmap
+    from allocator.report.tables import manifest_title
 
     figures = [check_figure_path(path) for path in args.figure]
     scores = None if args.scores is None else Scores.read(args.scores)

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
-    from allocator.pipeline import export, resolve_model
-    from allocator.reporting.documents import export_document
-    from allocator.reporting.summaries import export_table
-    from allocator.running import finish_step_on_sigterm
+    from allocator.pipeline.pipeline import export, resolve_model
+    from allocator.report.documents import export_document
+    from allocator.report.tables import export_table
+    from allocator.run.journal import finish_step_on_sigterm
 
     check_output_folder(args.out, replaced=True)
     manifest = Manifest.read(args.manifest)

@@ -27,9 +27,9 @@ from allocator.contract.outputs import check_output_folder
 
 if TYPE_CHECKING:
     from allocator.contract.manifest import Manifest
-    from allocator.fitting import Plan
-    from allocator.progress import Progress
-    from allocator.solving.joint import KvOption
+    from allocator.plan import Plan
+    from allocator.run.progress import Progress
+    from allocator.solve.kv_cache_dtype import KvOption
 
 EXAMPLES = """examples:
   gamma fit ./Qwen3-8B --gpu rtx4080 --max-model-len 8192 --kv-cache-dtype fp8 --out Qwen3-8B-gamma
@@ -61,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.pipeline import fit, resolve_model
-    from allocator.reporting.documents import export_document
-    from allocator.reporting.summaries import export_table, manifest_tables
-    from allocator.running import finish_step_on_sigterm
+    from allocator.pipeline.pipeline import fit, resolve_model
+    from allocator.report.documents import export_document
+    from allocator.report.tables import export_table, manifest_tables
+    from allocator.run.journal import finish_step_on_sigterm
 
     candidates, learning = candidate_settings(args), learning_settings(args)
     work = args.work or args.out.absolute().with_name(args.out.absolute().name + "-work")
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
 def _price(args: argparse.Namespace, manifest: "Manifest", plan: "Plan | None", work: Path) -> list[str]:
     """What tied fusion costs, where the plan chose it."""
     from allocator.contract.scores import Scores
-    from allocator.fusion import fusion_price
-    from allocator.solving import solve_resident
+    from allocator.solve import solve_resident
+    from allocator.solve.fusion import fusion_price
 
     settings = solve_settings(args, plan)
     if plan is None or settings.fusion == "free" or manifest.proof is None:
@@ -112,9 +112,9 @@ def _price(args: argparse.Namespace, manifest: "Manifest", plan: "Plan | None", 
 
 def _choose_kv_cache(args: argparse.Namespace, model: Path, work: Path, progress: "Progress") -> "list[KvOption]":
     """Learn, measure what the KV cache costs, and set --kv-cache-dtype to that of the least total loss."""
-    from allocator.choosing import choose_kv_dtype
-    from allocator.measuring import kv_scores_of
-    from allocator.pipeline import learn
+    from allocator.pipeline.measure import kv_scores_of
+    from allocator.pipeline.pipeline import learn
+    from allocator.solve.kv_cache_dtype import choose_kv_dtype
 
     candidates = candidate_settings(args)
 
@@ -150,9 +150,9 @@ def _kv_line(option: "KvOption", chosen: str) -> str:
 
 def _plan(args: argparse.Namespace) -> "Plan | None":
     """The plan that the options ask for, None for a budget in bytes of the checkpoint."""
-    from allocator.fitting import Plan
-    from allocator.fitting.model import read_model
-    from allocator.fitting.plan import make_plan
+    from allocator.plan import Plan
+    from allocator.plan.plan import make_plan
+    from allocator.plan.weights import read_model
 
     kinds = [args.budget, args.average_bits, args.plan, args.gpu, args.gpu_memory]
     if sum(kind is not None for kind in kinds) != 1:
@@ -173,10 +173,10 @@ def _plan(args: argparse.Namespace) -> "Plan | None":
 
 def _write_serving(args: argparse.Namespace, plan: "Plan") -> str:
     """The plan of the finished checkpoint and `vllm.yaml` beside it; returns the command that serves it."""
-    from allocator.fitting.catalogue import device_again
-    from allocator.fitting.model import read_model
-    from allocator.fitting.plan import make_plan
-    from allocator.fitting.serving import vllm_arguments, write_vllm_config
+    from allocator.plan.gpus import device_again
+    from allocator.plan.plan import make_plan
+    from allocator.plan.vllm_arguments import vllm_arguments, write_vllm_config
+    from allocator.plan.weights import read_model
 
     checkpoint, device = args.out, device_again(plan.device)
     model = read_model(str(checkpoint))

@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.inventory import read_inventory
-    from allocator.pipeline import resolve_model
-    from allocator.reporting.documents import inventory_document
-    from allocator.reporting.tables import inventory_table
+    from allocator.model import read_inventory
+    from allocator.pipeline.pipeline import resolve_model
+    from allocator.report.documents import inventory_document
+    from allocator.report.tables import inventory_table
 
     inventory = read_inventory(resolve_model(args.model, args.revision))
     if args.json:

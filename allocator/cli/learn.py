@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.pipeline import learn, resolve_model
-    from allocator.reporting.documents import scores_document
-    from allocator.reporting.summaries import scores_table
-    from allocator.running import finish_step_on_sigterm
+    from allocator.pipeline.pipeline import learn, resolve_model
+    from allocator.report.documents import scores_document
+    from allocator.report.tables import scores_table
+    from allocator.run.journal import finish_step_on_sigterm
 
     check_output_folder(args.out)
     candidates, learning = candidate_settings(args), learning_settings(args)

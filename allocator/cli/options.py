@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, WIDTHS
-from allocator.progress import Progress, silent
+from allocator.run.progress import Progress, silent
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
-    from allocator.fitting import Plan
-    from allocator.learning.settings import LearningSettings
-    from allocator.pipeline import CandidateSettings, SolveSettings
-    from allocator.solving.units import Rules
-    from allocator.student import Student
+    from allocator.evaluate import Student
+    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings
+    from allocator.plan import Plan
+    from allocator.score.settings import LearningSettings
+    from allocator.solve.units import Rules
 
 __all__ = [
     "add_budget",
@@ -122,15 +122,15 @@ def _rule(text: str) -> tuple[str, int]:
 
 
 def rules(args: argparse.Namespace) -> "Rules":
-    from allocator.solving.units import Rules
+    from allocator.solve.units import Rules
 
     return Rules(dict(args.pin), dict(args.ceiling), dict(args.floor))
 
 
 def solve_settings(args: argparse.Namespace, plan: "Plan | None" = None) -> "SolveSettings":
     """`plan` decides about --fusion auto."""
-    from allocator.fusion import fusion_for
-    from allocator.pipeline import SolveSettings
+    from allocator.pipeline.pipeline import SolveSettings
+    from allocator.solve.fusion import fusion_for
 
     return SolveSettings(
         budget=args.budget,
@@ -225,8 +225,8 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 
 def measure_student(args: argparse.Namespace, scores_path: Path, progress: Progress = silent) -> "Student":
     """What `add_measuring` asks for. Raises InputError if an option is missing."""
-    from allocator.pipeline import resolve_model
-    from allocator.refining import open_student
+    from allocator.evaluate import open_student
+    from allocator.pipeline.pipeline import resolve_model
 
     for name in ("model", "text"):
         if not getattr(args, name):
@@ -250,7 +250,7 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
-    from allocator.pipeline import CandidateSettings
+    from allocator.pipeline.pipeline import CandidateSettings
 
     _positive(args, "sequences", "sequence_length")
     blocks: int | None = args.channel_blocks
@@ -272,7 +272,7 @@ def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
 
 
 def learning_settings(args: argparse.Namespace) -> "LearningSettings":
-    from allocator.learning.settings import LearningSettings
+    from allocator.score.settings import LearningSettings
 
     _positive(args, "draws", "train_average_bits")
     return LearningSettings(method=args.method, draws=args.draws, average_bits=args.train_average_bits, seed=args.seed)

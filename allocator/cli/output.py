@@ -13,8 +13,8 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from allocator.progress import Progress, Standing, Tracker, silent
-from allocator.progress_lines import ProgressLines, amount_done, json_line, keep_telling, left, text_line
+from allocator.run.progress import Progress, Standing, Tracker, silent
+from allocator.run.progress_lines import ProgressLines, amount_done, json_line, keep_telling, left, text_line
 
 __all__ = ["leads", "print_csv", "print_json", "print_tables", "show_progress"]
 

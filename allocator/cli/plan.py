@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.fitting.model import read_model
-    from allocator.fitting.plan import make_plan, plans_of_catalogue
-    from allocator.fitting.serving import vllm_arguments
-    from allocator.reporting.plans import devices_table, plan_tables
+    from allocator.plan.plan import make_plan, plans_of_catalogue
+    from allocator.plan.vllm_arguments import vllm_arguments
+    from allocator.plan.weights import read_model
+    from allocator.report.plans import devices_table, plan_tables
 
     if args.out is not None:
         check_output_file(args.out)

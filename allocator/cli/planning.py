@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
-    from allocator.fitting import Device, Gpu, PlanRequest
-    from allocator.fitting.request import LoraRequest
-    from allocator.inventory.shape import ModelShape
+    from allocator.model.shape import ModelShape
+    from allocator.plan import Device, Gpu, PlanRequest
+    from allocator.plan.schema import LoraRequest
 
 __all__ = [
     "add_device",
@@ -46,7 +46,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def probe_of(args: argparse.Namespace, shape: "ModelShape", device: "Device", request: "PlanRequest") -> dict[str, int]:
     """The lines of a plan that a record of `gamma probe` replaces by what was measured."""
-    from allocator.fitting.probe import ProbeRecord, lines_of_record
+    from allocator.plan.probe_records import ProbeRecord, lines_of_record
 
     if args.probe == "none":
         return {}
@@ -92,7 +92,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
 
 def lora_request(args: argparse.Namespace) -> "LoraRequest | None":
     """Raises InputError for options without --enable-lora, and for a rank that vLLM does not have."""
-    from allocator.fitting.request import LORA_RANKS, LoraRequest
+    from allocator.plan.schema import LORA_RANKS, LoraRequest
 
     given = {name: getattr(args, name) for name in ("max_loras", "max_lora_rank") if getattr(args, name) is not None}
     if args.lora_target_modules is not None:
@@ -112,7 +112,7 @@ def lora_request(args: argparse.Namespace) -> "LoraRequest | None":
 
 
 def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
-    from allocator.fitting import load_catalogue
+    from allocator.plan import load_catalogue
 
     return load_catalogue(args.gpu_catalogue)
 
@@ -120,7 +120,7 @@ def catalogue_of(args: argparse.Namespace) -> "list[Gpu]":
 def device_of(args: argparse.Namespace, ranks: int) -> "Device | None":
     """The device of each of `ranks` that the options name, None if they name none. Raises InputError."""
     from allocator.contract.amounts import parse_budget
-    from allocator.fitting import find_gpu, memory_device
+    from allocator.plan import find_gpu, memory_device
 
     if args.gpu is not None and args.gpu_memory is not None:
         raise InputError("give one of --gpu and --gpu-memory")
@@ -130,7 +130,7 @@ def device_of(args: argparse.Namespace, ranks: int) -> "Device | None":
         except InputError as error:
             raise InputError(f"--gpu-memory: {error}".replace("budget ", "", 1)) from None
     if args.gpu == "auto":
-        from allocator.fitting.visible import device_of_visible, read_devices
+        from allocator.plan.visible_gpus import device_of_visible, read_devices
 
         visible = read_devices()
         if not visible:
@@ -145,8 +145,8 @@ def plan_request(args: argparse.Namespace) -> "PlanRequest":
     """Raises InputError naming the option, what was given and what is allowed."""
     from pydantic import ValidationError
 
-    from allocator.fitting import PlanRequest
-    from allocator.fitting.request import KV_CACHE_DTYPES
+    from allocator.plan import PlanRequest
+    from allocator.plan.schema import KV_CACHE_DTYPES
 
     if args.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise InputError(

@@ -19,7 +19,7 @@ from allocator.contract.errors import GammaError, InputError
 from allocator.contract.outputs import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
-    from allocator.fitting import PlanRequest
+    from allocator.plan import PlanRequest
 
 EXAMPLES = """examples:
   gamma probe Qwen3-32B-gamma --max-model-len 16384 --max-num-seqs 4 --kv-cache-dtype fp8
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.fitting.model import read_model
-    from allocator.fitting.probe import ProbeRecord, model_config_digest, probe_folder, record_path
-    from allocator.fitting.request import check_request
-    from allocator.reporting.plans import probe_tables
+    from allocator.plan.probe_records import ProbeRecord, model_config_digest, probe_folder, record_path
+    from allocator.plan.schema import check_request
+    from allocator.plan.weights import read_model
+    from allocator.report.plans import probe_tables
 
     if args.record is None:
         check_output_folder(probe_folder(), "the user's cache")

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
-    from allocator.refining import refine_manifest
-    from allocator.reporting.summaries import manifest_tables
+    from allocator.evaluate import refine_manifest
+    from allocator.report.tables import manifest_tables
 
     if not args.minutes > 0:
         raise InputError(f"--minutes {args.minutes}: must be greater than 0")

@@ -13,7 +13,7 @@ from allocator.cli.options import add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.contract.errors import InputError
 from allocator.contract.outputs import check_output_file
-from allocator.progress import Progress, Standing
+from allocator.run.progress import Progress, Standing
 
 if TYPE_CHECKING:
     from allocator.sidecar.client import Client
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace, client: "Client") -> None:
-    from allocator.reporting.tables import new_table
+    from allocator.report.tables import new_table
 
     models = client.models()
     if args.json:
@@ -143,7 +143,7 @@ def _sweep(args: argparse.Namespace, client: "Client") -> None:
     rows = (f"{p.tensor_bytes:>16,} {p.average_bits:>8.3f} {p.predicted_loss:>12.5g}" for p in result.points)
     print_tables(f"{'bytes':>16} {'bits':>8} {'loss':>12}  in {result.unit}", *rows)
     if result.measured:
-        from allocator.reporting.recorded import Recorded, recorded_table
+        from allocator.report.recorded import Recorded, recorded_table
 
         print_tables(*recorded_table([Recorded(**point.model_dump()) for point in result.measured]))
 

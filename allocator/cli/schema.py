@@ -17,14 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.bank import Bank
-    from allocator.contract.checkpoint import CheckpointConfig
+    from allocator.contract.checkpoint import CheckpointConfig, TensorDigests
     from allocator.contract.documents import Document
-    from allocator.contract.kv_cache import KvCacheScores
     from allocator.contract.manifest import Manifest
-    from allocator.contract.scores import Scores
-    from allocator.contract.tensor_digests import TensorDigests
-    from allocator.fitting import Catalogue, Plan
-    from allocator.fitting.probe import ProbeRecord
+    from allocator.contract.scores import KvCacheScores, Scores
+    from allocator.plan import Catalogue, Plan
+    from allocator.plan.probe_records import ProbeRecord
 
     if args.name == "checkpoint":
         print_json(CheckpointConfig.model_json_schema())

@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.reporting.differences import read_manifest
-    from allocator.reporting.documents import manifest_rows
-    from allocator.reporting.figures import check_figure_path, save_figure
-    from allocator.reporting.heatmap import draw_heatmap
-    from allocator.reporting.summaries import manifest_tables, manifest_title
+    from allocator.report.differences import read_manifest
+    from allocator.report.documents import manifest_rows
+    from allocator.report.figures import check_figure_path, save_figure
+    from allocator.report.heatmap import draw_heatmap
+    from allocator.report.tables import manifest_tables, manifest_title
 
     figures = [check_figure_path(path) for path in args.figure]
     manifest = read_manifest(args.manifest)

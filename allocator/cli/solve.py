@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
-    from allocator.fitting import Plan
-    from allocator.fusion import fusion_price
-    from allocator.reporting.summaries import manifest_tables
-    from allocator.solving import SolveSettings, solve_resident, solve_scores
+    from allocator.plan import Plan
+    from allocator.report.tables import manifest_tables
+    from allocator.solve import SolveSettings, solve_resident, solve_scores
+    from allocator.solve.fusion import fusion_price
 
     if args.out is not None:
         check_output_file(args.out)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     manifest = solved(settings)
     if args.verify:
-        from allocator.refining import verify
+        from allocator.evaluate import verify
 
         residency = None if plan is None else plan.residency
         with show_progress(args.progress) as progress:

@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace, store: "Store") -> None:
-    from allocator.inventory.hub import split_hub
-    from allocator.pipeline import resolve_model
-    from allocator.reporting.differences import read_manifest
-    from allocator.sidecar.entry import Source
+    from allocator.model.hf_config import split_hub
+    from allocator.pipeline.pipeline import resolve_model
+    from allocator.report.differences import read_manifest
     from allocator.sidecar.publish import publish, publish_manifest
+    from allocator.sidecar.store import Source
 
     store.check_writable()
     manifests = [read_manifest(path) for path in args.manifest]
@@ -98,7 +98,7 @@ def _add(args: argparse.Namespace, store: "Store") -> None:
 
 
 def _add_manifests(args: argparse.Namespace, store: "Store") -> None:
-    from allocator.reporting.differences import read_manifest
+    from allocator.report.differences import read_manifest
     from allocator.sidecar.publish import publish_manifest
 
     store.check_writable()
@@ -116,7 +116,7 @@ def _line(manifest: "Manifest") -> str:
 
 
 def _list(args: argparse.Namespace, store: "Store") -> None:
-    from allocator.reporting.tables import new_table
+    from allocator.report.tables import new_table
 
     found = store.listing()
     entries = found.entries

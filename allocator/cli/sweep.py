@@ -13,8 +13,8 @@ from allocator.cli.planning import add_traffic, plan_request
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
-    from allocator.measuring import MeasureSettings
-    from allocator.sweeping import GpuSettings
+    from allocator.pipeline.measure import MeasureSettings
+    from allocator.pipeline.sweep import GpuSettings
 
 EXAMPLES = """examples:
   gamma sweep work/scores.json --from 2.25bits --to 4.5bits --points 10 --figure sweep.png --figure sweep.svg
@@ -77,16 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.reporting.differences import read_manifest
-    from allocator.reporting.figures import check_figure_path, save_figure
-    from allocator.reporting.pareto import (  # fmt: skip
+    from allocator.pipeline.sweep import SweepRequest, run_sweep
+    from allocator.report.differences import read_manifest
+    from allocator.report.figures import check_figure_path, save_figure
+    from allocator.report.pareto import (  # fmt: skip
         SWEEP_COLUMNS,
         draw_sweep,
         sweep_document,
         sweep_rows,
         sweep_table,
     )
-    from allocator.sweeping import SweepRequest, run_sweep
 
     figures = [check_figure_path(path) for path in args.figure]
     request = SweepRequest(
@@ -124,9 +124,9 @@ def _gpus(args: argparse.Namespace) -> "GpuSettings | None":
         return None
     if args.model is None:
         raise InputError("--gpus needs --model: its config.json says how large the KV cache is")
-    from allocator.fitting import find_gpu, load_catalogue
-    from allocator.fitting.model import read_model
-    from allocator.sweeping import GpuSettings
+    from allocator.pipeline.sweep import GpuSettings
+    from allocator.plan import find_gpu, load_catalogue
+    from allocator.plan.weights import read_model
 
     catalogue = load_catalogue(args.gpu_catalogue)
     devices = {name: find_gpu(name, catalogue) for name in args.gpus.split(",") if name}
@@ -134,7 +134,7 @@ def _gpus(args: argparse.Namespace) -> "GpuSettings | None":
 
 
 def _measure(args: argparse.Namespace) -> "MeasureSettings | None":
-    from allocator.measuring import MeasureSettings
+    from allocator.pipeline.measure import MeasureSettings
 
     if args.measure is None:
         if args.text or args.bank:

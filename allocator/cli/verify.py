@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.contract.checkpoint import check_checkpoint
-    from allocator.contract.tensor_digests import check_digests
-    from allocator.reporting.summaries import manifest_tables
+    from allocator.contract.checkpoint import check_checkpoint, check_digests
+    from allocator.report.tables import manifest_tables
 
     _config, manifest = check_checkpoint(args.checkpoint)
     compared = 0

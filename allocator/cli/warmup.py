@@ -29,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.fitting.model import read_model
-    from allocator.fitting.segments import distinct_segments
-    from allocator.reporting.warmup import segments_table
+    from allocator.plan.weights import distinct_segments, read_model
+    from allocator.report.plans import segments_table
 
     model = read_model(args.checkpoint, args.revision)
     model.check_ranks(args.tensor_parallel_size)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from allocator.contract.channels import ChannelOrder
+from allocator.contract.channel_blocks import ChannelOrder
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, TensorSpec, module_tensors
 

@@ -1,20 +1,29 @@
 """The checkpoint's `quantization_config`, and the check that a folder holds exactly what it declares."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from allocator.contract import compressed_tensors
-from allocator.contract.channels import ChannelBlocks, check_pieces
-from allocator.contract.documents import Digest, Strict, explain, parse_json, read_text_limited
+from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
+from allocator.contract.documents import Digest, Document, Strict, explain, parse_json, read_text_limited
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
-from allocator.contract.safetensors_file import read_folder_headers
+from allocator.contract.safetensors_file import StoredTensor, read_folder_headers
 
-__all__ = ["CheckpointConfig", "check_checkpoint"]
+__all__ = [
+    "DIGESTS_NAME",
+    "CheckpointConfig",
+    "TensorDigests",
+    "check_checkpoint",
+    "check_digests",
+    "digest_folder",
+]
 
 
 class CheckpointConfig(Strict):
@@ -163,3 +172,71 @@ def _words(module: ModuleFormat | None) -> str:
         f", group {module.group_size}, {'symmetric' if module.symmetric else 'asymmetric'}" if module.quantized else ""
     )
     return f"{module.num_bits} bits at shape {list(module.shape)}{group}"
+
+
+DIGESTS_NAME = "gamma_digests.json"
+
+_CHUNK_BYTES = 1 << 22
+
+
+class TensorDigests(Document):
+    """`gamma_digests.json` in a checkpoint: SHA-256 of the bytes of every tensor, by its name."""
+
+    SCHEMA: ClassVar[str] = "gamma.digests"
+
+    manifest_digest: Digest
+    tensors: dict[str, Digest] = Field(min_length=1)
+
+
+def digest_folder(folder: Path, manifest: Manifest) -> TensorDigests:
+    """Read every tensor of a checkpoint folder and digest it."""
+    tensors = {name: _digest(tensor) for name, tensor in sorted(read_folder_headers(folder).items())}
+    return TensorDigests(manifest_digest=manifest.digest, tensors=tensors)
+
+
+def check_digests(
+    folder: Path, manifest: Manifest, told: Callable[[int, int], None] = lambda _done, _total: None
+) -> int:
+    """Compare every tensor with what was recorded; returns how many there are. `told` is given the bytes that are read
+    and those in all after each.
+
+    Raises ContractError naming the first tensor that differs, with both digests.
+    """
+    path = folder / DIGESTS_NAME
+    if not path.exists():
+        raise ContractError(f"{path}: no such file; digests are written by `gamma export`, export the checkpoint again")
+    recorded = TensorDigests.read(path)
+    if recorded.manifest_digest != manifest.digest:
+        raise ContractError(
+            f"{path} was written for manifest {recorded.manifest_digest}, the checkpoint's is {manifest.digest}; "
+            "export it again"
+        )
+    stored = read_folder_headers(folder)
+    if stored.keys() != recorded.tensors.keys():
+        odd = sorted(stored.keys() ^ recorded.tensors.keys())[0]
+        raise ContractError(f"{folder}: tensor {odd} is in the files or in {DIGESTS_NAME}, but not in both")
+    done, total = 0, sum(tensor.nbytes for tensor in stored.values())
+    for name, tensor in stored.items():
+        found = _digest(tensor)
+        done += tensor.nbytes
+        told(done, total)
+        if found != recorded.tensors[name]:
+            raise ContractError(
+                f"{tensor.path}: tensor {name} is {found}, {DIGESTS_NAME} says {recorded.tensors[name]}; "
+                "it was changed or damaged after the export"
+            )
+    return len(stored)
+
+
+def _digest(tensor: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.nbytes
+        while left:
+            chunk = file.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ContractError(f"{tensor.path}: tensor {tensor.name} is cut short")
+            digest.update(chunk)
+            left -= len(chunk)
+    return "sha256:" + digest.hexdigest()

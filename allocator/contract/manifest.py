@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
-from allocator.contract.channels import ChannelBlocks, check_pieces
+from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 

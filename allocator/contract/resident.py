@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from allocator.contract.channels import parent_of, piece_name, piece_of
+from allocator.contract.channel_blocks import parent_of, piece_name, piece_of
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat

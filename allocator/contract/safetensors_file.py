@@ -30,7 +30,7 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: where its bytes are (`start` counts from the begin of the file).
+    """A tensor in a file: where its bytes are (`start` counts from the start of the file).
 
     `stored_as` is its name in the file where that is another one.
     """

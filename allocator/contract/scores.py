@@ -11,11 +11,18 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
-from allocator.contract.channels import ChannelBlocks, check_pieces
+from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
-__all__ = ["Candidate", "Interactions", "ScoredModule", "Scores"]
+__all__ = [
+    "KV_CACHE_NAME",
+    "Candidate",
+    "Interactions",
+    "KvCacheScores",
+    "ScoredModule",
+    "Scores",
+]
 
 
 class Candidate(Strict):
@@ -134,3 +141,19 @@ class Scores(Document):
         """Smallest and largest checkpoint, in bytes of tensors."""
         sizes = [[c.nbytes for c in m.candidates] for m in self.modules.values()]
         return self.other_bytes + sum(map(min, sizes)), self.other_bytes + sum(map(max, sizes))
+
+
+KV_CACHE_NAME = "kv_cache.json"
+
+
+class KvCacheScores(Document):
+    """`kv_cache.json`, beside `scores.json`: by vLLM's name of the dtype the KL divergence, in nats a token, of the
+    16-bit model with such a KV cache from the one with a KV cache of its own dtype ("auto", which costs 0)."""
+
+    SCHEMA: ClassVar[str] = "gamma.kv_cache"
+
+    model: ModelReference
+    unit: str
+    calibration_digest: Digest
+    tokens: int = Field(ge=1)
+    losses: dict[str, float] = Field(min_length=1)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from allocator.contract.bank import BANK_NAME, Bank, candidate_tensors
-from allocator.contract.channels import parent_of, whole_shapes
+from allocator.contract.channel_blocks import parent_of, whole_shapes
 from allocator.contract.digest import digest_file
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import ContractError

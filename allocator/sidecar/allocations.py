@@ -12,7 +12,6 @@ from allocator.contract.digest import digest_bytes, digest_json
 from allocator.contract.errors import GammaError
 from allocator.sidecar.catalogue import Catalogue
 from allocator.sidecar.dispatch import Solved, Task
-from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import ApiError, of_gamma_error
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.pool import SolverPool
@@ -25,7 +24,7 @@ from allocator.sidecar.schemas import (
     PlanHardware,
     SweepRequest,
 )
-from allocator.sidecar.store import Store, hex_of
+from allocator.sidecar.store import Entry, Store, hex_of
 
 __all__ = ["Allocations", "Memory"]
 

@@ -8,11 +8,10 @@ from typing import Generic, TypeVar
 
 from allocator.contract.errors import GammaError
 from allocator.sidecar.backends import StoreUnreachableError
-from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
-from allocator.sidecar.store import Listing, Store
+from allocator.sidecar.store import Entry, Listing, Store
 
 __all__ = ["Catalogue"]
 

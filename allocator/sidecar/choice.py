@@ -5,33 +5,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from allocator.choosing import choose_kv_dtype
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
-from allocator.fitting import Device, Plan, PlanRequest
-from allocator.fitting.lora import check_lora
-from allocator.fitting.request import check_request, default_num_seqs
-from allocator.fitting.serving import check_arguments, serving_options
-from allocator.fitting.visible import device_of_visible, read_devices
-from allocator.fitting.weights import residency_of
-from allocator.fusion import fusion_for, fusion_price
-from allocator.inventory.shape import read_shape
-from allocator.progress import Progress
-from allocator.sidecar.entry import Entry
-from allocator.sidecar.planning import device_of, plan_entry
-from allocator.sidecar.resident import solve_for_plan
+from allocator.model.shape import read_shape
+from allocator.plan import Device, Plan, PlanRequest
+from allocator.plan.lora import check_lora
+from allocator.plan.schema import check_request, default_num_seqs
+from allocator.plan.visible_gpus import device_of_visible, read_devices
+from allocator.plan.vllm_arguments import check_arguments, serving_options
+from allocator.plan.weights import residency_of
+from allocator.run.progress import Progress
+from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
-from allocator.sidecar.store import Store
-from allocator.solving import Fusion, SolveSettings, solve_scores
+from allocator.sidecar.store import Entry, Store
+from allocator.solve import Fusion, SolveSettings, solve_scores
+from allocator.solve.fusion import fusion_for, fusion_price
+from allocator.solve.kv_cache_dtype import choose_kv_dtype
 
-__all__ = ["Choice", "choose", "find_entry"]
+__all__ = ["Selection", "choose", "find_entry"]
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """The assignment, the plan of it (None without a GPU), arguments for vLLM, and the reason in words."""
 
     manifest: Manifest
@@ -57,7 +55,7 @@ def find_entry(store: Store, model: str) -> Entry:
     )
 
 
-def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Progress) -> Choice:
+def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Progress) -> Selection:
     """The assignment for what `settings` asks, and the plan of it where a GPU is known.
 
     Raises InputError when nothing says how much memory there is, InfeasibleBudgetError when it does not fit.
@@ -76,7 +74,7 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
             request, why = _with_kv_cache(settings, request, entry, device, store)
         manifest, plan, price = _planned(settings, request, entry, device, _scores(store, entry))
         left = f"{device.name} has {plan.weight_budget_bytes:,} bytes a rank left for weights"
-        return _checked(settings, Choice(manifest, plan, f"{why}{left}: {plan.verdict.message}{price}"))
+        return _checked(settings, Selection(manifest, plan, f"{why}{left}: {plan.verdict.message}{price}"))
     if settings.kv_cache_dtype == "auto-choose":
         raise InputError(
             f"--kv-cache-dtype auto-choose shares out the GPU's memory, --budget {settings.budget} has shared it out; "
@@ -86,13 +84,13 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
     if device is None:
         manifest, price = _explicit(settings, fusion_for(settings.fusion, None), entry, store)
         _check_ranks(request, entry, manifest)
-        return _checked(settings, Choice(manifest, None, reason + price))
+        return _checked(settings, Selection(manifest, None, reason + price))
     plan = plan_entry(entry, _scores(store, entry), device, request)
     manifest, price = _explicit(settings, fusion_for(settings.fusion, plan), entry, store)
     plan = plan_entry(entry, _scores(store, entry), device, request, manifest.modules)
     if not plan.verdict.fits:
         reason += f", although on {device.name} it {plan.verdict.message}"
-    return _checked(settings, Choice(manifest, plan, reason + price))
+    return _checked(settings, Selection(manifest, plan, reason + price))
 
 
 def _names(entry: Entry) -> set[str | None]:
@@ -197,7 +195,7 @@ def _request(settings: PrepareSettings, device: Device | None) -> PlanRequest:
     return PlanRequest(**given)
 
 
-def _checked(settings: PrepareSettings, choice: Choice) -> Choice:
+def _checked(settings: PrepareSettings, choice: Selection) -> Selection:
     """`choice` with the options of `vllm serve`: all that the plan rests on, without a plan what was asked for.
 
     Raises InputError when `settings.vllm_args` contradict them.

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from allocator.contract.documents import parse_json
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
-from allocator.fitting import Plan
+from allocator.plan import Plan
 from allocator.sidecar.schemas import (
     Allocation,
     AllocationList,

@@ -6,9 +6,9 @@ from typing import Any
 from allocator.contract.bank import ModelReference
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Budget, Manifest, Proof
-from allocator.fitting import PlanRequest, find_gpu, make_plan
-from allocator.inventory.shape import read_shape
-from allocator.reporting.differences import compare, comparison_document
+from allocator.model.shape import read_shape
+from allocator.plan import PlanRequest, find_gpu, make_plan
+from allocator.report.differences import compare, comparison_document
 
 __all__ = ["add_examples"]
 

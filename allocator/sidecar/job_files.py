@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from allocator.contract.digest import digest_json
 from allocator.contract.documents import Digest, Strict
-from allocator.progress import Standing
+from allocator.run.progress import Standing
 from allocator.sidecar.schemas import Job, JobState
 from allocator.sidecar.store import Store, hex_of
 

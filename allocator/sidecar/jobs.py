@@ -11,7 +11,7 @@ from pathlib import Path
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, GammaError, InputError, StoppedError
-from allocator.progress import Standing, Tracker
+from allocator.run.progress import Standing, Tracker
 from allocator.sidecar.backends import FolderBackend
 from allocator.sidecar.errors import ApiError
 from allocator.sidecar.job_files import JobFiles, JobRecord, JobRequest, Owner, now_text

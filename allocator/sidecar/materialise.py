@@ -12,12 +12,11 @@ from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, GammaError, InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
-from allocator.inventory import CARRIED_FOLDERS
-from allocator.inventory.hub import HUB_SCHEME
-from allocator.progress import Progress, silent
-from allocator.progress_lines import standing_of
-from allocator.sidecar.entry import Entry
-from allocator.sidecar.store import Store, document_text, hex_of
+from allocator.model import CARRIED_FOLDERS
+from allocator.model.hf_config import HUB_SCHEME
+from allocator.run.progress import Progress, silent
+from allocator.run.progress_lines import standing_of
+from allocator.sidecar.store import Entry, Store, document_text, hex_of
 
 __all__ = ["materialise"]
 
@@ -111,7 +110,7 @@ def _copy(store: Store, path: str, target: Path) -> None:
 
 @contextmanager
 def _process(task: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "allocator.exporting.worker"]
+    command = [sys.executable, "-m", "allocator.pipeline.export_worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdin is not None

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from allocator.contract.errors import ContractError, InputError
-from allocator.fitting import Plan
-from allocator.progress import Standing
-from allocator.progress_lines import standing_of
+from allocator.plan import Plan
+from allocator.run.progress import Standing
+from allocator.run.progress_lines import standing_of
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.prepared import read_prepared

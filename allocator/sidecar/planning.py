@@ -4,15 +4,30 @@ from dataclasses import replace
 from typing import Any
 
 from allocator.contract.errors import InputError
+from allocator.contract.manifest import Manifest
 from allocator.contract.resident import kind_name
 from allocator.contract.scores import Scores
-from allocator.fitting import Device, Plan, PlanRequest, find_gpu, make_plan, memory_device
-from allocator.fitting.probe import lines_of_record
-from allocator.fitting.weights import sample_of
-from allocator.inventory.shape import read_shape
-from allocator.sidecar.entry import Entry
+from allocator.model.shape import read_shape
+from allocator.plan import Device, Plan, PlanRequest, find_gpu, make_plan, memory_device
+from allocator.plan.probe_records import lines_of_record
+from allocator.plan.weights import sample_of
+from allocator.sidecar.store import Entry
+from allocator.solve import SolveSettings, solve_resident
 
-__all__ = ["device_of", "plan_entry"]
+__all__ = [
+    "device_of",
+    "plan_entry",
+    "solve_for_plan",
+]
+
+
+def solve_for_plan(scores: Scores, settings: SolveSettings, plan: Plan, seconds: float = 60.0) -> Manifest:
+    """The best assignment whose weights fit `plan.weight_budget_bytes` on the tightest rank.
+
+    Raises InfeasibleBudgetError.
+    """
+    requested = f"plan for {plan.device.name}"
+    return solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested, seconds)
 
 
 def device_of(gpu: str | None, memory_bytes: int | None) -> Device:

@@ -13,13 +13,12 @@ from allocator.contract.documents import write_atomically
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
-from allocator.progress import Progress, silent
-from allocator.sidecar.choice import Choice, choose, find_entry
-from allocator.sidecar.entry import Entry
+from allocator.run.progress import Progress, silent
+from allocator.sidecar.choice import Selection, choose, find_entry
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.prepared import PREPARED_NAME, Prepared, read_prepared
 from allocator.sidecar.settings import PrepareSettings
-from allocator.sidecar.store import Store
+from allocator.sidecar.store import Entry, Store
 
 __all__ = ["Prepared", "prepare"]
 
@@ -54,7 +53,7 @@ def _fill(
     out: Path,
     request: str,
     settings: PrepareSettings,
-    choice: Choice,
+    choice: Selection,
     entry: Entry,
     store: Store,
     progress: Progress,

@@ -8,16 +8,14 @@ from pathlib import Path
 from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import ContractError, InputError
-from allocator.contract.kv_cache import KV_CACHE_NAME, KvCacheScores
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME
-from allocator.contract.scores import Scores
-from allocator.inventory import Inventory, model_digest, read_inventory, side_files
-from allocator.progress import Progress, silent
-from allocator.sidecar.entry import Entry, Source
-from allocator.sidecar.store import Store, hex_of
-from allocator.solving.joint import check_kv_scores
-from allocator.solving.predicted import single_losses
+from allocator.contract.scores import KV_CACHE_NAME, KvCacheScores, Scores
+from allocator.model import Inventory, model_digest, read_inventory, side_files
+from allocator.run.progress import Progress, silent
+from allocator.sidecar.store import Entry, Source, Store, hex_of
+from allocator.solve.kv_cache_dtype import check_kv_scores
+from allocator.solve.predicted import single_losses
 
 __all__ = ["Published", "publish", "publish_manifest"]
 

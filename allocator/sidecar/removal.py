@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from allocator.contract.bank import BANK_NAME
 from allocator.contract.errors import InputError
-from allocator.sidecar.entry import Entry
 from allocator.sidecar.job_files import JobFiles, Owner
-from allocator.sidecar.store import Store, hex_of
+from allocator.sidecar.store import Entry, Store, hex_of
 
 __all__ = ["Removal", "plan_removal", "remove"]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Request, Response
 
-from allocator.fitting import Gpu, load_catalogue
+from allocator.plan import Gpu, load_catalogue
 from allocator.sidecar.errors import responses
 from allocator.sidecar.routes_solving import service_of
 from allocator.sidecar.schemas import GpuInfo, GpuList, PlanAnswer, PlanRequestBody

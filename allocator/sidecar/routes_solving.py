@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 
-from allocator.sidecar.entry import Entry
 from allocator.sidecar.errors import ApiError, responses
 from allocator.sidecar.schemas import (
     Allocation,
@@ -25,6 +24,7 @@ from allocator.sidecar.schemas import (
     SweepResult,
 )
 from allocator.sidecar.service import Service
+from allocator.sidecar.store import Entry
 from allocator.sidecar.stored import allocations_of, drop_allocation, drop_manifest, manifests_of
 
 __all__ = ["After", "DigestPath", "Limit", "may_write", "router", "service_of"]

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest
 from allocator.contract.manifest import Manifest, Proof
-from allocator.fitting import Plan
-from allocator.progress import Standing
+from allocator.plan import Plan
+from allocator.run.progress import Standing
 
 __all__ = [
     "Allocation", "AllocationList", "AllocationRequest", "CheckpointRequest", "Deleted", "DiffRequest", "DiffResult",

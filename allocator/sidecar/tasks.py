@@ -14,14 +14,11 @@ from allocator.contract.amounts import parse_budget
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
-from allocator.fitting import Plan, PlanRequest
-from allocator.fusion import fusion_for
-from allocator.reporting.differences import compare, comparison_document
-from allocator.reporting.recorded import recorded_loss, recorded_row
+from allocator.plan import Plan, PlanRequest
+from allocator.report.differences import compare, comparison_document
+from allocator.report.recorded import recorded_loss, recorded_row
 from allocator.sidecar.dispatch import Solved
-from allocator.sidecar.entry import Entry
-from allocator.sidecar.planning import device_of, plan_entry
-from allocator.sidecar.resident import solve_for_plan
+from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.schemas import (
     Allocation,
     AllocationRequest,
@@ -31,13 +28,14 @@ from allocator.sidecar.schemas import (
     SweepRequest,
     SweepResult,
 )
-from allocator.sidecar.store import Store, document_text
-from allocator.solving import SolveSettings, solve_scores
-from allocator.solving.budget import parse_amount
-from allocator.solving.program import Program
-from allocator.solving.sweep import UniformPlan, uniform_plans
-from allocator.solving.sweep import sweep as solve_sweep
-from allocator.solving.units import Rules
+from allocator.sidecar.store import Entry, Store, document_text
+from allocator.solve import SolveSettings, solve_scores
+from allocator.solve.fusion import fusion_for
+from allocator.solve.many_budgets import UniformPlan, uniform_plans
+from allocator.solve.many_budgets import sweep as solve_sweep
+from allocator.solve.program import Program
+from allocator.solve.request import parse_amount
+from allocator.solve.units import Rules
 
 __all__ = ["allocate", "begin", "diff", "plan", "sweep", "warm"]
 

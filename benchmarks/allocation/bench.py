@@ -24,13 +24,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.blocks import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.scores import Scores  # noqa: E402
-from allocator.learning import LearningSettings  # noqa: E402
-from allocator.learning.methods import METHODS  # noqa: E402
-from allocator.pipeline import CandidateSettings, learn  # noqa: E402
-from allocator.refining import refine  # noqa: E402
+from allocator.evaluate import refine  # noqa: E402
+from allocator.pipeline.pipeline import CandidateSettings, learn  # noqa: E402
+from allocator.score import LearningSettings  # noqa: E402
+from allocator.score.methods import METHODS  # noqa: E402
 from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402
 from benchmarks.allocation.deltaloss import learn_deltaloss  # noqa: E402
 from benchmarks.allocation.fisher import learn_fisher  # noqa: E402

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from allocator.blocks.stream import HEAD_WEIGHT
-from allocator.candidates.block import Candidates
 from allocator.contract.layout import ModuleFormat
-from allocator.learning.methods import Task
-from allocator.learning.tables import Table
-from allocator.student import Student
+from allocator.evaluate import Student
+from allocator.quantize.candidates import Candidates
+from allocator.score.methods import Task
+from allocator.score.tables import Table
 
 __all__ = ["learn_deltaloss"]
 
@@ -45,8 +45,8 @@ def _at(task: Task, student: Student, bits: int, batches: Sequence[Tensor]) -> d
     }
     totals = dict.fromkeys(at_width, 0.0)
     for rows in batches:
-        for name, (slope, change) in _slopes(student, at_width, rows).items():
-            totals[name] += float((slope * change).abs().sum(dtype=torch.float64)) * len(rows)
+        for name, (gradient, change) in _slopes(student, at_width, rows).items():
+            totals[name] += float((gradient * change).abs().sum(dtype=torch.float64)) * len(rows)
     return {name: total / task.hidden.shape[0] for name, total in totals.items()}
 
 
@@ -69,8 +69,8 @@ def _slopes(student: Student, at_width: Mapping[str, ModuleFormat], rows: Tensor
     head = weights.get(vocabulary.head)
     logits = functional_call(stream.head(), {} if head is None else {HEAD_WEIGHT: head}, (states[:, :-1],))
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device))
-    slopes = torch.autograd.grad(loss, [weights[name] for name in changes])
-    return {name: (slope, change) for (name, change), slope in zip(changes.items(), slopes, strict=True)}
+    gradients = torch.autograd.grad(loss, [weights[name] for name in changes])
+    return {name: (gradient, change) for (name, change), gradient in zip(changes.items(), gradients, strict=True)}
 
 
 def _change(candidates: Candidates, name: str, form: ModuleFormat) -> Tensor:

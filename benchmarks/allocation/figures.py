@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from allocator.reporting.figures import new_figure, save_figure
+from allocator.report.figures import new_figure, save_figure
 
 __all__ = ["draw_judged", "draw_settings"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.learning.methods import Task
-from allocator.learning.tables import Table
-from allocator.learning.teacher import Teacher
+from allocator.score.methods import Task
+from allocator.score.tables import Table
+from allocator.score.teacher import Teacher
 
 __all__ = ["learn_fisher"]
 
@@ -22,7 +22,7 @@ __all__ = ["learn_fisher"]
 def learn_fisher(task: Task) -> Table:
     """Half the mean over tokens of the sum of (g d)^2, in nats if outputs did nothing together."""
     scores: dict[str, Tensor] = {}
-    for index, teacher in task.descend("measuring", vocabulary=True):
+    for index, teacher in task.backward_by_block("measuring", vocabulary=True):
         if index < 0:
             scores |= task.once("fisher-vocabulary", partial(_measure_vocabulary, task, teacher))
             continue
@@ -51,12 +51,12 @@ def _measure_vocabulary(task: Task, teacher: Teacher) -> dict[str, Tensor]:
                     squares = [(gradients * task.stream.embed(ids, step)).square() for step in steps]
                     totals[name][:-1] += torch.stack([s.sum(dtype=torch.float64) for s in squares]).cpu()
                 if name == candidates.head:
-                    logits, slope = states @ source.T, 1.0
+                    logits, gradient = states @ source.T, 1.0
                     if softcap is not None:
                         logits = softcap * torch.tanh(logits / softcap)
-                        slope = 1 - (logits / softcap).square()
+                        gradient = 1 - (logits / softcap).square()
                     p = logits.softmax(-1)
-                    squares = [p * (1 - p) * (slope * (states @ step.T)).square() for step in steps]
+                    squares = [p * (1 - p) * (gradient * (states @ step.T)).square() for step in steps]
                     totals[name][:-1] += draws * torch.stack([s.sum(dtype=torch.float64) for s in squares]).cpu()
     return {name: total / (2 * task.token_ids.numel() * draws) for name, total in totals.items()}
 
@@ -66,19 +66,19 @@ def _measure_block(task: Task, teacher: Teacher, index: int) -> dict[str, Tensor
     candidates = task.candidates(index, block)
     partition = teacher.partition(task.settings.batch_tokens)
     mine: dict[int, dict[str, Tensor]] = {}
-    for number, rows in task.journal.team.share(partition):
+    for number, rows in task.journal.process_group.share(partition):
         batch = teacher.batch(task.stream, index, rows)
         seen, output = _run_recorded(task, block, list(candidates.formats), batch.states)
         totals = {local: torch.zeros(len(f), dtype=torch.float64) for local, f in candidates.formats.items()}
         for draw in batch.gradients:
-            slopes = torch.autograd.grad(output, [seen[local][1] for local in totals], draw, retain_graph=True)
-            for local, slope in zip(totals, slopes, strict=True):
+            gradients = torch.autograd.grad(output, [seen[local][1] for local in totals], draw, retain_graph=True)
+            for local, gradient in zip(totals, gradients, strict=True):
                 for i in range(len(candidates.formats[local]) - 1):
                     step = candidates.weight(local, i) - candidates.source(local)
                     change = nn.functional.linear(seen[local][0], step)
-                    totals[local][i] += float((slope * change).square().sum(dtype=torch.float64))
+                    totals[local][i] += float((gradient * change).square().sum(dtype=torch.float64))
         mine[number] = totals
-    together = task.journal.team.gather(mine)
+    together = task.journal.process_group.gather(mine)
     samples = 2 * task.hidden.shape[0] * task.hidden.shape[1] * len(teacher.gradients)
     return {local: torch.stack([part[local] for part in together]).sum(0) / samples for local in candidates.formats}
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from allocator.blocks import BlockStream
-from allocator.candidates import BankReader
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
-from allocator.inventory import read_inventory
-from allocator.solving import solve
-from allocator.solving.quadratic import interactions_among
-from allocator.student import Losses, Student
+from allocator.evaluate import Losses, Student
+from allocator.model import read_inventory
+from allocator.quantize import BankReader
+from allocator.solve import solve
+from allocator.solve.quadratic import interactions_among
 
 __all__ = ["Laboratory"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from allocator.blocks.hidden import HiddenStates
+from allocator.blocks.hidden_states import HiddenStates
 from allocator.contract.scores import Scores
-from allocator.learning import LearningSettings, learn_scores
+from allocator.score import LearningSettings, learn_scores
 from benchmarks.allocation.laboratory import Laboratory
 
 __all__ = ["learn_on"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allocator.student import measure_slopes
+from allocator.evaluate import measure_gradients
 from benchmarks.allocation.laboratory import Laboratory
 
 __all__ = ["evolutionary_search", "gradient_search", "head_and_tail"]
@@ -48,7 +48,7 @@ def gradient_search(
 ) -> list[int]:
     """Logits on the manifold of equal expected bytes, moved by straight-through gradients of the final KL.
 
-    Each step draws Gumbel noise, takes the best assignment within the budget for the noisy logits, reads the slope of
+    Each step draws Gumbel noise, takes the best assignment within the budget for the noisy logits, reads the gradient of
     the KL along every candidate, removes its component along the budget's normal, takes an Adam step and shifts the
     logits back onto the manifold; the temperature falls exponentially. Logits start from -log of the weight error.
     The last assignment is the exact program over log probabilities, at the whole budget. Takes `seconds` of CPU time:
@@ -69,8 +69,8 @@ def gradient_search(
         noisy = (logits - (-uniform.log()).log()) / temperature
         choice = lab.solve(-noisy, bits)
         rows = torch.randperm(lab.calibration.token_ids.shape[0], generator=generator)[:sequences]
-        slopes = measure_slopes(lab.calibration, lab.assignment(choice), rows)
-        along = torch.stack([slopes.along[name] for name in lab.names])
+        gradients = measure_gradients(lab.calibration, lab.assignment(choice), rows)
+        along = torch.stack([gradients.along[name] for name in lab.names])
         soft = torch.softmax(noisy, 1)
         gradient = soft * (along - (soft * along).sum(1, keepdim=True)) / temperature
         gradient = manifold.tangent(gradient, logits)

@@ -2,8 +2,8 @@
 
 import torch
 
-from allocator.learning.methods import Task
-from allocator.learning.tables import Table
+from allocator.score.methods import Task
+from allocator.score.tables import Table
 
 __all__ = ["learn_uniform"]
 

@@ -25,14 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.blocks.source import write_safetensors  # noqa: E402
-from allocator.candidates import make_servable  # noqa: E402
+from allocator.blocks.tensors import write_safetensors  # noqa: E402
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference, candidate_tensors  # noqa: E402
 from allocator.contract.digest import digest_file  # noqa: E402
 from allocator.contract.layout import ModuleFormat, module_bytes  # noqa: E402
 from allocator.contract.manifest import Budget, Manifest  # noqa: E402
-from allocator.inventory import Inventory, model_digest, read_inventory  # noqa: E402
-from allocator.pipeline import export  # noqa: E402
+from allocator.model import Inventory, model_digest, read_inventory  # noqa: E402
+from allocator.pipeline.pipeline import export  # noqa: E402
+from allocator.quantize import make_servable  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.checkpoints import write_model  # noqa: E402
 

@@ -19,13 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.blocks import calibration_from_model, calibration_from_text  # noqa: E402
-from allocator.candidates import BankReader  # noqa: E402
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
-from allocator.evaluation.assignments import AssignmentMeter  # noqa: E402
-from allocator.inventory import read_inventory  # noqa: E402
-from allocator.learning import LearningSettings  # noqa: E402
-from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.evaluate.assignments import AssignmentMeter  # noqa: E402
+from allocator.model import read_inventory  # noqa: E402
+from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.quantize import BankReader  # noqa: E402
+from allocator.score import LearningSettings  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"

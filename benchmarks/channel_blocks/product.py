@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
-from allocator.candidates import BankReader
+from allocator.blocks import BlockStream
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.scores import Scores
-from allocator.inventory import read_inventory
-from allocator.learning import LearningSettings
-from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
-from allocator.solving import Rules
-from allocator.student import Student
+from allocator.evaluate import Student
+from allocator.model import read_inventory
+from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
+from allocator.quantize import BankReader
+from allocator.score import LearningSettings
+from allocator.solve import Rules
 
 __all__ = ["BITS", "compare", "paired"]
 

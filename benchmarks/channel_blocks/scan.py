@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
+from allocator.blocks import BlockStream
 from allocator.blocks.gradients import fill_gradients
-from allocator.blocks.hidden import HiddenStates
-from allocator.candidates import BankReader, build_bank
+from allocator.blocks.hidden_states import HiddenStates
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.bank import ModelReference
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
-from allocator.evaluation import measure_divergence
-from allocator.inventory import model_digest, read_inventory
-from allocator.quantizers import get_quantizer
-from allocator.solving import solve
+from allocator.evaluate import measure_divergence
+from allocator.model import model_digest, read_inventory
+from allocator.quantize import BankReader, build_bank, get_quantizer
+from allocator.solve import solve
 
 __all__ = ["CUTS", "scan"]
 

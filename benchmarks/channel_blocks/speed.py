@@ -9,7 +9,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-from allocator.contract.channels import ChannelBlocks
+from allocator.contract.channel_blocks import ChannelBlocks
 from allocator.contract.layout import ModuleFormat, module_tensors
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.pieces import GammaPiecesMethod

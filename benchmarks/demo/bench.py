@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.blocks import calibration_from_model  # noqa: E402
+from allocator.calibration.sequences import calibration_from_model  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
-from allocator.evaluation import load_dequantized, measure_divergence  # noqa: E402
-from allocator.learning import LearningSettings  # noqa: E402
-from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
+from allocator.evaluate import load_dequantized, measure_divergence  # noqa: E402
+from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
+from allocator.score import LearningSettings  # noqa: E402
 from benchmarks.demo.run import BUDGET, MODEL  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.contract.errors import InputError  # noqa: E402
-from allocator.fitting import Plan, PlanRequest, load_catalogue  # noqa: E402
-from allocator.fitting.model import read_model  # noqa: E402
-from allocator.fitting.plan import plans_of_catalogue  # noqa: E402
+from allocator.plan import Plan, PlanRequest, load_catalogue  # noqa: E402
+from allocator.plan.plan import plans_of_catalogue  # noqa: E402
+from allocator.plan.weights import read_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpus.md"
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"

@@ -14,13 +14,17 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text  # noqa: E402
-from allocator.blocks.hidden import HiddenStates  # noqa: E402
-from allocator.candidates import BankReader, build_bank  # noqa: E402
+from allocator.blocks import BlockStream  # noqa: E402
+from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.bank import ModelReference  # noqa: E402
-from allocator.evaluation import measure_divergence  # noqa: E402
-from allocator.inventory import model_digest, read_inventory  # noqa: E402
-from allocator.quantizers import get_quantizer  # noqa: E402
+from allocator.evaluate import measure_divergence  # noqa: E402
+from allocator.model import model_digest, read_inventory  # noqa: E402
+from allocator.quantize import (  # noqa: E402
+    BankReader,
+    build_bank,
+    get_quantizer,
+)
 from benchmarks.record import claim, write_result  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"

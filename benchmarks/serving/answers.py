@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from allocator.inventory import read_inventory
+from allocator.model import read_inventory
 from benchmarks.serving.checkpoints import TOKENIZER, assign, write_checkpoint
 from benchmarks.serving.servers import Server, start
 

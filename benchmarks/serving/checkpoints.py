@@ -22,8 +22,8 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.layout import ModuleFormat, TensorSpec, module_bytes, module_tensors
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.scores import Candidate, ScoredModule, Scores
-from allocator.inventory import Inventory, read_inventory
-from allocator.solving import SolveSettings, solve_scores
+from allocator.model import Inventory, read_inventory
+from allocator.solve import SolveSettings, solve_scores
 
 __all__ = ["SHAPES", "TOKENIZER", "Fusion", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
 

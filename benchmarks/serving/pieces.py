@@ -7,9 +7,9 @@ from pathlib import Path
 
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.resident import Kernel
-from allocator.fitting import PlanRequest
-from allocator.fitting.weights import residency_of
-from allocator.inventory import read_inventory, read_shape
+from allocator.model import read_inventory, read_shape
+from allocator.plan import PlanRequest
+from allocator.plan.weights import residency_of
 from benchmarks.serving.checkpoints import Fusion, Vocabulary, assign, uniform, write_checkpoint, write_model
 from benchmarks.serving.report import ARK, AVX2_LOADS, BF16, CUDA_LOADS, LOADS, MARLIN, STOCK, Load
 

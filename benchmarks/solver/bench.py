@@ -17,10 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.solving import Program, budget_for_average_bits, solve  # noqa: E402
-from allocator.solving.dynamic import MOST_STATES  # noqa: E402
-from allocator.solving.sweep import spread_budgets, sweep  # noqa: E402
-from allocator.solving.units import NO_RULES  # noqa: E402
+from allocator.solve import Program, budget_for_average_bits, solve  # noqa: E402
+from allocator.solve.dynamic import MOST_STATES  # noqa: E402
+from allocator.solve.many_budgets import spread_budgets, sweep  # noqa: E402
+from allocator.solve.units import NO_RULES  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from tests.drawn_scores import SENSITIVITIES, Shapes, draw_scores, qwen3_30b_a3b, qwen3_32b  # noqa: E402
 

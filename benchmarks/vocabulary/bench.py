@@ -19,14 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text  # noqa: E402
-from allocator.candidates import BankReader  # noqa: E402
+from allocator.blocks import BlockStream  # noqa: E402
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.errors import InfeasibleBudgetError  # noqa: E402
-from allocator.inventory import read_inventory  # noqa: E402
-from allocator.learning import LearningSettings  # noqa: E402
-from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
-from allocator.solving import Rules  # noqa: E402
-from allocator.student import Student  # noqa: E402
+from allocator.evaluate import Student  # noqa: E402
+from allocator.model import read_inventory  # noqa: E402
+from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.quantize import BankReader  # noqa: E402
+from allocator.score import LearningSettings  # noqa: E402
+from allocator.solve import Rules  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
 SEQUENCES, HELD_OUT, LENGTH, SEED = 48, 64, 256, 0

@@ -31,7 +31,7 @@ inline uint16_t to_bf16(float value) {
     return uint16_t((word + 0x7FFF + ((word >> 16) & 1)) >> 16);  // round to nearest even
 }
 
-// Work space from the begin of a line of the cache on. It is kept for the next call: fresh pages would cost more than
+// Work space from the start of a line of the cache on. It is kept for the next call: fresh pages would cost more than
 // filling them.
 template <typename Value>
 class AlignedSpace {

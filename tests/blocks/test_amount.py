@@ -2,7 +2,7 @@
 
 import pytest
 
-from allocator.blocks.amount import calibration_amount
+from allocator.calibration.sequences import calibration_amount
 
 
 @pytest.mark.parametrize("parameters", [300_000_000, 1_100_000_000, 8_000_000_000, 32_000_000_000])

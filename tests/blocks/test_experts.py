@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream
-from allocator.blocks.experts import expert_error, is_expert, record_routes
-from allocator.inventory import read_inventory
+from allocator.model import read_inventory
+from allocator.score.swaps import expert_error, is_expert, record_routes
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from allocator.blocks import BlockStream, calibration_from_model, calibration_from_text
-from allocator.blocks.opening import open_config
+from allocator.blocks import BlockStream
+from allocator.blocks.hf_model import open_config
+from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.errors import InputError
-from allocator.inventory import read_inventory
+from allocator.model import read_inventory
 
 BOS = 257
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}\n"

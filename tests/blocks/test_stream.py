@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allocator.blocks import BlockStream
-from allocator.blocks.hidden import HiddenStates
-from allocator.inventory import read_inventory
+from allocator.blocks.hidden_states import HiddenStates
+from allocator.model import read_inventory
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2", "qwen3_moe", "mixtral", "phi3", "gemma3"])

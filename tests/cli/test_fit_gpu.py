@@ -9,8 +9,8 @@ pytest.importorskip("torch")
 
 from allocator.cli.main import main
 from allocator.contract.manifest import Manifest
-from allocator.fitting import Plan, PlanRequest, make_plan, memory_device
-from allocator.inventory import read_shape
+from allocator.model import read_shape
+from allocator.plan import Plan, PlanRequest, make_plan, memory_device
 
 TRAFFIC = ["--max-model-len", "64", "--max-num-seqs", "2", "--kernel", "torch"]  # the others pad such small modules
 SMALL = ["--quantizer", "rtn", "--group-size", "32", "--sequences", "4", "--sequence-length", "32"]
@@ -85,7 +85,7 @@ def test_vllm_reads_the_file_that_fit_writes(tmp_path):
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from allocator.fitting.serving import write_vllm_config
+    from allocator.plan.vllm_arguments import write_vllm_config
     from tests.configs import shape_of
 
     request = PlanRequest(max_model_len=4096, max_num_seqs=3, kv_cache_dtype="fp8", tensor_parallel_size=2)

@@ -50,7 +50,7 @@ def test_plan_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "NVIDIA H100" in done.stdout
     loaded = set(done.stderr.split())
-    assert "allocator.fitting" in loaded
+    assert "allocator.plan" in loaded
     assert not loaded & {"torch", "vllm", "transformers", "ortools", "numpy", "huggingface_hub", "fastapi"}
 
 
@@ -95,7 +95,7 @@ def test_missing_model_is_named(capsys, model):
 
 def test_hub_id_without_network_is_explained(capsys, monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
-    from allocator.inventory import config
+    from allocator.model import config
 
     monkeypatch.setattr(config, "_resolves", lambda address: False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -3,7 +3,14 @@
 import pytest
 from pydantic import ValidationError
 
-from allocator.contract.channels import ChannelBlocks, ChannelOrder, check_pieces, parent_of, piece_of, whole_shapes
+from allocator.contract.channel_blocks import (
+    ChannelBlocks,
+    ChannelOrder,
+    check_pieces,
+    parent_of,
+    piece_of,
+    whole_shapes,
+)
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.errors import ContractError
 

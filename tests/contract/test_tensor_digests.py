@@ -2,10 +2,9 @@
 
 import pytest
 
-from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.checkpoint import DIGESTS_NAME, check_checkpoint, check_digests, digest_folder
 from allocator.contract.errors import ContractError
 from allocator.contract.safetensors_file import read_folder_headers
-from allocator.contract.tensor_digests import DIGESTS_NAME, check_digests, digest_folder
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def checkpoints(tmp_path_factory, trained_model, exported, learned_cut, serving)
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
     """The folder in which `learn` worked on the demo model, for seconds."""
-    from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, learn
+    from allocator.pipeline.pipeline import CandidateSettings, learn
+    from allocator.score import LearningSettings
 
     work = tmp_path_factory.mktemp("learned")
     candidates = CandidateSettings(quantizer="rtn", group_size=64, sequences=4, sequence_length=64)
@@ -96,9 +96,9 @@ def learned(tmp_path_factory):
 @pytest.fixture(scope="session")
 def learned_cut(tmp_path_factory):
     """The same with channel blocks, solved and exported: (bank, manifest file, checkpoint)."""
-    from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
-    from allocator.solving import Rules
+    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.score import LearningSettings
+    from allocator.solve import Rules
 
     work = tmp_path_factory.mktemp("learned-cut")
     candidates = CandidateSettings(
@@ -115,7 +115,7 @@ def learned_cut(tmp_path_factory):
 def exported(learned, tmp_path_factory):
     """Average bits -> (manifest file, checkpoint of the real pipeline)."""
     from allocator.contract.scores import Scores
-    from allocator.pipeline import SolveSettings, export, solve_scores
+    from allocator.pipeline.pipeline import SolveSettings, export, solve_scores
 
     made: dict[float, tuple[Path, Path]] = {}
 
@@ -132,7 +132,7 @@ def exported(learned, tmp_path_factory):
 
 
 def _dequantized(checkpoint: Path, target: Path) -> Path:
-    from allocator.evaluation import load_dequantized
+    from allocator.evaluate import load_dequantized
 
     load_dequantized(checkpoint).save_pretrained(target)
     for path in DEMO.glob("tokenizer*"):

@@ -20,9 +20,9 @@ from allocator.contract.layout import ModuleFormat, module_bytes, module_tensors
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
 
-__all__ = ["Choice", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
+__all__ = ["ChooseFormat", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
 
-Choice = Callable[[str], tuple[int, int, bool]]
+ChooseFormat = Callable[[str], tuple[int, int, bool]]
 """Module name -> (width, largest group size, symmetric)."""
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -30,7 +30,7 @@ _LINEAR = (*_LINEAR, "qkv_proj", "gate_up_proj", "w1", "w2", "w3")  # fused on d
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
-def make_checkpoint(source: Path, target: Path, choose: Choice) -> CheckpointConfig:
+def make_checkpoint(source: Path, target: Path, choose: ChooseFormat) -> CheckpointConfig:
     """Quantize every module of the model folder `source` as `choose` says, and write a checkpoint."""
     target.mkdir(parents=True)
     tensors, modules = {}, {}

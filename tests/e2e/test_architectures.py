@@ -39,10 +39,10 @@ def _choice(kind):
 
 def _learned_jobs(folder):
     """An untied model through learn, solve and export, with nothing at 16 bits."""
-    from allocator.evaluation import load_dequantized
-    from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, export, learn
-    from allocator.solving import Rules, SolveSettings, solve_scores
+    from allocator.evaluate import load_dequantized
+    from allocator.pipeline.pipeline import CandidateSettings, export, learn
+    from allocator.score import LearningSettings
+    from allocator.solve import Rules, SolveSettings, solve_scores
     from tests.e2e.architectures import make_model
 
     model, gamma, plain = make_model("llama", folder / "learned" / "plain"), folder / "learned" / "gamma", folder / "to"

@@ -7,10 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from allocator.fitting import PlanRequest  # noqa: E402
-from allocator.fitting.lora import lora_bytes  # noqa: E402
-from allocator.fitting.request import LoraRequest  # noqa: E402
-from allocator.inventory import read_shape  # noqa: E402
+from allocator.model import read_shape  # noqa: E402
+from allocator.plan import PlanRequest  # noqa: E402
+from allocator.plan.lora import lora_bytes  # noqa: E402
+from allocator.plan.schema import LoraRequest  # noqa: E402
 from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from allocator.fitting.probe import ProbeRecord
+from allocator.plan.probe_records import ProbeRecord
 
 
 @pytest.mark.slow

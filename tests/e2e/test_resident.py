@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 
 from allocator.contract.layout import WIDTHS  # noqa: E402
 from allocator.contract.manifest import Manifest  # noqa: E402
-from allocator.fitting import PlanRequest  # noqa: E402
-from allocator.fitting.weights import residency_of  # noqa: E402
-from allocator.inventory import read_shape  # noqa: E402
+from allocator.model import read_shape  # noqa: E402
+from allocator.plan import PlanRequest  # noqa: E402
+from allocator.plan.weights import residency_of  # noqa: E402
 from gamma_vllm.kernels.ark import planned_as  # noqa: E402
 from gamma_vllm.kernels.native import NativeKernel  # noqa: E402
 from tests.e2e.conftest import succeeded  # noqa: E402
@@ -55,8 +55,8 @@ def random_choice(seed, kind):
 
 def write_cut(model, target):
     """A checkpoint with channel blocks; in some pieces gate and up are of one kind and are packed together."""
-    from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.score import LearningSettings
 
     candidates = CandidateSettings(
         quantizer="rtn", group_size=32, sequences=2, sequence_length=16, widths=(2, 3, 5, 16), channel_blocks=4

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from allocator.contract.manifest import MANIFEST_NAME, Manifest  # noqa: E402
-from allocator.evaluation import load_dequantized  # noqa: E402
+from allocator.evaluate import load_dequantized  # noqa: E402
 from gamma_vllm.kernels.choose import choose_kernel  # noqa: E402
 from tests.waiting import wait_for  # noqa: E402
 

@@ -25,11 +25,11 @@ def stock_kernel(serving):
 def declared(stock_kernel, tmp_path_factory):
     """ "symmetric" and "asymmetric": the demo model at 4 and 16 bits, equal inside fused layers.
 
-    Stock vLLM multiplies nothing else on a CPU; tests/exporting and tests/gamma_vllm check the other widths.
+    Stock vLLM multiplies nothing else on a CPU; tests/export and tests/gamma_vllm check the other widths.
     """
-    from allocator.learning import LearningSettings
-    from allocator.pipeline import CandidateSettings, export, learn
-    from allocator.solving import Rules, SolveSettings, solve_scores
+    from allocator.pipeline.pipeline import CandidateSettings, export, learn
+    from allocator.score import LearningSettings
+    from allocator.solve import Rules, SolveSettings, solve_scores
 
     folder = tmp_path_factory.mktemp("declared")
     for symmetric, name in ((True, "symmetric"), (False, "asymmetric")):
@@ -48,7 +48,7 @@ def declared(stock_kernel, tmp_path_factory):
 def test_stock_vllm_serves_it(declared, run_engines, tmp_path):
     from transformers import AutoTokenizer
 
-    from allocator.evaluation import load_dequantized
+    from allocator.evaluate import load_dequantized
 
     tokens = AutoTokenizer.from_pretrained(DEMO)(TEXT)["input_ids"][:96]
     jobs = []

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from allocator.inventory import read_shape
+from allocator.model import read_shape
 from tests.configs import PUBLISHED_PARAMETERS, config_of
 from tests.versions import needs_030
 

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
-from allocator.contract.channels import ChannelBlocks
+from allocator.contract.channel_blocks import ChannelBlocks
 from allocator.contract.errors import ContractError
 from gamma_vllm import pieces as gamma_pieces
 from tests.gamma_vllm.layers import declare, gamma_config, load, stored_tensors

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from allocator.fitting import PlanRequest
+from allocator.plan import PlanRequest
 from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, OLDEST, allocation, by_kind, render
 from tests.helm.golden import CASES, GOLDEN, compact, expand
 from tests.helm.validation import check_object

@@ -10,7 +10,7 @@ import yaml
 from allocator.cli import prepare, sidecar
 from allocator.cli.deployment import prepare_settings
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
-from allocator.fitting import PlanRequest, find_gpu, make_plan
+from allocator.plan import PlanRequest, find_gpu, make_plan
 from tests.configs import shape_of
 from tests.helm.charts import CHART, allocation, by_kind, render
 

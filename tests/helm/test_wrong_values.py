@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from allocator.cli.prepare import add_arguments
-from allocator.fitting import find_gpu, load_catalogue
-from allocator.fitting.serving import PLANNED_OPTIONS
+from allocator.plan import find_gpu, load_catalogue
+from allocator.plan.vllm_arguments import PLANNED_OPTIONS
 from tests.helm.charts import CHART, CLOUDS, EXAMPLES, Helm, allocation, by_kind, fail, render
 
 ONE = "allocations"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import allocator.integrations.transformers as integration
 from allocator.contract.errors import ContractError
-from allocator.evaluation import load_dequantized
+from allocator.evaluate import load_dequantized
 from tests.e2e.make_checkpoint import make_checkpoint
 
 TOKENS = torch.arange(48).unsqueeze(0)

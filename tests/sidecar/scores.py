@@ -8,8 +8,7 @@ from typing import Any
 from allocator.contract.bank import ModelReference
 from allocator.contract.layout import WIDTHS, ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
-from allocator.sidecar.entry import Entry, Source
-from allocator.sidecar.store import Store
+from allocator.sidecar.store import Entry, Source, Store
 
 __all__ = ["CONFIG", "publish_scores", "random_scores"]
 

@@ -9,8 +9,8 @@ import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
-from allocator.fitting import PlanRequest, find_gpu, make_plan
-from allocator.inventory.shape import read_shape
+from allocator.model.shape import read_shape
+from allocator.plan import PlanRequest, find_gpu, make_plan
 
 from .conftest import gamma
 from .scores import CONFIG, random_scores

@@ -17,8 +17,7 @@ import pytest
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, GammaError
 from allocator.contract.scores import Scores
-from allocator.progress import Standing, Tracker
-from allocator.sidecar.entry import Source
+from allocator.run.progress import Standing, Tracker
 from allocator.sidecar.job_files import JobFiles, JobRequest, Owner
 from allocator.sidecar.jobs import Jobs
 from allocator.sidecar.logs import Log
@@ -26,8 +25,8 @@ from allocator.sidecar.materialise import materialise
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.publish import publish
 from allocator.sidecar.schemas import Job
-from allocator.sidecar.store import Store
-from allocator.solving import SolveSettings, solve_scores
+from allocator.sidecar.store import Source, Store
+from allocator.solve import SolveSettings, solve_scores
 from tests.skips import lacking
 from tests.waiting import wait_for
 
@@ -211,7 +210,7 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(own_store: Path, tmp_pat
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import runpy; runpy.run_module('allocator.exporting.worker', run_name='__main__')"
+        "import runpy; runpy.run_module('allocator.pipeline.export_worker', run_name='__main__')"
     )
     with running(tmp_path / "log", "--store", own_store) as service:
         digest = _asked(service, 6)

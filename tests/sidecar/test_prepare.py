@@ -9,14 +9,14 @@ import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import InputError
-from allocator.contract.kv_cache import KvCacheScores
 from allocator.contract.manifest import Manifest
-from allocator.fitting import Plan
-from allocator.progress import silent
+from allocator.contract.scores import KvCacheScores
+from allocator.plan import Plan
+from allocator.run.progress import silent
 from allocator.sidecar.choice import Choice, choose, find_entry
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
-from tests.fitting.nvml import L4, NEEDED, library
+from tests.plan.nvml import L4, NEEDED, library
 
 from .conftest import gamma
 

@@ -11,11 +11,10 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.scores import Scores
 from allocator.sidecar.backends import open_backend
 from allocator.sidecar.choice import find_entry
-from allocator.sidecar.entry import Source
 from allocator.sidecar.materialise import materialise
 from allocator.sidecar.publish import publish
-from allocator.sidecar.store import Store
-from allocator.solving import SolveSettings, solve_scores
+from allocator.sidecar.store import Source, Store
+from allocator.solve import SolveSettings, solve_scores
 
 from .conftest import gamma
 

@@ -116,7 +116,7 @@ the pods that still serve it and for a rollback. */}}
 {{- end }}
 {{- end -}}
 
-{{/* Options of `vllm serve` that the plan decides (PLANNED_OPTIONS of allocator.fitting.serving) -> where to say them. */}}
+{{/* Options of `vllm serve` that the plan decides (PLANNED_OPTIONS of allocator.plan.vllm_arguments) -> where to say them. */}}
 {{- define "gamma.plannedOptions" -}}
 block-size: ""
 config: ""

@@ -1,0 +1,20 @@
+"""Writes checkpoints: the chosen candidates, packed, as an ordinary Hugging Face folder."""
+
+from allocator.export.files import CheckpointPlan, plan_checkpoint
+from allocator.export.write_checkpoint import (
+    Declaration,
+    ExportReport,
+    check_declarable,
+    check_target,
+    export_checkpoint,
+)
+
+__all__ = [
+    "CheckpointPlan",
+    "Declaration",
+    "ExportReport",
+    "check_declarable",
+    "check_target",
+    "export_checkpoint",
+    "plan_checkpoint",
+]

@@ -1,0 +1,319 @@
+"""Every module of a model folder with its shape, role and possible formats, from headers alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from allocator.contract.channel_blocks import ChannelOrder
+from allocator.contract.errors import InputError
+from allocator.contract.layout import (
+    GROUP_SIZES,
+    WIDTHS,
+    Dtype16,
+    ModuleFormat,
+    module_bytes,
+    usable_group_size,
+)
+from allocator.contract.resident import Split, kind_name
+from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
+from allocator.model.architectures import Architecture, architecture_of
+from allocator.model.hf_config import read_config, refuse_quantized
+from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
+
+__all__ = ["Inventory", "Module", "Role", "read_inventory"]
+
+_WEIGHT_DTYPES = ("BF16", "F16", "F32")
+_MOST_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Module:
+    """One weight of the program. `shape` is `[out_features, in_features]`, `dtype` that of the source.
+
+    `fused_group` is the full name of the vLLM layer that this module becomes a part of. `why_16` says why the
+    module can only be stored at 16 bits; None if it can be quantized. `split` says how tensor parallelism cuts it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    role: Role
+    block: int | None
+    fused_group: str | None
+    tensor: StoredTensor
+    why_16: str | None
+    split: Split = "column"
+
+    @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A checked model folder.
+
+    `dtype` is that of 16-bit weights and of scales in a checkpoint: the source's if it has 16 bits, else
+    BF16; where float16 and float32 are mixed, what config.json says. `others` are copied bit for bit; of these the
+    architecture does not know `unknown`. `dropped` are tensors that a checkpoint leaves out: the second copy
+    of a tied lm_head. `channels` is the order of the MLPs' channels where these are cut into pieces (see
+    `allocator.model.channel_cuts`).
+    """
+
+    folder: Path
+    architecture: str
+    config: dict[str, Any]
+    dtype: Dtype16
+    tied: bool
+    modules: tuple[Module, ...]
+    others: tuple[StoredTensor, ...]
+    dropped: tuple[StoredTensor, ...]
+    blocks: int
+    shape: ModelShape
+    channels: ChannelOrder | None = None
+    unknown: tuple[str, ...] = ()
+
+    @cached_property
+    def _by_name(self) -> dict[str, StoredTensor]:
+        return {t.name: t for t in (*(m.tensor for m in self.modules), *self.others)}
+
+    def tensor(self, name: str) -> StoredTensor:
+        """The stored tensor `name`. Raises InputError when a checkpoint of the model has no such tensor."""
+        if name not in self._by_name:
+            raise InputError(f"{self.folder}: no tensor {name}")
+        return self._by_name[name]
+
+    def block_prefix(self, index: int) -> str:
+        """What the names of block `index` begin with, the dot included."""
+        return architecture_of(self.config)[1].block.replace("{i}", str(index)) + "."
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of all tensors that are copied."""
+        return sum(t.nbytes for t in self.others)
+
+    @property
+    def fused_groups(self) -> dict[str, tuple[str, ...]]:
+        """The modules of each fused group, in model order."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for module in self.modules:
+            if module.fused_group is not None:
+                groups[module.fused_group] = (*groups.get(module.fused_group, ()), module.name)
+        return groups
+
+    @property
+    def prefix(self) -> str | None:
+        """What stands before the names of the files' tensors here (`model.`), None where they are the same."""
+        first = self.modules[0].tensor
+        return None if first.stored_as is None else first.name.removesuffix(first.stored_as)
+
+    def told(self) -> list[str]:
+        """What a reader of the files would not expect: one line each."""
+        lines = []
+        if self.prefix is not None:
+            lines.append(f"tensors are named without {self.prefix!r} in the files; it is put before them")
+        for dtype in sorted({m.dtype for m in self.modules} - {self.dtype}):
+            names = [m.name for m in self.modules if m.dtype == dtype]
+            lines.append(f"rounded from {dtype} to {self.dtype} where they are kept at 16 bits: {_shown(names)}")
+        if self.unknown:
+            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
+        return lines
+
+    def module(self, name: str) -> Module:
+        """Raises InputError when the model has no module `name`."""
+        for module in self.modules:
+            if module.name == name:
+                return module
+        raise InputError(f"{self.folder}: no module {name}; `gamma inspect` lists them")
+
+    def formats(self, module: Module, widths: Iterable[int], group_size: int, symmetric: bool) -> list[ModuleFormat]:
+        """Formats of `module` at each of `widths`, narrowest first; 16 bits are always among them.
+
+        The group size is the largest that divides in_features and is at most `group_size`. Raises InputError
+        for a width or a group size that does not exist.
+        """
+        wanted = set(widths)
+        if not wanted <= set(WIDTHS):
+            raise InputError(f"widths {sorted(wanted - set(WIDTHS))} do not exist; allowed are {list(WIDTHS)}")
+        if group_size not in GROUP_SIZES:
+            raise InputError(f"group size {group_size} does not exist; allowed are {list(GROUP_SIZES)}")
+        formats = []
+        usable = usable_group_size(module.shape[1], group_size)
+        if module.why_16 is None and usable is not None:
+            formats = [
+                ModuleFormat.model_validate(
+                    {"shape": module.shape, "num_bits": b, "group_size": usable, "symmetric": symmetric}
+                )
+                for b in sorted(wanted - {16})
+            ]
+        return [*formats, ModuleFormat(shape=module.shape, num_bits=16)]
+
+    def feasible_bytes(self, widths: Iterable[int], group_size: int, symmetric: bool) -> tuple[int, int]:
+        """Bytes of tensors of the smallest and the largest checkpoint with these candidates."""
+        wanted = tuple(widths)
+        sizes = [
+            [module_bytes(f) for f in self.formats(module, wanted, group_size, symmetric)] for module in self.modules
+        ]
+        return self.other_bytes + sum(map(min, sizes)), self.other_bytes + sum(map(max, sizes))
+
+
+def read_inventory(folder: Path) -> Inventory:
+    """Read config.json and the safetensors headers of a Hugging Face model folder; check that they agree.
+
+    Raises InputError for a model that cannot be used (unknown architecture, already quantized, no
+    safetensors, a tensor missing or of another shape or dtype), ContractError for damaged files.
+    """
+    config = read_config(folder)
+    refuse_quantized(config, folder)
+    shape = read_shape(config)
+    if shape.plan_only is not None:
+        raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
+    rules = architecture_of(config)[1]
+    stored = _with_prefix(_read_headers(folder), rules)
+    _refuse_more_blocks(folder, config, stored, shape.blocks)
+    modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
+    head = stored.get(f"{rules.lm_head.name}.weight")
+    dropped = (head,) if shape.tied and head is not None else ()
+    known: set[str] = set()
+    for other in shape.others:
+        for name in other.names():
+            _checked(folder, stored, name, other.shape, other.terms)
+            known.add(name)
+
+    taken = {m.tensor.name for m in modules} | {t.name for t in dropped}
+    others = tuple(sorted((t for n, t in stored.items() if n not in taken), key=lambda t: t.name))
+    return Inventory(
+        folder=folder,
+        architecture=shape.architecture,
+        config=config,
+        dtype=_storage_dtype(folder, modules, shape.dtype),
+        tied=shape.tied,
+        modules=tuple(modules),
+        others=others,
+        unknown=tuple(t.name for t in others if t.name not in known),
+        dropped=dropped,
+        blocks=shape.blocks,
+        shape=shape,
+    )
+
+
+def _in_model_order(shape: ModelShape) -> Iterator[tuple[ModuleKind, int | None, int]]:
+    """Kind, block and expert of each module: the embedding, block after block, the head."""
+    for kind in shape.modules:
+        if kind.role == "embedding":
+            yield kind, None, 0
+    linears = [kind for kind in shape.modules if kind.role == "linear"]
+    for block in range(shape.blocks):
+        here = [kind for kind in linears if block in kind.blocks]
+        for kind in (k for k in here if not k.experts):
+            yield kind, block, 0
+        mixed = [k for k in here if k.experts]
+        for expert in range(mixed[0].experts if mixed else 0):
+            for kind in mixed:
+                yield kind, block, expert
+    for kind in shape.modules:
+        if kind.role == "lm_head":
+            yield kind, None, 0
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    found = sorted(folder.glob("*.safetensors"))
+    # Mistral's second copy of the weights, in names of its own.
+    files = [path for path in found if not path.name.startswith("consolidated")]
+    indexed = (folder / INDEX_NAME).exists()
+    if not files and not indexed:
+        others = found or sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        only = f", only {', '.join(path.name for path in others[:3])}" if others else ""
+        raise InputError(
+            f"{folder}: no safetensors files{' in the format of Hugging Face' if found else ''}{only}; "
+            "convert the model: load it with transformers and call save_pretrained"
+        )
+    if len(files) > 1 and not indexed:
+        raise InputError(
+            f"{folder}: {len(files)} safetensors files ({', '.join(path.name for path in files[:3])}) but no "
+            f"{INDEX_NAME}; leave only those of the model, or add the index"
+        )
+    return read_folder_headers(folder, files)
+
+
+def _refuse_more_blocks(folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int) -> None:
+    rules = architecture_of(config)[1]
+    pattern = re.compile(re.escape(rules.block).replace(r"\{i\}", r"(\d+)") + r"\.")
+    for name in stored:
+        match = pattern.match(name)
+        if match and int(match[1]) >= blocks:
+            raise InputError(
+                f"{folder}: tensor {name} is of block {match[1]}, but {rules.block_count} in config.json is {blocks}"
+            )
+
+
+def _module(folder: Path, stored: dict[str, StoredTensor], kind: ModuleKind, block: int | None, expert: int) -> Module:
+    def numbered(pattern: str) -> str:
+        return pattern.replace("{i}", str(block)).replace("{e}", str(expert))
+
+    name = numbered(kind.name)
+    tensor = _checked(folder, stored, f"{name}.weight", kind.shape, kind.terms)
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        raise InputError(f"{folder}: {tensor.name} has dtype {tensor.dtype}, allowed are {', '.join(_WEIGHT_DTYPES)}")
+    return Module(
+        name=name,
+        shape=kind.shape,
+        dtype=tensor.dtype,
+        role=kind.role,
+        block=block,
+        fused_group=None if kind.fused is None else numbered(kind.fused),
+        tensor=tensor,
+        why_16=kind.why_16,
+        split=kind.split,
+    )
+
+
+def _checked(
+    folder: Path, stored: dict[str, StoredTensor], name: str, shape: tuple[int, ...], terms: tuple[str, ...]
+) -> StoredTensor:
+    """The stored tensor `name`, present and of the shape that config.json says."""
+    tensor = stored.get(name)
+    if tensor is None:
+        hint = "; is tie_word_embeddings missing from config.json?" if name.startswith("lm_head") else ""
+        raise InputError(f"{folder}: tensor {name} (shape {list(shape)}) is missing from the files{hint}")
+    if tensor.shape != shape:
+        raise InputError(
+            f"{folder}: tensor {name} has shape {list(tensor.shape)}, "
+            f"config.json says {list(shape)} ({', '.join(terms)})"
+        )
+    return tensor
+
+
+def _with_prefix(stored: dict[str, StoredTensor], rules: Architecture) -> dict[str, StoredTensor]:
+    """Tensors by the names of the architecture, where a model was saved without its head: `layers.0.` for
+    `model.layers.0.`, which transformers takes for the same."""
+    prefix, _, rest = rules.embedding.name.partition(".")
+    if f"{rules.embedding.name}.weight" in stored or f"{rest}.weight" not in stored:
+        return stored
+    renamed = {}
+    for name, tensor in stored.items():
+        full = name if name.startswith(f"{rules.lm_head.name}.") else f"{prefix}.{name}"
+        renamed[full] = replace(tensor, name=full, stored_as=name)
+    return renamed
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names that differ in numbers only as one, with their count."""
+    kinds = Counter(kind_name(name) for name in names)
+    shown = [kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()]
+    return ", ".join(shown[:_MOST_SHOWN]) + (f" and {len(shown) - _MOST_SHOWN} more" if shown[_MOST_SHOWN:] else "")
+
+
+def _storage_dtype(folder: Path, modules: list[Module], declared: Dtype16) -> Dtype16:
+    dtypes = {m.dtype: m.name for m in modules}
+    if "BF16" in dtypes and "F16" in dtypes:
+        raise InputError(
+            f"{folder}: {dtypes['BF16']} is BF16 and {dtypes['F16']} is F16; convert the model to one 16-bit dtype"
+        )
+    if dtypes.keys() == {"F16", "F32"}:  # servers cast to what config.json says
+        return declared
+    return "F16" if dtypes.keys() == {"F16"} else "BF16"

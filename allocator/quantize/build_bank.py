@@ -1,0 +1,228 @@
+"""Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allocator.blocks.finite import require_finite
+from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.stream import BlockStream, state_step
+from allocator.blocks.tensors import read_rows, torch_dtype, write_safetensors
+from allocator.calibration.sequences import Calibration
+from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
+from allocator.contract.digest import digest_file
+from allocator.contract.errors import InputError
+from allocator.contract.layout import ModuleFormat
+from allocator.model import Inventory
+from allocator.quantize.quantizer import InputStatistics, Quantizer, row_stripes
+from allocator.quantize.statistics import MomentSums, vocabulary_moments
+from allocator.run.journal import Journal
+from allocator.run.process_group import ProcessGroup
+from allocator.run.progress import Progress, silent
+
+__all__ = ["VOCABULARY_STEP", "build_bank"]
+
+VOCABULARY_STEP = "candidates of the vocabulary"
+
+
+def build_bank(
+    inventory: Inventory,
+    model: ModelReference,
+    stream: BlockStream,
+    calibration: Calibration,
+    hidden: HiddenStates,
+    quantizer: Quantizer,
+    widths: Sequence[int],
+    group_size: int,
+    symmetric: bool,
+    folder: Path,
+    progress: Progress = silent,
+    states: Journal | None = None,
+    journal: Journal | None = None,
+) -> Bank:
+    """Quantize every quantizable module to every width below 16, write `folder`, fill `hidden` with teacher states.
+
+    `bank.json` is written last: a folder without it is an unfinished bank. Steps that the journals have (`states`:
+    boundaries of `hidden`; `journal`: modules whose file is there) are not done again.
+    """
+    states, journal = states or Journal.nowhere(), journal or Journal.nowhere()
+    process_group = journal.process_group
+    if process_group.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BANK_NAME).unlink(missing_ok=True)
+    process_group.wait()
+    if states.load(state_step(0)) is None:
+        stream.fill_embeddings(hidden, calibration.token_ids, process_group)
+        states.save(state_step(0), True)
+    formats = {m.name: inventory.formats(m, widths, group_size, symmetric) for m in inventory.modules}
+    quantizable = {name: [f for f in of if f.quantized] for name, of in formats.items()}
+    work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal, progress)
+    modules: dict[str, BankModule] = {}
+    for index in progress.over(range(stream.blocks), "candidates", "block"):
+        modules |= _build(work, index, partial(_run_teacher, work, index))
+    modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
+    bank = Bank(
+        model=model,
+        dtype=inventory.dtype,
+        quantizer=quantizer.name,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration_digest=calibration.digest,
+        channel_order=inventory.channels,
+        modules=modules,
+    )
+    if process_group.leads:
+        bank.write(folder / BANK_NAME)
+    process_group.wait()
+    return bank
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the steps have in common. formats: the quantized ones of each module, none for one that stays at 16 bits."""
+
+    inventory: Inventory
+    stream: BlockStream
+    hidden: HiddenStates
+    quantizer: Quantizer
+    formats: dict[str, list[ModuleFormat]]
+    folder: Path
+    states: Journal
+    journal: Journal
+    progress: Progress
+
+
+def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
+    """The candidates of one block, or of what stands outside the blocks; each process of a process group quantizes its share of
+    the modules. `see_inputs` gives the statistics of the modules that are named."""
+    names = [m.name for m in work.inventory.modules if m.block == block and work.formats[m.name]]
+    found = {name: module for name in names if (module := _finished(work, name)) is not None}
+    missing = [name for name in names if name not in found]
+    statistics = see_inputs(missing)
+    process_group = work.journal.process_group
+    if block is None and names:
+        work.progress.begin(VOCABULARY_STEP, len(names), "module")
+    share = 1.0 if block is None else 1 / max(len(names), 1)
+    work.progress.skip(share * len(found))
+    for start in range(0, len(missing), process_group.size):
+        together = missing[start : start + process_group.size]
+        of_inputs = {name: statistics.take(name) for name in together}  # on every process: they add up their sums
+        mine = {
+            i: _quantize(work, name, of_inputs[name], share * len(together))
+            for i, name in process_group.share(together)
+        }
+        for name, digest in zip(together, process_group.gather(mine), strict=True):
+            work.journal.save(name, digest)
+            found[name] = _bank_module(work, name, digest)
+    return {name: found[name] for name in names}
+
+
+def _finished(work: _Work, name: str) -> BankModule | None:
+    """The module, if the journal has it and its file is there. Its content is checked when it is used."""
+    digest = work.journal.load(name)
+    if not isinstance(digest, str) or not (work.folder / f"{name}.safetensors").exists():
+        return None
+    return _bank_module(work, name, digest)
+
+
+def _bank_module(work: _Work, name: str, digest: str) -> BankModule:
+    return BankModule(file=f"{name}.safetensors", file_digest=digest, candidates=work.formats[name])
+
+
+class _Statistics:
+    """The input statistics of some modules: summed by module, finished when one is taken, then let go."""
+
+    def __init__(self, sums: dict[tuple[str, ...], MomentSums], process_group: ProcessGroup) -> None:
+        self._sums = {name: (sharing, moments) for sharing, moments in sums.items() for name in sharing}
+        self._finished: dict[tuple[str, ...], InputStatistics] = {}
+        self._process_group = process_group
+
+    def take(self, name: str) -> InputStatistics | None:
+        """Those of `name`, None if its quantizer needs none. Each name can be taken once."""
+        if name not in self._sums:
+            return None
+        sharing, moments = self._sums.pop(name)
+        if sharing not in self._finished:
+            found = moments.finish(self._process_group)
+            require_finite(found.diagonal, f"{name}: second moments of its inputs")
+            self._finished[sharing] = found
+        last = not any(other in self._sums for other in sharing)
+        return self._finished.pop(sharing) if last else self._finished[sharing]
+
+
+def _run_teacher(work: _Work, index: int, names: list[str]) -> _Statistics:
+    """Fill the states after block `index`, unless they are there and nothing is to be learned from the run; return
+    the input statistics of the modules `names` where the quantizer needs them."""
+    kind, process_group, prefix = (
+        work.quantizer.statistics,
+        work.journal.process_group,
+        work.inventory.block_prefix(index),
+    )
+    recorded = names if kind != "none" else []
+    shapes = {m.name: m.shape for m in work.inventory.modules if m.block == index}
+    sums: dict[tuple[str, ...], MomentSums] = {}
+
+    def begin(sharing: tuple[str, ...]) -> MomentSums:
+        return sums.setdefault(sharing, MomentSums(shapes[sharing[0]][1], kind, work.stream.device))
+
+    def accumulate(sharing: list[str], x: Tensor) -> None:
+        begin(tuple(prefix + name for name in sharing)).add(x)
+
+    # Read once, before the processes meet: later, one might already see what another has written.
+    missing = work.states.load(state_step(index + 1)) is None
+    if recorded or missing:
+        local = [name.removeprefix(prefix) for name in recorded]
+        work.stream.fill_block(work.hidden, index, local, accumulate, process_group)
+        if missing:
+            work.states.save(state_step(index + 1), True)
+    # A module that saw no token, in this process or in any, has sums of zero: an expert that was never chosen.
+    seen = {sharing for of_one in process_group.gather({process_group.rank: list(sums)}) for sharing in of_one}
+    unseen = set(recorded) - {name for sharing in seen for name in sharing}
+    for sharing in sorted(seen | {(name,) for name in unseen}):
+        begin(sharing)
+    return _Statistics(sums, process_group)
+
+
+def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
+    """The statistics of the modules outside the blocks, where the quantizer needs them."""
+    kind, process_group = work.quantizer.statistics, work.journal.process_group
+    wanted = [m for m in work.inventory.modules if m.name in names and kind != "none"]
+    sums = vocabulary_moments(work.stream, work.hidden, wanted, kind, work.states, work.progress)
+    return _Statistics({(name,): moments for name, moments in sums.items()}, process_group)
+
+
+def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share: float) -> str:
+    """Write one module's candidates; returns the digest of the file. They are `share` units of the step.
+
+    Made in stripes of rows, which are independent of each other: of a vocabulary only the packed candidates are whole.
+    """
+    stored = work.inventory.tensor(f"{name}.weight")
+    parts: dict[str, list[Tensor]] = {}
+    with torch.inference_mode():
+        stripes = list(row_stripes(*stored.shape))
+        for rows in stripes:
+            weight = read_rows(stored, rows, work.stream.device).float()
+            for candidate in work.formats[name]:
+                stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
+                try:
+                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(work.inventory.dtype), statistics)
+                except ArithmeticError as error:
+                    advice = "try --quantizer mse, or other calibration text"
+                    raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None
+                what = f"{name}: scales at {candidate.num_bits} bits by {work.quantizer.name}"
+                require_finite(quantized.scale, what, "take another --quantizer")
+                for part, tensor in quantized.packed(candidate.num_bits).items():
+                    parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
+                work.progress.advance(share / len(stripes) / len(work.formats[name]), name)
+    tensors = {
+        part: of_stripes.pop() if len(of_stripes) == 1 else torch.cat(of_stripes) for part, of_stripes in parts.items()
+    }
+    for candidate in work.formats[name]:
+        tensors[f"w{candidate.num_bits}.weight_shape"] = torch.tensor(candidate.shape, dtype=torch.int64)
+    path = work.folder / f"{name}.safetensors"
+    write_safetensors(tensors, path)
+    return digest_file(path)

@@ -1,0 +1,152 @@
+"""The folder of one model's work: bank, scores, journal, hidden states, and the fingerprint of the run."""
+
+import logging
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from allocator.contract.bank import ModelReference
+from allocator.contract.documents import Document
+from allocator.contract.errors import ContractError, InputError
+from allocator.run.journal import Journal, steps_begin
+from allocator.run.process_group import ALONE, ProcessGroup
+
+__all__ = [
+    "RUN_NAME",
+    "Resume",
+    "RunFingerprint",
+    "WorkFolder",
+    "versions",
+]
+
+RUN_NAME = "run.json"
+_PACKAGES = ("gamma-vllm", "torch", "transformers")
+
+
+class RunFingerprint(Document):
+    """`run.json`. The sections in the order of the data flow: what differs in one undoes all that comes after it.
+
+    environment: versions, device, threads. It changes results in the last digits only: work that is kept across such
+    a change is whole, but not equal to the bit to a run in one environment.
+    """
+
+    SCHEMA: ClassVar[str] = "gamma.run"
+
+    model: ModelReference
+    calibration: dict[str, Any]
+    candidates: dict[str, Any]
+    learning: dict[str, Any]
+    environment: dict[str, Any]
+
+    def differences(self, now: "RunFingerprint") -> dict[str, str]:
+        """Field -> "was ..., is ..." for each field in which `now` is another."""
+        before, after = _flat(self.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+        return {
+            field: f"was {before.get(field, 'absent')}, is {after.get(field, 'absent')}"
+            for field in sorted(before.keys() | after.keys())
+            if before.get(field, "absent") != after.get(field, "absent")
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+Resume = Literal["auto", "must", "never"]
+
+_LOG = logging.getLogger(__name__)
+_UNDONE_BY = {
+    "model": ("calibration", "states", "bank", "learning"),
+    "calibration": ("states", "bank", "learning"),
+    "candidates": ("bank", "learning"),
+    "learning": ("learning",),
+    "environment": (),
+}
+
+
+class WorkFolder:
+    """The files of WORK by what they are. Only the first process of a group writes what is not the journal's."""
+
+    def __init__(self, folder: Path, process_group: ProcessGroup = ALONE) -> None:
+        self.folder = folder
+        self.process_group = process_group
+        self.bank = folder / "bank"
+        self.scores = folder / "scores.json"
+        self.hidden = folder / "hidden"
+        self.journal = Journal(folder / "journal", process_group)
+
+    def begin(self, now: RunFingerprint, resume: Resume) -> None:
+        """Make the folder fit for a run of fingerprint `now`: steps that depend on what differs are forgotten.
+
+        auto: goes on from what fits, and logs which fields differ. must: raises InputError if a field differs or there
+        is nothing to go on from. never: deletes what an earlier run left here.
+        """
+        path = self.folder / RUN_NAME
+        before = None if resume == "never" else self._before(path)
+        if resume == "must":
+            self._insist(before, now)
+        if resume == "never":
+            self._delete_all()
+        differences = before.differences(now) if before is not None else {}
+        if differences:
+            shown = "; ".join(f"{field} {change}" for field, change in differences.items())
+            _LOG.warning("%s was begun otherwise: %s. What depends on it is made again", self.folder, shown)
+        changed = {field.partition(".")[0] for field in differences}
+        for section in sorted({name for part in changed for name in _UNDONE_BY.get(part, ())}):
+            self.journal.section(section).clear()
+        if self.process_group.leads:
+            for temporary in (*self.folder.glob(".*.json.*"), *self.bank.glob(".*")):
+                temporary.unlink()  # half written when an earlier run was killed
+            now.write(path)
+        self.process_group.wait()
+        steps_begin()
+
+    def finish(self) -> None:
+        """Delete what only a run that goes on would need."""
+        self.journal.clear()
+        if self.process_group.leads:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+        self.process_group.wait()
+
+    def _before(self, path: Path) -> RunFingerprint | None:
+        try:
+            return RunFingerprint.read(path)
+        except ContractError:
+            return None
+
+    def _insist(self, before: RunFingerprint | None, now: RunFingerprint) -> None:
+        if before is None:
+            raise InputError(f"{self.folder}: nothing to resume (no valid {RUN_NAME}); leave out --resume must")
+        if differences := before.differences(now):
+            shown = "; ".join(f"{field} {change}" for field, change in differences.items())
+            raise InputError(
+                f"{self.folder}: cannot be resumed as it was begun: {shown}; "
+                "give the same settings, or --resume auto to make again what depends on them"
+            )
+
+    def _delete_all(self) -> None:
+        self.finish()
+        if self.process_group.leads:
+            for name in (RUN_NAME, self.scores.name):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.bank, ignore_errors=True)
+        self.process_group.wait()

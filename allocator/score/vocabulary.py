@@ -1,0 +1,183 @@
+"""The modules outside the blocks: what each of their candidates, swapped in alone, does to the predictions.
+
+The embedding's output is boundary 0, so the errors of its rows are read along the gradients there, as in a block. The
+lm_head makes the logits: a change D of its weight changes them by D h, exactly. The gradients by the logits of a probe,
+whose signs are x (see `blocks.gradients`), are x_v sqrt(p_v) - p_v sum_y x_y sqrt(p_y). One module for both has one
+error at both ends, whose numbers add up. So these are numbers of the same kind as those of the blocks, for the same
+positions and probes, and have correlations with all of them.
+
+The vocabulary is gone through in stripes of rows: neither `[tokens, vocabulary]` nor a dequantized weight is in memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from allocator.blocks.gradients import draw_signs, parts_of_sequence, rows_together
+from allocator.blocks.stream import BlockStream
+from allocator.blocks.tensors import read_rows
+from allocator.contract.layout import ModuleFormat
+from allocator.quantize.candidates import VocabularyCandidates
+from allocator.quantize.read_bank import BankReader
+from allocator.run.progress import Progress, silent
+from allocator.score.teacher import Teacher
+
+__all__ = ["Text", "measure_vocabulary"]
+
+_TOGETHER = 8
+"""Batches for which a stripe is dequantized once."""
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Text:
+    """token_ids: int64 `[S, T]`; seed: that of the teacher's gradients; batches: numbers of the sequences of each."""
+
+    teacher: Teacher
+    token_ids: Tensor
+    seed: int
+    batches: Mapping[int, Tensor]
+
+    def groups(self) -> Iterator[list[int]]:
+        """The numbers of a few batches at a time."""
+        numbers = list(self.batches)
+        for start in range(0, len(numbers), _TOGETHER):
+            yield numbers[start : start + _TOGETHER]
+
+    def probe(self, batch: int, probe: int, rows: slice) -> Tensor:
+        """Of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
+        return self.signs_of([probe], batch, rows)[0]
+
+    def signs_of(self, probes: Sequence[int], batch: int, rows: slice) -> list[Tensor]:
+        """`signs` of each of `probes`."""
+        parts = parts_of_sequence(self.token_ids.shape[1])
+        of_draw = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
+        drawn = draw_signs(self.seed, [(probe, *one) for probe in probes for one in of_draw])
+        return [torch.cat(drawn[i : i + len(of_draw)]) for i in range(0, len(drawn), len(of_draw))]
+
+
+def measure_vocabulary(
+    stream: BlockStream,
+    bank: BankReader,
+    candidates: VocabularyCandidates,
+    text: Text,
+    reduce: Callable[[Tensor], Found],
+    progress: Progress = silent,
+) -> dict[int, dict[str, Found]]:
+    """As `block.measure_swaps` for the modules of `candidates`: by batch of `text` and module what `reduce` makes of
+    the errors along the gradients, `[C, B * S * T]`; those of the last candidate, the source itself, are 0. All of it
+    is one unit of the step that `progress` is at.
+    """
+    found: dict[int, dict[str, Found]] = {number: {} for number in text.batches}
+    probes, length = len(text.teacher.gradients), text.token_ids.shape[1]
+    share = 1 / max(1, sum((name == candidates.embedding) + (name == candidates.head) for name in candidates.formats))
+    with torch.inference_mode():
+        for name, formats in candidates.formats.items():
+            sums = {n: torch.zeros(len(formats), probes, len(rows) * length) for n, rows in text.batches.items()}
+            if name == candidates.embedding:
+                _add_embedding(stream, bank, name, formats[:-1], text, sums)
+                progress.advance(share, name)
+            if name == candidates.head:
+                _add_head(stream, bank, name, formats[:-1], text, sums, progress, share)
+            for number, of_batch in sums.items():
+                by_sequence = of_batch.view(len(formats), probes, -1, length).transpose(1, 2)
+                found[number][name] = reduce(by_sequence.flatten(1))
+    return found
+
+
+def _add_embedding(
+    stream: BlockStream,
+    bank: BankReader,
+    name: str,
+    formats: Sequence[ModuleFormat],
+    text: Text,
+    sums: Mapping[int, Tensor],
+) -> None:
+    source = stream.read(f"{name}.weight")
+    for group in text.groups():
+        ids = [text.token_ids[text.batches[n]].flatten() for n in group]
+        tokens, places = torch.unique(torch.cat(ids), return_inverse=True)
+        own = source[tokens.to(stream.device)].float()
+        changes = [bank.rows(name, form, tokens).to(stream.device) - own for form in formats]
+        for n, place in zip(group, torch.split(places, [len(of_batch) for of_batch in ids]), strict=True):
+            gradients = text.teacher.gradients_at(stream, 0, text.batches[n]).flatten(1, 2)
+            for number, change in enumerate(changes):
+                errors = stream.embed(place, change)
+                for probe, gradient in enumerate(gradients):
+                    sums[n][number, probe] += (gradient * errors).sum(-1).cpu()
+
+
+def _add_head(
+    stream: BlockStream,
+    bank: BankReader,
+    name: str,
+    formats: Sequence[ModuleFormat],
+    text: Text,
+    sums: Mapping[int, Tensor],
+    progress: Progress,
+    share: float,
+) -> None:
+    stored, norm, softcap = stream.inventory.tensor(f"{name}.weight"), stream.norm(), stream.softcap
+    for group in text.groups():
+        last = {n: text.teacher.hidden.boundary(stream.blocks)[text.batches[n]] for n in group}
+        states = {n: norm(h.to(stream.device)).flatten(0, 1) for n, h in last.items()}
+        heads = {n: _Head(h, len(text.teacher.gradients), len(formats), softcap) for n, h in states.items()}
+        for rows in rows_together(stored.shape[0]):
+            weight = read_rows(stored, rows, stream.device).float()
+            for head in heads.values():
+                head.see(weight)
+        for rows in rows_together(stored.shape[0]):
+            weight = read_rows(stored, rows, stream.device).float()
+            steps = [bank.stripe(name, form, rows, stream.device) - weight for form in formats]
+            for n, head in heads.items():
+                head.add(weight, steps, text.signs_of(range(head.probes), n, rows))
+            progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
+        for n, head in heads.items():
+            sums[n][:-1] += head.result().cpu()
+
+
+class _Head:
+    """What is summed over the vocabulary for the tokens of a batch, `states` `[n, D]` being the lm_head's input.
+
+    First all stripes of the weight are seen, for the normaliser of the probabilities; then they are gone through again.
+    """
+
+    def __init__(self, states: Tensor, probes: int, candidates: int, softcap: float | None) -> None:
+        self.probes = probes
+        self._states, self._softcap = states, softcap
+        self._normaliser = torch.full((len(states),), -torch.inf, device=states.device)
+        self._signed = states.new_zeros(candidates, probes, len(states))
+        self._mean = states.new_zeros(candidates, len(states))
+        self._roots = states.new_zeros(probes, len(states))
+
+    def see(self, weight: Tensor) -> None:
+        """weight: a stripe `[rows, D]` of the original."""
+        self._normaliser = torch.logaddexp(self._normaliser, self._logits(weight).logsumexp(-1))
+
+    def add(self, weight: Tensor, steps: Sequence[Tensor], probes: Sequence[Tensor]) -> None:
+        """steps: by candidate how a stripe differs, `[rows, D]`; probes: `rademacher_probe` of each, `[n, rows]`."""
+        logits = self._logits(weight)
+        root = ((logits - self._normaliser.unsqueeze(1)) / 2).exp()
+        signed = torch.stack([probe.to(root.device) * root for probe in probes], 1)  # [n, S, rows]
+        self._roots += signed.sum(-1).T
+        for number, step in enumerate(steps):
+            change = self._change(logits, step)
+            self._signed[number] += torch.bmm(signed, change.unsqueeze(-1)).squeeze(-1).T
+            self._mean[number] += (root.square() * change).sum(-1)
+
+    def result(self) -> Tensor:
+        """The errors along the gradients of each probe, `[C, S, n]`."""
+        return self._signed - self._mean.unsqueeze(1) * self._roots
+
+    def _logits(self, weight: Tensor) -> Tensor:
+        logits = self._states @ weight.T
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def _change(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Of the logits, to first order behind a soft cap."""
+        change = self._states @ step.T
+        return change if self._softcap is None else change * (1 - (logits / self._softcap).square())
