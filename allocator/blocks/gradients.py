@@ -41,8 +41,8 @@ def backward_by_block(
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
-    Each of `gradients` is of one probe: at every position each token y of the vocabulary gets a random sign x_y, and the
-    gradient is that of the sum of x_y sqrt(p_y) log p_y, with sqrt(p_y) held fixed. Signs are independent, so its
+    Each of `gradients` is of one probe: at every position each token y of the vocabulary gets a random sign x_y, and
+    the gradient is that of the sum of x_y sqrt(p_y) log p_y, with sqrt(p_y) held fixed. Signs are independent, so its
     products have the mean that those of the gradients of log p_y have, y drawn from the model: the Fisher matrix; with
     less noise (Hutchinson 1990). `hidden` holds the teacher's states. The gradients at the output of block i
     are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
@@ -88,8 +88,8 @@ def rademacher_probe(seed: int, probe: int, sequence: int, part: slice, rows: sl
 
 
 def draw_signs(seed: int, wanted: Sequence[tuple[int, int, slice, slice]]) -> list[Tensor]:
-    """`signs` of each of `wanted` (probe, sequence, part, rows), drawn on as many cores as torch has threads: of a large
-    vocabulary there are billions, and one core would take longer than all else."""
+    """`rademacher_probe` of each of `wanted` (probe, sequence, part, rows), drawn on as many cores as torch has
+    threads: of a large vocabulary there are billions, and one core would take longer than all else."""
     if len(wanted) == 1 or torch.get_num_threads() == 1:
         return [rademacher_probe(seed, *one) for one in wanted]
     return list(_drawers(torch.get_num_threads()).map(lambda one: rademacher_probe(seed, *one), wanted))

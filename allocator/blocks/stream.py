@@ -134,8 +134,8 @@ class BlockStream:
     ) -> None:
         """Write the states after block `index` from those before it; `see` is shown the inputs of `recorded`.
 
-        With a process group, each process runs its own sequences and `see` is shown the inputs of those. `block` is that of
-        `block(index)` where it is at hand.
+        With a process group, each process runs its own sequences and `see` is shown the inputs of those. `block`
+        is that of `block(index)` where it is at hand.
         """
         block = self.block(index) if block is None else block
         with torch.inference_mode():

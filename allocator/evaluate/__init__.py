@@ -2,10 +2,10 @@
 
 from allocator.evaluate.dequantized import load_dequantized
 from allocator.evaluate.divergence import Divergence, measure_divergence
-from allocator.evaluate.local_search import Refined, refine
+from allocator.evaluate.refinement import Refined, refine
 from allocator.evaluate.student import Losses, Student
 from allocator.evaluate.student_gradients import StudentGradients, measure_gradients
-from allocator.evaluate.verify import open_student, refine_manifest, uniform_assignments, verify
+from allocator.evaluate.verification import open_student, refine_manifest, uniform_assignments, verify
 
 __all__ = [
     "Divergence",

@@ -15,8 +15,8 @@ from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import HEAD_WEIGHT, BlockStream
 from allocator.contract.layout import ModuleFormat
+from allocator.quantize.bank_reader import BankReader
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
-from allocator.quantize.read_bank import BankReader
 
 __all__ = ["Assignment", "Losses", "Student"]
 

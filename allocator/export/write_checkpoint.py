@@ -19,7 +19,7 @@ from allocator.contract.outputs import check_output_folder, is_out_of_room
 from allocator.contract.safetensors_file import INDEX_NAME
 from allocator.export.files import MAX_SHARD_BYTES, plan_checkpoint
 from allocator.model import Inventory, SideFiles, carry, side_files
-from allocator.quantize.read_bank import BankReader
+from allocator.quantize.bank_reader import BankReader
 from allocator.run.journal import Journal
 from allocator.run.progress import Progress, silent
 

@@ -2,8 +2,8 @@
 
 from allocator.model.channel_cuts import ArrangedTensor, channel_layout, cut_unsorted, with_channel_blocks
 from allocator.model.hf_config import find_config
+from allocator.model.identity import DIGEST_CACHE_NAME, cached_model_digest, model_digest
 from allocator.model.inventory import Inventory, Module, read_inventory
-from allocator.model.model_digest import DIGEST_CACHE_NAME, cached_model_digest, model_digest
 from allocator.model.shape import ModelShape, read_shape
 from allocator.model.side_files import CARRIED_FOLDERS, SideFiles, carry, copy_whole, side_files
 

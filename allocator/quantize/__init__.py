@@ -1,10 +1,10 @@
 """Quantizers, pure functions from a weight to codes, scales, zero points; and the bank: every module at every width."""
 
-from allocator.quantize.build_bank import build_bank
+from allocator.quantize.bank_builder import build_bank
+from allocator.quantize.bank_reader import BankReader, make_servable
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
 from allocator.quantize.channel_order import find_channel_order
 from allocator.quantize.quantizer import InputStatistics, QuantizedModule, Quantizer, Statistics
-from allocator.quantize.read_bank import BankReader, make_servable
 from allocator.quantize.registry import get_quantizer, quantizer_names
 
 __all__ = [

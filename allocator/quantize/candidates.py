@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from allocator.blocks.stream import BlockStream
 from allocator.contract.layout import ModuleFormat
 from allocator.model import Inventory
-from allocator.quantize.read_bank import BankReader
+from allocator.quantize.bank_reader import BankReader
 
 __all__ = ["BlockCandidates", "Candidates", "VocabularyCandidates"]
 

@@ -11,7 +11,7 @@ from allocator.blocks.stream import BlockStream
 from allocator.contract.errors import InputError
 from allocator.contract.scores import Scores
 from allocator.model import Inventory
-from allocator.quantize.read_bank import BankReader
+from allocator.quantize.bank_reader import BankReader
 from allocator.run.journal import Journal
 from allocator.run.progress import Progress, silent
 from allocator.score.expert_counts import count_expert_tokens, tell_hardly_seen, with_credibility

@@ -7,8 +7,8 @@ of the log-probabilities (see `blocks.gradients`). A few such probes measure the
 independent. On single swaps this tracks the measured KL of the whole model far closer than the error's size does.
 
 The gradients at all blocks' outputs are those of one and the same probe. So g . e is, for an error in any block, the
-change of one and the same quantity, and the mean of (g . e) (g' . e') over probes is what errors of two different blocks
-do to the KL together: pairs of modules anywhere in the model are had from the measurements of single ones.
+change of one and the same quantity, and the mean of (g . e) (g' . e') over probes is what errors of two different
+blocks do to the KL together: pairs of modules anywhere in the model are had from the measurements of single ones.
 """
 
 from dataclasses import dataclass

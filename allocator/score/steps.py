@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from allocator.blocks.gradients import GRADIENTS_STEP
 from allocator.contract.layout import ModuleFormat
 from allocator.model import Inventory, Module
-from allocator.quantize.build_bank import VOCABULARY_STEP
+from allocator.quantize.bank_builder import VOCABULARY_STEP
 from allocator.quantize.quantizer import Statistics
 from allocator.quantize.statistics import EMBEDDING_STEP
 from allocator.run.progress import PlannedStep

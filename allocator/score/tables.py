@@ -9,7 +9,7 @@ from torch import Tensor
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, Interactions, ScoredModule, Scores
 from allocator.model import Inventory
-from allocator.quantize.read_bank import BankReader
+from allocator.quantize.bank_reader import BankReader
 from allocator.score.settings import LearningSettings
 
 __all__ = ["Table", "make_scores"]

@@ -11,8 +11,8 @@ from allocator.blocks.gradients import backward_by_block
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import BlockStream
 from allocator.model import Inventory
+from allocator.quantize.bank_reader import BankReader
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
-from allocator.quantize.read_bank import BankReader
 from allocator.run.journal import Journal
 from allocator.run.progress import Progress
 from allocator.score.settings import LearningSettings

@@ -20,8 +20,8 @@ from allocator.blocks.gradients import draw_signs, parts_of_sequence, rows_toget
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.tensors import read_rows
 from allocator.contract.layout import ModuleFormat
+from allocator.quantize.bank_reader import BankReader
 from allocator.quantize.candidates import VocabularyCandidates
-from allocator.quantize.read_bank import BankReader
 from allocator.run.progress import Progress, silent
 from allocator.score.teacher import Teacher
 

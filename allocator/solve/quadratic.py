@@ -111,7 +111,7 @@ def lower_bound(scores: Scores, linear_bound: float) -> float:
 
 
 def local_search(program: Quadratic, chosen: Sequence[int], budget_bytes: int, seed: int = 0) -> list[int]:
-    """The best of `coordinate_descent` from `chosen` and from disturbed versions of the best so far (iterated local search).
+    """The best of `coordinate_descent` from `chosen` and from disturbed versions of the best: iterated local search.
 
     A disturbance moves a few units by one choice, and lowers others until the budget is kept. How many there are
     depends on the size of the program alone, so that the same program has the same answer.

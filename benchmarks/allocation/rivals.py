@@ -48,8 +48,8 @@ def gradient_search(
 ) -> list[int]:
     """Logits on the manifold of equal expected bytes, moved by straight-through gradients of the final KL.
 
-    Each step draws Gumbel noise, takes the best assignment within the budget for the noisy logits, reads the gradient of
-    the KL along every candidate, removes its component along the budget's normal, takes an Adam step and shifts the
+    Each step draws Gumbel noise, takes the best assignment within the budget for the noisy logits, reads the gradient
+    of the KL along every candidate, removes its component along the budget's normal, takes an Adam step and shifts the
     logits back onto the manifold; the temperature falls exponentially. Logits start from -log of the weight error.
     The last assignment is the exact program over log probabilities, at the whole budget. Takes `seconds` of CPU time:
     the temperature falls by the share of them that is gone.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from allocator.contract.scores import KvCacheScores
-from allocator.evaluate import kv_cache
+from allocator.evaluate import fp8_kv_cache
 from allocator.evaluate.fp8_kv_cache import measure_kv_cache, round_to_fp8
 
 TOKENS = torch.randint(1, 250, (3, 48), generator=torch.Generator().manual_seed(0))
@@ -27,7 +27,7 @@ def test_only_the_rounding_counts(tiny_model, monkeypatch, kind):
     coarse = measure_kv_cache(tiny_model(kind), TOKENS, "fp8_e5m2")
     assert 0 < fp8.kl < coarse.kl  # one bit of mantissa less
     assert fp8.tokens == 3 * 47
-    monkeypatch.setattr(kv_cache, "round_to_fp8", lambda values, dtype: values)
+    monkeypatch.setattr(fp8_kv_cache, "round_to_fp8", lambda values, dtype: values)
     assert abs(measure_kv_cache(tiny_model(kind), TOKENS).kl) < 1e-9
 
 

@@ -14,7 +14,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
 from allocator.contract.manifest import Budget, Manifest
 from allocator.evaluate import Student, refine, uniform_assignments, verify
-from allocator.evaluate.local_search import FAILURES, below_zero
+from allocator.evaluate.refinement import FAILURES, below_zero
 from allocator.model import read_inventory, read_shape
 from allocator.pipeline.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
 from allocator.plan import PlanRequest, make_plan, memory_device

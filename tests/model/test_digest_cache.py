@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allocator.model import cached_model_digest, digest_cache, model_digest, read_inventory
+from allocator.model import cached_model_digest, model_digest, read_inventory
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def read_bytes(model: Path, cache: Path) -> tuple[str, int]:
 @pytest.fixture(autouse=True)
 def _old_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the files had been written long ago: their time of change cannot be set."""
-    monkeypatch.setattr(digest_cache, "_SETTLED_NANOSECONDS", -(10**18))
+    monkeypatch.setattr("allocator.model.identity._SETTLED_NANOSECONDS", -(10**18))
 
 
 def test_the_weights_are_read_once(model: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_changed_config_is_noticed(model: Path, tmp_path: Path) -> None:
 def test_files_that_were_just_written_are_not_remembered(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digest_cache, "_SETTLED_NANOSECONDS", 10**18)
+    monkeypatch.setattr("allocator.model.identity._SETTLED_NANOSECONDS", 10**18)
     read_bytes(model, tmp_path / "cache.json")
     assert not (tmp_path / "cache.json").exists()
 

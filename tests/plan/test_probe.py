@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allocator.plan import PlanRequest, find_gpu, make_plan, probe
+from allocator.plan import PlanRequest, find_gpu, make_plan, probe_records
 from allocator.plan.probe_records import ProbeRecord, find_record, model_config_digest, probed_lines, record_path
 from allocator.plan.weights import read_model
 
@@ -34,8 +34,8 @@ def record(device="NVIDIA GeForce RTX 4090", vllm="0.33.0", request=REQUEST, **c
 def folder(tmp_path, monkeypatch):
     """An empty cache, and an installed vLLM 0.33.0."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(probe, "_installed_vllm", lambda: "0.33.0")
-    return probe.probe_folder()
+    monkeypatch.setattr(probe_records, "_installed_vllm", lambda: "0.33.0")
+    return probe_records.probe_folder()
 
 
 def test_a_record_replaces_the_lines_of_the_same_request(folder):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_tensors
-from allocator.quantize import InputStatistics, base, get_quantizer, quantizer_names, registry
+from allocator.quantize import InputStatistics, get_quantizer, quantizer_names, registry
 from allocator.quantize.ldl import factorize
 from allocator.quantize.rtn import RoundToNearest
 
@@ -141,7 +141,7 @@ def test_large_modules_are_quantized_in_stripes_to_the_same_codes(monkeypatch: p
     for name in ("rtn", "mse", "gptq"):
         whole = get_quantizer(name).quantize(weight, form(3), torch.bfloat16, statistics)
         with monkeypatch.context() as patch:
-            patch.setattr(base, "_STRIPE_WEIGHTS", 7 * 128)
+            patch.setattr("allocator.quantize.quantizer._STRIPE_WEIGHTS", 7 * 128)
             striped = get_quantizer(name).quantize(weight, form(3), torch.bfloat16, statistics)
         assert torch.equal(whole.scale, striped.scale)
         assert (whole.codes != striped.codes).float().mean() < 0.001  # sums of products in another order

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from allocator.contract.errors import StoppedError
-from allocator.run import stopping
+from allocator.run import journal
 from allocator.run.journal import finish_step_on_sigterm, steps_begin, stop_requested
 
 
@@ -20,7 +20,7 @@ def stopped_in(begin: Callable[[], None]) -> None:
 
 
 def test_a_step_that_does_not_end_is_stopped_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(journal, "GRACE_SECONDS", 0.05)
     with pytest.raises(StoppedError, match="stopped at once"):
         stopped_in(steps_begin)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from allocator.pipeline.pipeline import CandidateSettings, learn
-from allocator.score import LearningSettings, block
+from allocator.score import LearningSettings, swaps
 
 
 def test_scores_are_those_of_whole_blocks(
@@ -17,7 +17,7 @@ def test_scores_are_those_of_whole_blocks(
     )
     settings = LearningSettings(batch_tokens=64)
     pieces = learn(tiny_model("qwen3"), tmp_path / "pieces", candidates, settings).scores
-    monkeypatch.setattr(block, "measurable_piece", lambda _block, _name: None)
+    monkeypatch.setattr(swaps, "measurable_piece", lambda _block, _name: None)
     whole = learn(tiny_model("qwen3"), tmp_path / "whole", candidates, settings).scores
     assert list(pieces.modules) == list(whole.modules)
     for name, module in whole.modules.items():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.pipeline.pipeline import CandidateSettings, learn
-from allocator.score import LearningSettings, block
+from allocator.score import LearningSettings, swaps
 from allocator.score.expert_counts import HALF_BELIEVED, with_credibility
 
 
@@ -19,7 +19,7 @@ def test_scores_are_those_of_whole_blocks(
     candidates = CandidateSettings(quantizer="rtn", group_size=32, widths=(2, 4, 16), sequences=4, sequence_length=32)
     settings = LearningSettings(batch_tokens=64)
     sparse = learn(tiny_model("qwen3_moe"), tmp_path / "sparse", candidates, settings).scores
-    monkeypatch.setattr(block, "is_expert", lambda _block, _name: False)
+    monkeypatch.setattr(swaps, "is_expert", lambda _block, _name: False)
     whole = learn(tiny_model("qwen3_moe"), tmp_path / "whole", candidates, settings).scores
     for name, module in whole.modules.items():
         expected = [c.score for c in module.candidates]

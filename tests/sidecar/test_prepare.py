@@ -13,7 +13,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.scores import KvCacheScores
 from allocator.plan import Plan
 from allocator.run.progress import silent
-from allocator.sidecar.choice import Choice, choose, find_entry
+from allocator.sidecar.choice import Selection, choose, find_entry
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Store
 from tests.plan.nvml import L4, NEEDED, library
@@ -147,7 +147,7 @@ def test_without_a_gpu_the_automatic_choice_says_what_to_give(tiny_store: Path, 
     assert "no GPU is visible" in refused.stderr
 
 
-def choose_with(store: Path, **asked: Any) -> Choice:
+def choose_with(store: Path, **asked: Any) -> Selection:
     opened = Store(str(store))
     settings = PrepareSettings(model="Qwen3-32B", gpu="l40s", max_model_len=8192, **asked)
     return choose(settings, find_entry(opened, "Qwen3-32B"), opened, silent)
@@ -168,7 +168,7 @@ def test_a_server_of_which_no_number_of_requests_was_said_answers_more_than_one(
 
 
 def test_on_a_gpu_fused_layers_have_one_width_and_the_price_is_told(store: Path) -> None:
-    def widths(choice: Choice) -> list[set[int]]:
+    def widths(choice: Selection) -> list[set[int]]:
         layers: dict[str, set[int]] = {}
         for name, form in choice.manifest.modules.items():
             if name.endswith(("q_proj", "k_proj", "v_proj")):

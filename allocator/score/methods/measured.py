@@ -1,7 +1,7 @@
 """`measured`: each candidate is swapped in alone, and the KL divergence of the whole model is read.
 
 The direct measurement that other methods stand for (the class of HIGGS, arXiv 2411.17525, and of EXL2 and EXL3): exact
-for one swap, blind to what swaps do together, and the most expensive: from the swapped block on, the model runs for each.
+for one swap, blind to what swaps do together, and the costliest: from the swapped block on, the model runs for each.
 """
 
 from functools import partial

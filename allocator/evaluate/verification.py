@@ -10,7 +10,7 @@ from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
 from allocator.contract.resident import Residency, is_in_block
 from allocator.contract.scores import Scores
-from allocator.evaluate.local_search import refine
+from allocator.evaluate.refinement import refine
 from allocator.evaluate.student import Student
 from allocator.run.progress import Progress, silent
 from allocator.solve.units import NO_RULES, Rules

@@ -97,8 +97,8 @@ class _Work:
 
 
 def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
-    """The candidates of one block, or of what stands outside the blocks; each process of a process group quantizes its share of
-    the modules. `see_inputs` gives the statistics of the modules that are named."""
+    """The candidates of one block, or of what stands outside the blocks; each process of a group quantizes its share
+    of the modules. `see_inputs` gives the statistics of the modules that are named."""
     names = [m.name for m in work.inventory.modules if m.block == block and work.formats[m.name]]
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
     missing = [name for name in names if name not in found]
