@@ -8,6 +8,7 @@ from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest
 from allocator.contract.manifest import Manifest, Proof
 from allocator.plan import Plan
+from allocator.plan.fusion import AskedFusion
 from allocator.run.progress import Standing
 
 __all__ = [
@@ -110,7 +111,7 @@ class AllocationRequest(Body):
     pins: Rules = Field(default_factory=dict, description="modules (fnmatch pattern) with exactly this width")
     ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
     floors: Rules = Field(default_factory=dict, description="modules with at least this width")
-    fusion: Literal["auto", "free", "tied"] = Field(
+    fusion: AskedFusion = Field(
         default="auto", description="auto: one width a fused layer with a plan (CUDA), free widths with a budget"
     )
 
@@ -155,6 +156,14 @@ class Allocation(Answer):
         default=None, description="with ?manifest=true: the manifest, byte for byte as `gamma solve --out` writes it"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_stored(cls, data: Any) -> Any:
+        """Stores have allocations of the time when a request could name its solver."""
+        if isinstance(data, dict) and isinstance(request := data.get("request"), dict):
+            data = data | {"request": {name: value for name, value in request.items() if name != "solver"}}
+        return data
+
 
 class FitRequest(Body):
     """`POST /v1/fits`: a model on some hardware. Without `budget` the weights get what the hardware leaves, or,
@@ -163,15 +172,7 @@ class FitRequest(Body):
     model: ModelId
     hardware: PlanHardware
     budget: Amount | None = None
-    fusion: Literal["free", "tied"] = "free"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_as_stored(cls, data: Any) -> Any:
-        """Stores have allocations of the time when a request could name its solver."""
-        if isinstance(data, dict) and isinstance(request := data.get("request"), dict):
-            data = data | {"request": {name: value for name, value in request.items() if name != "solver"}}
-        return data
+    fusion: AskedFusion = "auto"
 
 
 class SweepRequest(Body):
