@@ -17,7 +17,6 @@ from allocator.contract.scores import Scores
 from allocator.plan import Plan, PlanRequest
 from allocator.report.differences import compare, comparison_document
 from allocator.report.recorded import recorded_loss, recorded_row
-from allocator.sidecar.dispatch import Solved
 from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.schemas import (
     Allocation,
@@ -28,6 +27,7 @@ from allocator.sidecar.schemas import (
     SweepRequest,
     SweepResult,
 )
+from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, document_text
 from allocator.solve import SolveSettings, solve_scores
 from allocator.solve.fusion import fusion_for
