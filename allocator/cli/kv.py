@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.pipeline.measure import measure_kv_losses
+    from allocator.pipeline.measure import TextSettings, measure_kv_losses
     from allocator.pipeline.pipeline import resolve_model
 
     check_output_file(args.out)
@@ -42,9 +42,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few")
     with show_progress(args.progress) as progress:
         model = resolve_model(args.model, args.revision)
-        measured = measure_kv_losses(
-            model, args.calibration, args.sequences, args.sequence_length, args.seed, args.out.parent, progress
-        )
+        text = TextSettings(args.calibration, args.sequences, args.sequence_length, args.seed)
+        measured = measure_kv_losses(model, text, args.out.parent, progress)
     measured.write(args.out)
     if args.json:
         print_json(measured.payload() | {"digest": measured.digest})

@@ -53,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure",
         type=Path,
         metavar="MODEL",
-        help="measure each assignment and the uniform plans, with the weights of this model folder, which must fit "
-        "into memory twice",
+        help="measure each assignment and the uniform plans, with the weights of this model folder, block by block",
     )
     measuring.add_argument("--bank", type=Path, help="bank of the scores (default: `bank` beside SCORES)")
     measuring.add_argument("--text", type=Path, action="append", metavar="FILE", help="text, not that of --calibration")
@@ -134,7 +133,7 @@ def _gpus(args: argparse.Namespace) -> "GpuSettings | None":
 
 
 def _measure(args: argparse.Namespace) -> "MeasureSettings | None":
-    from allocator.pipeline.measure import MeasureSettings
+    from allocator.pipeline.measure import MeasureSettings, TextSettings
 
     if args.measure is None:
         if args.text or args.bank:
@@ -143,4 +142,5 @@ def _measure(args: argparse.Namespace) -> "MeasureSettings | None":
     if not args.text:
         raise InputError("--measure needs --text FILE: text that the scores were not learned on")
     bank = args.bank or args.scores.parent / "bank"
-    return MeasureSettings(args.measure, bank, args.text, args.sequences, args.sequence_length)
+    text = TextSettings(args.text, args.sequences, args.sequence_length, seed=1)
+    return MeasureSettings(args.measure, bank, text)

@@ -2,7 +2,7 @@
 
 from allocator.evaluate.dequantized import load_dequantized
 from allocator.evaluate.divergence import Divergence, measure_divergence
-from allocator.evaluate.refinement import Refined, refine
+from allocator.evaluate.refinement import Refined, RefineSettings, refine
 from allocator.evaluate.student import Losses, Student
 from allocator.evaluate.student_gradients import StudentGradients, measure_gradients
 from allocator.evaluate.verification import open_student, refine_manifest, uniform_assignments, verify
@@ -10,6 +10,7 @@ from allocator.evaluate.verification import open_student, refine_manifest, unifo
 __all__ = [
     "Divergence",
     "Losses",
+    "RefineSettings",
     "Refined",
     "Student",
     "StudentGradients",

@@ -10,7 +10,7 @@ from torch import Tensor
 from allocator.blocks.finite import require_finite
 from allocator.run.progress import Progress, silent
 
-__all__ = ["Divergence", "measure_divergence"]
+__all__ = ["Divergence", "kl_by_token", "measure_divergence", "surprise_by_token"]
 
 _LARGEST_EXPONENT = 700
 
@@ -25,6 +25,17 @@ class Divergence:
     tokens: int
 
 
+def kl_by_token(original: Tensor, model: Tensor) -> Tensor:
+    """KL(original || model) of log probabilities `[..., V]`: `[...]`, nats."""
+    return (original.exp() * (original - model)).sum(-1)
+
+
+def surprise_by_token(logprobs: Tensor, token_ids: Tensor) -> Tensor:
+    """-log p of each next token: log probabilities `[s, T-1, V]` and token ids int64 `[s, T]` to `[s, T-1]`, nats."""
+    targets = token_ids[:, 1:].unsqueeze(-1).to(logprobs.device)
+    return -logprobs.gather(-1, targets).squeeze(-1)
+
+
 def measure_divergence(
     original: Any, model: Any, token_ids: Tensor, batch: int = 4, progress: Progress = silent
 ) -> Divergence:
@@ -37,10 +48,9 @@ def measure_divergence(
     with torch.inference_mode():
         for rows in torch.split(token_ids, batch):
             ours, theirs = (_logprobs(of, rows, name) for of, name in ((model, "changed"), (original, "original")))
-            targets = rows[:, 1:].unsqueeze(-1)
-            kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
-            loss -= float(ours.gather(-1, targets).sum(dtype=torch.float64))
-            original_loss -= float(theirs.gather(-1, targets).sum(dtype=torch.float64))
+            kl += _total(kl_by_token(theirs, ours))
+            loss += _total(surprise_by_token(ours, rows))
+            original_loss += _total(surprise_by_token(theirs, rows))
             progress.advance(len(rows) / len(token_ids))
     return Divergence(kl / tokens, _perplexity(loss / tokens), _perplexity(original_loss / tokens), tokens)
 
@@ -49,6 +59,10 @@ def _logprobs(model: Any, rows: Tensor, name: str) -> Tensor:
     logits: Tensor = model(rows).logits[:, :-1].float()
     require_finite(logits, f"logits of the {name} model")
     return logits.log_softmax(-1)
+
+
+def _total(of_tokens: Tensor) -> float:
+    return float(of_tokens.sum(dtype=torch.float64))
 
 
 def _perplexity(loss: float) -> float:

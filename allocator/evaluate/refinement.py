@@ -24,7 +24,7 @@ from allocator.run.progress import Progress, silent
 from allocator.solve.quadratic import Quadratic, quadratic_of
 from allocator.solve.units import NO_RULES, Rules, units_of
 
-__all__ = ["FAILURES", "Refined", "below_zero", "refine"]
+__all__ = ["FAILURES", "RefineSettings", "Refined", "below_zero", "refine"]
 
 _CURVATURE = 1.2
 """Curvature of the KL at an assignment by that at the original model: measured 1.1 to 1.3 between 2 and 3 bits."""
@@ -33,6 +33,18 @@ FAILURES = 6
 _ERRORS = 2.4
 """How many standard errors below zero a mean difference must be: one-sided, 5 % shared by the `FAILURES` changes that
 are measured before the search gives up. At 10 % for each, changes were kept that lost on other text."""
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """A budget that counts all tensors of the checkpoint, how many `seconds` of `clock` the search may take, what it
+    must keep, and the seed of its order."""
+
+    budget_bytes: int
+    seconds: float
+    rules: Rules = NO_RULES
+    seed: int = 0
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True)
@@ -50,19 +62,19 @@ def refine(
     student: Student,
     scores: Scores,
     assignment: Mapping[str, ModuleFormat],
-    budget_bytes: int,
-    seconds: float,
-    rules: Rules = NO_RULES,
-    seed: int = 0,
-    clock: Callable[[], float] = time.monotonic,
+    settings: RefineSettings,
     progress: Progress = silent,
 ) -> Refined:
-    """Improve `assignment` for up to `seconds` of `clock`, never over `budget_bytes` (all tensors counted)."""
-    units = units_of(scores, rules, "free")
+    """Improve `assignment` for as long as `settings` allow, never over their budget.
+
+    Raises InputError for an assignment that the scores and rules do not allow.
+    """
+    units = units_of(scores, settings.rules, "free")
+    seconds, clock, room = settings.seconds, settings.clock, settings.budget_bytes - scores.other_bytes
     choices = [(unit.members[0], choice.formats[0]) for unit in units for choice in unit.choices]
     search = _Search(student, quadratic_of(scores, units), choices)
     now = search.positions(assignment)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     sequences = student.token_ids.shape[0]
     progress.begin("refining", round(seconds), "second")
     start = clock()
@@ -71,7 +83,7 @@ def refine(
     while (elapsed := clock() - start) < seconds:
         progress.reach(elapsed, f"{kept} of {tried} changes kept")
         rows = torch.randperm(sequences, generator=generator)[: max(1, sequences // 2)]
-        moves = search.moves(now, budget_bytes - scores.other_bytes, rows)
+        moves = search.moves(now, room, rows)
         done, failures, changed = kept, 0, set[int]()
         for move in moves:
             if failures == FAILURES or clock() - start >= seconds:
@@ -80,7 +92,7 @@ def refine(
             then = now.copy()
             for position in move:
                 then[search.program.unit[position]] = position
-            if touched & changed or search.program.nbytes[then].sum() > budget_bytes - scores.other_bytes:
+            if touched & changed or search.program.nbytes[then].sum() > room:
                 continue
             tried += 1
             failures += 1

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import HEAD_WEIGHT, BlockStream
+from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
+from allocator.evaluate.divergence import kl_by_token, surprise_by_token
 from allocator.quantize.bank_reader import BankReader
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
 
@@ -39,7 +41,9 @@ class Student:
     """Runs assignments on `token_ids` (int64 `[S, T]`) and compares them with the original model.
 
     vocabulary: the candidates of the modules outside the blocks.
-    Modules that an assignment does not name, and those it gives 16 bits, keep the source's weights.
+    Modules that an assignment does not name, and those it gives 16 bits, keep the source's weights. Whatever takes an
+    assignment raises ContractError for a module that the model does not have, and for one in a format that the bank
+    does not have.
     """
 
     def __init__(self, stream: BlockStream, bank: BankReader, token_ids: Tensor, hold_bytes: int = _HOLD_BYTES) -> None:
@@ -84,6 +88,8 @@ class Student:
         self._kept: tuple[Assignment, list[Tensor]] | None = None
         self._logprobs: Tensor | None = None
         inventory = stream.inventory
+        stored = {name: {form.num_bits: form for form in bank.formats(name)} for name in bank.bank.modules}
+        self._formats = {m.name: stored.get(m.name, {}) for m in inventory.modules}
         scored = [m for m in inventory.modules if m.name in bank.bank.modules]
         self._local = [
             {m.name.removeprefix(inventory.block_prefix(i)): m.name for m in scored if m.block == i}
@@ -92,6 +98,20 @@ class Student:
 
     def _chunks(self, tensor: Tensor) -> list[Tensor]:
         return list(torch.split(tensor, max(1, _CHUNK_TOKENS // tensor.shape[1])))
+
+    def _check(self, assignment: Assignment) -> None:
+        for name, form in assignment.items():
+            if name not in self._formats:
+                raise ContractError(
+                    f"{name}: {self.stream.inventory.folder} has no such module, as the bank {self.bank.folder} "
+                    "arranges it; measure with the model and the bank of the assignment"
+                )
+            if form.quantized and self._formats[name].get(form.num_bits) != form:
+                known = sorted(bits for bits, found in self._formats[name].items() if found.quantized)
+                raise ContractError(
+                    f"{name}: the bank {self.bank.folder} has no candidate of {form.num_bits} bits, group_size "
+                    f"{form.group_size}, symmetric {form.symmetric}; its widths are {known}"
+                )
 
     def local_names(self, index: int) -> dict[str, str]:
         """Name inside block `index` -> module name, for the modules that have candidates."""
@@ -103,6 +123,7 @@ class Student:
         With `keep` the states between blocks stay in memory: the next assignments are run from the first block in
         which they differ from this one.
         """
+        self._check(assignment)
         with torch.no_grad():
             if self._kept is None or self._embeds_otherwise(self._kept[0], assignment):
                 start, before = 0, self._embed(assignment)
@@ -121,6 +142,7 @@ class Student:
 
     def states(self, assignment: Assignment, rows: Tensor | None = None) -> list[list[Tensor]]:
         """The states before each block and after the last, each in chunks of sequences `[s, T, D]`."""
+        self._check(assignment)
         embedded = self._embed(assignment)
         chunks = self._chunks(embedded if rows is None else embedded[rows])
         return self._run(assignment, chunks, 0, every=True)
@@ -156,8 +178,8 @@ class Student:
         weight = self._head_weight(assignment)
         for ours, teacher, ids in self._beside_teacher(states, rows):
             q = self._predict(ours, weight)
-            kl.append(_divergence(teacher, q).double().mean(-1))
-            nll.append(_surprise(q, ids).double().mean(-1))
+            kl.append(kl_by_token(teacher, q).double().mean(-1))
+            nll.append(surprise_by_token(q, ids).double().mean(-1))
         found = Losses(torch.cat(kl).cpu(), torch.cat(nll).cpu())
         require_finite(found.kl, f"{self.stream.inventory.folder}: KL divergences of an assignment, by sequence")
         return found
@@ -208,7 +230,7 @@ class Student:
         for ours, teacher, ids in self._beside_teacher(states, rows):
             ours = ours.detach().clone().requires_grad_(True)
             q = self._predict(ours, weight)
-            divergence, surprise = _divergence(teacher, q), _surprise(q, ids)
+            divergence, surprise = kl_by_token(teacher, q), surprise_by_token(q, ids)
             inputs = [ours] if weight is None else [ours, weight]
             found = torch.autograd.grad(divergence.sum() / positions, inputs)
             kl.append(divergence.detach().double().mean(-1))
@@ -250,14 +272,3 @@ def _number(formats: list[ModuleFormat], bits: int) -> int:
 def _bits(assignment: Assignment, name: str) -> int:
     form = assignment.get(name)
     return 16 if form is None else form.num_bits
-
-
-def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of log probabilities `[..., V]`: `[...]`, nats."""
-    return (teacher.exp() * (teacher - student)).sum(-1)
-
-
-def _surprise(logprobs: Tensor, token_ids: Tensor) -> Tensor:
-    """-log p of each next token: log probabilities `[s, T-1, V]` and token ids `[s, T]` to `[s, T-1]`."""
-    targets = token_ids[:, 1:].unsqueeze(-1).to(logprobs.device)
-    return -logprobs.gather(-1, targets).squeeze(-1)

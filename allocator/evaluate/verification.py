@@ -10,7 +10,7 @@ from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
 from allocator.contract.resident import Residency, is_in_block
 from allocator.contract.scores import Scores
-from allocator.evaluate.refinement import refine
+from allocator.evaluate.refinement import RefineSettings, refine
 from allocator.evaluate.student import Student
 from allocator.run.progress import Progress, silent
 from allocator.solve.units import NO_RULES, Rules
@@ -139,9 +139,8 @@ def refine_manifest(
     _check(manifest, scores, student)
     if manifest.budget.kind is not None:
         raise InputError("the budget is in bytes after loading; only one in bytes of the checkpoint can be refined")
-    found = refine(
-        student, scores, manifest.modules, manifest.budget.nbytes, 60 * minutes, rules, progress=progress
-    )  # fmt: skip
+    settings = RefineSettings(manifest.budget.nbytes, 60 * minutes, rules)
+    found = refine(student, scores, manifest.modules, settings, progress)
     refinement = Refinement(
         text_digest=_text_digest(student),
         tokens=student.token_ids.numel(),

@@ -1,17 +1,17 @@
-"""What `gamma kv` and `gamma sweep --measure` call: losses measured on text, with the models in memory."""
+"""What `gamma kv` and `gamma sweep --measure` call: losses measured on text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allocator.contract.bank import ModelReference
+from allocator.contract.bank import BANK_NAME, Bank, ModelReference
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import KV_CACHE_NAME, KvCacheScores, Scores
 from allocator.pipeline.pipeline import CandidateSettings
 from allocator.run.progress import Progress, silent
 
-__all__ = ["KL_UNIT", "MeasureSettings", "kv_scores_of", "measure_assignments", "measure_kv_losses"]
+__all__ = ["KL_UNIT", "MeasureSettings", "TextSettings", "kv_scores_of", "measure_assignments", "measure_kv_losses"]
 
 KL_UNIT = "nats of KL divergence a token"
 _MEASURED_DTYPES = ("fp8",)
@@ -19,15 +19,23 @@ _KV_SEQUENCES, _KV_SEQUENCE_LENGTH = 16, 512
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """`sequences` windows of `sequence_length` tokens (at most what the model allows), drawn by `seed` from `files`;
+    without files the model writes its own text."""
+
+    files: Sequence[Path] | None
+    sequences: int
+    sequence_length: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class MeasureSettings:
-    """A model folder, the bank of its candidates, and text that was not calibrated on."""
+    """A model folder, the bank of its candidates, and text from files that was not calibrated on."""
 
     model: Path
     bank: Path
-    text: Sequence[Path]
-    sequences: int = 32
-    sequence_length: int = 512
-    seed: int = 1
+    text: TextSettings
 
 
 def measure_assignments(
@@ -40,37 +48,28 @@ def measure_assignments(
 
     Raises ContractError when the bank is not the one of the scores, InputError for text that is too short.
     """
-    from allocator.calibration.sequences import calibration_from_text
-    from allocator.evaluate.assignments import AssignmentMeter
-    from allocator.model import read_inventory
-    from allocator.quantize import BankReader
+    from allocator.evaluate import open_student
 
-    bank = BankReader(settings.bank)
-    if bank.bank.digest != scores.bank_digest:
+    bank = Bank.read(settings.bank / BANK_NAME)
+    if bank.digest != scores.bank_digest:
         raise ContractError(
-            f"{settings.bank}: digest {bank.bank.digest}, the scores are of {scores.bank_digest}; give their bank"
+            f"{settings.bank}: digest {bank.digest}, the scores are of {scores.bank_digest}; give their bank"
         )
-    longest = read_inventory(settings.model).config.get("max_position_embeddings") or settings.sequence_length
-    length = min(settings.sequence_length, longest)
     progress.begin("text")
-    text = calibration_from_text(settings.model, list(settings.text), settings.sequences, length, settings.seed)
-    meter = AssignmentMeter(settings.model, bank, text.token_ids)
-    found = {}
-    for key, assignment in progress.over(assignments.items(), "measuring", "assignment"):
-        found[key] = meter.measure(assignment).kl
-    return found
+    text = settings.text
+    student = open_student(
+        settings.model, settings.bank, list(text.files or ()), text.sequences, text.sequence_length, text.seed
+    )
+    return {
+        key: float(student.losses(assignment).kl.mean())
+        for key, assignment in progress.over(assignments.items(), "measuring", "assignment")
+    }
 
 
 def measure_kv_losses(
-    model: Path,
-    text: Sequence[Path] | None,
-    sequences: int,
-    sequence_length: int,
-    seed: int = 0,
-    work: Path | None = None,
-    progress: Progress = silent,
+    model: Path, text: TextSettings, work: Path | None = None, progress: Progress = silent
 ) -> KvCacheScores:
-    """What an fp8 KV cache costs `model` on `text` (None: text that the model writes). Raises InputError.
+    """What an fp8 KV cache costs `model` on `text`. Raises InputError.
 
     `work` is a work folder that may remember the model's digest.
     """
@@ -88,12 +87,12 @@ def measure_kv_losses(
         architecture=inventory.architecture,
         digest=digest,
     )
-    length = min(sequence_length, inventory.config.get("max_position_embeddings") or sequence_length)
-    if text is None:
-        calibration = calibration_from_model(model, sequences, length, seed, progress)
+    length = min(text.sequence_length, inventory.config.get("max_position_embeddings") or text.sequence_length)
+    if text.files is None:
+        calibration = calibration_from_model(model, text.sequences, length, text.seed, progress)
     else:
         progress.begin("text")
-        calibration = calibration_from_text(model, list(text), sequences, length, seed)
+        calibration = calibration_from_text(model, list(text.files), text.sequences, length, text.seed)
     losses = {}
     for dtype in progress.over(_MEASURED_DTYPES, "KV cache", "dtype"):
         found = measure_kv_cache(model, calibration.token_ids, dtype, progress=progress)
@@ -118,6 +117,7 @@ def kv_scores_of(
 
     sequences, length = candidates.amount(read_inventory(model))
     count, length = min(sequences, _KV_SEQUENCES), min(length, _KV_SEQUENCE_LENGTH)
-    measured = measure_kv_losses(model, candidates.calibration, count, length, candidates.seed, work, progress)
+    text = TextSettings(candidates.calibration, count, length, candidates.seed)
+    measured = measure_kv_losses(model, text, work, progress)
     measured.write(path)
     return measured

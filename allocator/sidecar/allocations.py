@@ -11,7 +11,7 @@ from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.digest import digest_bytes, digest_json
 from allocator.contract.errors import GammaError
 from allocator.sidecar.catalogue import Catalogue
-from allocator.sidecar.dispatch import Solved, Task
+from allocator.sidecar.dispatch import Task
 from allocator.sidecar.errors import ApiError, of_gamma_error
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.pool import SolverPool
@@ -24,6 +24,7 @@ from allocator.sidecar.schemas import (
     PlanHardware,
     SweepRequest,
 )
+from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, hex_of
 
 __all__ = ["Allocations", "Memory"]

@@ -1,22 +1,10 @@
 """How the service calls its solver processes: by name, so that only they load the solvers."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Solved", "Task", "begin", "call"]
+__all__ = ["Task", "begin", "call"]
 
 Task = Literal["warm", "allocate", "sweep", "diff", "plan"]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """An allocation and its manifest as they are answered and stored, and what the metrics want to know."""
-
-    allocation: bytes
-    manifest: bytes
-    seconds: float
-    gap_ratio: float
-    cut: bool
 
 
 def begin(store_url: str) -> None:

@@ -18,7 +18,6 @@ from allocator.plan import Plan, PlanRequest
 from allocator.plan.fusion import fusion_for
 from allocator.report.differences import compare, comparison_document
 from allocator.report.recorded import recorded_loss, recorded_row
-from allocator.sidecar.dispatch import Solved
 from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.schemas import (
     Allocation,
@@ -29,6 +28,7 @@ from allocator.sidecar.schemas import (
     SweepRequest,
     SweepResult,
 )
+from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, document_text
 from allocator.solve import SolveSettings, solve_scores
 from allocator.solve.many_budgets import UniformPlan, uniform_plans

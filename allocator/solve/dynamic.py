@@ -25,21 +25,19 @@ Stage = tuple[int, list[int], NDArray[np.int32], NDArray[np.int8]]
 
 
 def improve(
-    items: list[list[Item]],
     relaxed: Relaxed,
     kept: list[list[int]],
     picks: Picks,
-    slack_bytes: int,
     deadline: float = math.inf,
     most_states: int = MOST_STATES,
 ) -> tuple[Picks, bool]:
     """The best assignment with the choices `kept` (those that `survivors` leaves for `picks`), and whether that is
     proven. It is not when more than `most_states` states are looked at, or `deadline` (of `time.monotonic`) is past;
     then `picks` may have become better."""
-    price = relaxed.multiplier
+    items, price = relaxed.units, relaxed.multiplier
     values = [[item.gain - price * item.nbytes for item in unit] for unit in items]
     base = [max(range(len(row)), key=row.__getitem__) for row in values]
-    room = slack_bytes - total_bytes(items, base)
+    room = relaxed.slack_bytes - total_bytes(items, base)
     best = relaxed.bound - total_gain(items, picks)
     units = sorted((_ratio(u, items, values, base, js), u) for u, js in enumerate(kept) if len({*js, base[u]}) > 1)
     moved, cost = np.zeros(1, np.int64), np.zeros(1)

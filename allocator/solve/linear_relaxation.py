@@ -28,8 +28,13 @@ Upgrade = tuple[float, int, int, int, int]
 
 @dataclass(frozen=True)
 class Relaxed:
-    """`picks` fit; no assignment gains more than `bound`; `multiplier` is the gain of one more byte."""
+    """The relaxation of `units` for `slack_bytes` above the smallest assignment, solved.
 
+    `picks` fit; no assignment gains more than `bound`; `multiplier` is the gain of one more byte.
+    """
+
+    units: list[list[Item]]
+    slack_bytes: int
     picks: Picks
     bound: float
     multiplier: float
@@ -64,7 +69,7 @@ def relax(units: list[list[Item]], steps: list[Upgrade], slack_bytes: int) -> Re
             multiplier = -negative_density
     values = (max(item.gain - multiplier * item.nbytes for item in items) for items in units)
     bound = math.fsum([*values, multiplier * slack_bytes])
-    return Relaxed(fill(units, picks, slack_bytes), bound, multiplier)
+    return Relaxed(units, slack_bytes, fill(units, picks, slack_bytes), bound, multiplier)
 
 
 def fill(units: list[list[Item]], picks: Picks, slack_bytes: int) -> Picks:
@@ -87,12 +92,13 @@ def fill(units: list[list[Item]], picks: Picks, slack_bytes: int) -> Picks:
         picks[u] = j
 
 
-def survivors(units: list[list[Item]], relaxed: Relaxed, picks: Picks, at_most: int | None = None) -> list[list[int]]:
+def survivors(relaxed: Relaxed, picks: Picks, at_most: int | None = None) -> list[list[int]]:
     """Of each unit the choices that an assignment at least as good as `picks` may have.
 
     With `at_most` only about that many of them, the most promising: then the optimum may be missing, but an
     assignment that fits is always left.
     """
+    units = relaxed.units
     values = [[item.gain - relaxed.multiplier * item.nbytes for item in items] for items in units]
     penalties = [[max(row) - value for value in row] for row in values]
     rounding = 1e-11 * math.fsum(items[-1].gain for items in units)

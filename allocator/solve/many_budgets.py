@@ -8,7 +8,7 @@ from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import Candidate, Scores
 from allocator.run.progress import Progress, silent
 from allocator.solve.predicted import predicted_loss
-from allocator.solve.program import Program, Solution
+from allocator.solve.program import Program, SearchLimits, Solution
 from allocator.solve.request import average_bits_of, parse_amount
 
 __all__ = ["MOST_POINTS", "SweepPoint", "UniformPlan", "best_uniform", "spread_budgets", "sweep", "uniform_plans"]
@@ -58,9 +58,9 @@ def sweep(
 ) -> list[SweepPoint]:
     """Solve `program` at every budget in bytes. Raises InfeasibleBudgetError for one that no assignment fits."""
     plans = uniform_plans(program.scores)
-    points = []
+    limits, points = SearchLimits(relative_gap=relative_gap), []
     for budget in progress.over(budgets, "solving", "budget"):
-        solution = program.solve(budget, relative_gap=relative_gap)
+        solution = program.solve(budget, limits)
         bits = average_bits_of(program.scores, solution.tensor_bytes)
         points.append(SweepPoint(budget, solution, bits, best_uniform(plans, budget)))
     return points

@@ -15,7 +15,7 @@ from allocator.contract.layout import ModuleFormat
 from allocator.contract.manifest import Manifest
 from allocator.contract.resident import Residency
 from allocator.contract.scores import Candidate, ScoredModule, Scores
-from allocator.solve.program import Solution, solve
+from allocator.solve.program import SearchLimits, Solution, solve
 from allocator.solve.quadratic import interactions_among
 from allocator.solve.request import SolveSettings, make_manifest
 from allocator.solve.units import Rules
@@ -98,19 +98,13 @@ def _solve_stages(
     scores: Scores, settings: SolveSettings, residency: Residency, budget_bytes: int, seconds: float
 ) -> Solution:
     stages = range(len(residency.stages))
+    limits = SearchLimits(seconds / len(stages))
     parts = []
     for stage in stages:
         view = resident_scores(scores, residency, stage)
         try:
-            parts.append(
-                solve(
-                    view,
-                    budget_bytes,
-                    _rules_for(settings.rules, view, scores),
-                    fusion=settings.fusion,
-                    time_limit_seconds=seconds / len(stages),
-                )
-            )
+            rules = _rules_for(settings.rules, view, scores)
+            parts.append(solve(view, budget_bytes, rules, settings.fusion, limits))
         except InfeasibleBudgetError as error:
             where = f"pipeline stage {stage}: " if len(stages) > 1 else ""
             raise InfeasibleBudgetError(f"{where}on each rank, {error}") from None

@@ -24,7 +24,7 @@ from allocator.solve.mathopt import Core
 from allocator.solve.quadratic import Quadratic, local_search, lower_bound, quadratic_of
 from allocator.solve.units import NO_RULES, Choice, Fusion, Rules, Unit, undominated, units_of
 
-__all__ = ["Program", "Solution", "solve"]
+__all__ = ["USUAL_LIMITS", "Program", "SearchLimits", "Solution", "solve"]
 
 _FIRST_CORE = 8
 """Choices of a first, small program, whose answer leaves fewer choices to the second, which proves."""
@@ -53,25 +53,35 @@ class Solution:
     cut: bool = False
 
 
+@dataclass(frozen=True)
+class SearchLimits:
+    """When a search ends before its proof: after `time_limit_seconds`, or when its gap is proven to be at most
+    `relative_gap` times the objective. A program for which the dynamic program would look at more than `most_states`
+    states goes on to HiGHS."""
+
+    time_limit_seconds: float = 60.0
+    relative_gap: float = 0.0
+    most_states: int = MOST_STATES
+
+
+USUAL_LIMITS = SearchLimits()
+
+
 def solve(
     scores: Scores,
     budget_bytes: int,
     rules: Rules = NO_RULES,
-    *,
     fusion: Fusion = "free",
-    time_limit_seconds: float = 60.0,
-    relative_gap: float = 0.0,
-    most_states: int = MOST_STATES,
+    limits: SearchLimits = USUAL_LIMITS,
 ) -> Solution:
     """The assignment of least total score that has at most `budget_bytes` bytes, all tensors counted.
 
     With `fusion` "tied" the modules of a fused group get one width. The same input gives the same answer, unless the
-    time limit cuts the search; then the best assignment found is returned with the gap that is left. The search ends
-    when the gap is proven to be at most `relative_gap` times the objective. A program for which the dynamic program
-    would look at more than `most_states` states goes on to HiGHS. Of candidates of one score the smallest is taken.
-    Raises InfeasibleBudgetError naming the feasible range, InputError for rules that cannot be kept.
+    time limit cuts the search; then the best assignment found is returned with the gap that is left. Of candidates of
+    one score the smallest is taken. Raises InfeasibleBudgetError naming the feasible range, InputError for rules that
+    cannot be kept.
     """
-    return Program.of(scores, rules, fusion).solve(budget_bytes, time_limit_seconds, relative_gap, most_states)
+    return Program.of(scores, rules, fusion).solve(budget_bytes, limits)
 
 
 @dataclass(frozen=True)
@@ -109,19 +119,13 @@ class Program:
         """Bytes of the largest assignment."""
         return self.scores.other_bytes + sum(unit.choices[-1].nbytes for unit in self.units)
 
-    def solve(
-        self,
-        budget_bytes: int,
-        time_limit_seconds: float = 60.0,
-        relative_gap: float = 0.0,
-        most_states: int = MOST_STATES,
-    ) -> Solution:
+    def solve(self, budget_bytes: int, limits: SearchLimits = USUAL_LIMITS) -> Solution:
         """As `solve`."""
         smallest = self.smallest_bytes
         if budget_bytes < smallest:
             raise InfeasibleBudgetError(_infeasible(self, budget_bytes))
-        search = _Search(self, budget_bytes - smallest, time.monotonic() + time_limit_seconds, relative_gap)
-        search.run(most_states)
+        search = _Search(self, budget_bytes - smallest, limits)
+        search.run()
         chosen = [cs[j] for cs, j in zip(self.choices, search.picks, strict=True)]
         linear = _solution(self, chosen, max(search.missing, 0.0) / self.scale, search.used)
         linear = replace(linear, cut=search.cut)
@@ -153,10 +157,10 @@ class _Search:
     `used` names the solvers that were asked.
     """
 
-    def __init__(self, program: Program, slack_bytes: int, deadline: float, relative_gap: float) -> None:
-        self._items, self._slack, self._deadline = program.items, slack_bytes, deadline
+    def __init__(self, program: Program, slack_bytes: int, limits: SearchLimits) -> None:
+        self._items, self._slack, self._limits = program.items, slack_bytes, limits
+        self._deadline = time.monotonic() + limits.time_limit_seconds
         self._base = math.fsum(program.scale * cs[0].score for cs in program.choices)
-        self._relative_gap = relative_gap
         self._relaxed = relax(program.items, program.upgrades, slack_bytes)
         self.picks, self._bound, self.used = self._relaxed.picks, self._relaxed.bound, ""
 
@@ -169,7 +173,7 @@ class _Search:
         """Whether the deadline came before the proof."""
         return self.missing > 0 and not self._good_enough() and time.monotonic() >= self._deadline
 
-    def run(self, most_states: int) -> None:
+    def run(self) -> None:
         everything = [len(unit) - 1 for unit in self._items]
         if total_bytes(self._items, everything) <= self._slack:
             self.picks, self._bound, self.used = everything, total_gain(self._items, everything), "dynamic"
@@ -178,7 +182,7 @@ class _Search:
             self.used = "relaxation"
             return
         self.used = "dynamic"
-        if self._solved_by_states(most_states):
+        if self._solved_by_states():
             return
         self.used = "dynamic, highs"
         self._improve(_FIRST_CORE)
@@ -188,10 +192,10 @@ class _Search:
         if self.missing <= _RELATIVE_RESOLUTION * math.fsum(unit[-1].gain for unit in self._items):
             self._bound = total_gain(self._items, self.picks)
 
-    def _solved_by_states(self, most_states: int) -> bool:
+    def _solved_by_states(self) -> bool:
         """Run the dynamic program; whether it proved its answer the best."""
-        kept = survivors(self._items, self._relaxed, self.picks)
-        better, proven = improve(self._items, self._relaxed, kept, self.picks, self._slack, self._deadline, most_states)
+        kept = survivors(self._relaxed, self.picks)
+        better, proven = improve(self._relaxed, kept, self.picks, self._deadline, self._limits.most_states)
         self.picks = max(self.picks, better, key=lambda picks: total_gain(self._items, picks))
         if proven:
             self._bound = total_gain(self._items, self.picks)
@@ -199,7 +203,7 @@ class _Search:
 
     def _improve(self, at_most: int | None) -> float:
         """Look for better `picks`; returns an upper bound on the gain of the choices that were left, maybe infinite."""
-        core = Core.of(self._items, survivors(self._items, self._relaxed, self.picks, at_most), self._slack)
+        core = Core.of(self._items, survivors(self._relaxed, self.picks, at_most), self._slack)
         seconds = max(self._deadline - time.monotonic(), 0.1)
         found, bound = core.run(seconds, self.picks, 0.5 * self._tolerance())
         if found is not None:
@@ -208,10 +212,10 @@ class _Search:
         return bound
 
     def _tolerance(self) -> float:
-        return self._relative_gap * abs(self._base - total_gain(self._items, self.picks))
+        return self._limits.relative_gap * abs(self._base - total_gain(self._items, self.picks))
 
     def _good_enough(self) -> bool:
-        return self._relative_gap > 0 and self.missing <= self._tolerance()
+        return self._limits.relative_gap > 0 and self.missing <= self._tolerance()
 
 
 def _power_of_two_scale(choices: list[tuple[Choice, ...]]) -> float:

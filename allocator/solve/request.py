@@ -9,7 +9,7 @@ from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import module_bytes
 from allocator.contract.manifest import Budget, Manifest, Proof
 from allocator.contract.scores import Scores
-from allocator.solve.program import Solution, solve
+from allocator.solve.program import SearchLimits, Solution, solve
 from allocator.solve.units import NO_RULES, Fusion, Rules
 
 __all__ = [
@@ -127,11 +127,5 @@ def solve_scores(scores: Scores, settings: SolveSettings, time_limit_seconds: fl
         requested = f"{nbytes} bytes"  # not as typed: the manifests of 2MB and of 2000000 are one
     else:
         requested, nbytes = f"{bits} bits", budget_for_average_bits(scores, bits)
-    solution = solve(
-        scores,
-        nbytes,
-        settings.rules,
-        fusion=settings.fusion,
-        time_limit_seconds=time_limit_seconds,
-    )
+    solution = solve(scores, nbytes, settings.rules, settings.fusion, SearchLimits(time_limit_seconds))
     return make_manifest(scores, solution, requested, nbytes)

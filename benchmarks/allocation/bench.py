@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.scores import Scores  # noqa: E402
-from allocator.evaluate import refine  # noqa: E402
+from allocator.evaluate import RefineSettings, refine  # noqa: E402
 from allocator.pipeline.pipeline import CandidateSettings, learn  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
 from allocator.score.methods import METHODS  # noqa: E402
@@ -274,10 +274,8 @@ class Bench:
     def refined(self, scores: Scores, start: list[int], bits: float) -> list[int]:
         lab = self.lab
         solvable = lab.linears_only(scores)
-        found = refine(
-            lab.calibration, solvable, lab.assignment(start), lab.budget(bits), REFINE_SECONDS,
-            seed=SEED, clock=time.process_time,
-        )  # fmt: skip
+        settings = RefineSettings(lab.budget(bits), REFINE_SECONDS, seed=SEED, clock=time.process_time)
+        found = refine(lab.calibration, solvable, lab.assignment(start), settings)
         return [found.assignment[name].num_bits for name in lab.names]
 
 

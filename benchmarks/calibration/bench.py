@@ -19,14 +19,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from allocator.blocks import BlockStream  # noqa: E402
 from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
-from allocator.evaluate.assignments import AssignmentMeter  # noqa: E402
+from allocator.evaluate import Student  # noqa: E402
 from allocator.model import read_inventory  # noqa: E402
 from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
 from allocator.quantize import BankReader  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
+from allocator.score.methods import METHODS  # noqa: E402
+from benchmarks.allocation.uniform import learn_uniform  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
+
+METHODS.update(uniform=learn_uniform)
 
 DATA = ROOT.parent / "shared" / "data"
 WIDTHS, BITS = (2, 4, 16), (2.5, 3.0, 3.5)
@@ -86,7 +91,9 @@ def cell(name: str, model: Path, method: str, tokens: int | None, seed: int, fol
             held_out = calibration_from_model(model, HELD_OUT, HELD_OUT_LENGTH, 99).token_ids
         else:
             held_out = calibration_from_text(model, [files[1]], HELD_OUT, HELD_OUT_LENGTH, 99).token_ids
-        meter = AssignmentMeter(model, BankReader(learned.bank_folder), held_out)
+        bank = BankReader(learned.bank_folder)
+        student = Student(BlockStream(bank.arranged(read_inventory(model))), bank, held_out)
+        plans = [(bits, solve_scores(learned.scores, SolveSettings(average_bits=bits)).modules) for bits in BITS]
         return [
             {
                 "method": method,
@@ -95,10 +102,10 @@ def cell(name: str, model: Path, method: str, tokens: int | None, seed: int, fol
                 "sequences": count,
                 "sequence_length": length,
                 "seed": seed,
-                "kl": meter.measure(solve_scores(learned.scores, SolveSettings(average_bits=bits)).modules).kl,
+                "kl": float(student.losses(plan).kl.mean()),
                 "learning_cpu_seconds": round(seconds, 1),
             }
-            for bits in BITS
+            for bits, plan in plans
         ]
 
 

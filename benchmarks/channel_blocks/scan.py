@@ -30,7 +30,7 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.evaluate import measure_divergence
 from allocator.model import model_digest, read_inventory
 from allocator.quantize import BankReader, build_bank, get_quantizer
-from allocator.solve import solve
+from allocator.solve import SearchLimits, solve
 
 __all__ = ["CUTS", "scan"]
 
@@ -156,7 +156,7 @@ def solve_pieces(
     )  # fmt: skip
     # weight_shape, 16 bytes, stands once a module and not once a piece: pieces are given its bytes on top.
     budget = int(weights * bits / 8) + constant * len(pieces)
-    solution = solve(scores, budget, relative_gap=1e-6)
+    solution = solve(scores, budget, limits=SearchLimits(relative_gap=1e-6))
     widths = [solution.assignment[f"p{n}"].num_bits for n in range(len(pieces))]
     return widths, solution.tensor_bytes - constant * len(pieces)
 

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.solve import Program, budget_for_average_bits, solve  # noqa: E402
+from allocator.solve import Program, SearchLimits, budget_for_average_bits, solve  # noqa: E402
 from allocator.solve.dynamic import MOST_STATES  # noqa: E402
 from allocator.solve.many_budgets import spread_budgets, sweep  # noqa: E402
 from allocator.solve.units import NO_RULES  # noqa: E402
@@ -87,7 +87,9 @@ def other_rows() -> list[dict[str, Any]]:
         scores = draw_scores(shapes(), SENSITIVITIES["log-normal, sigma 2"], SEEDS[0], 0.3)
         budget = budget_for_average_bits(scores, 2.5)
         for name, states in (("dynamic", MOST_STATES), ("highs", 0)):
-            found, cpu, wall = timed(lambda s=scores, b=budget, n=states: solve(s, b, most_states=n))
+            found, cpu, wall = timed(
+                lambda s=scores, b=budget, n=states: solve(s, b, limits=SearchLimits(most_states=n))
+            )
             rows.append({
                 "what": "one budget", "model": model, "modules": len(scores.modules), "solver": name,
                 "average_bits": 2.5, "cpu_seconds": cpu, "wall_seconds": wall, "objective": found.objective,

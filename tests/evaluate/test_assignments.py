@@ -1,4 +1,4 @@
-"""Assignments measured in memory are what their checkpoints are."""
+"""Assignments measured from the bank are what their checkpoints are."""
 
 import json
 import subprocess
@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from allocator.blocks import BlockStream
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import Manifest
-from allocator.evaluate import load_dequantized, measure_divergence
-from allocator.evaluate.assignments import AssignmentMeter
+from allocator.evaluate import Student, load_dequantized, measure_divergence
+from allocator.model import read_inventory
 from allocator.quantize import BankReader
 
 
@@ -38,17 +39,22 @@ def test_a_measured_assignment_is_its_checkpoint(fitted):
     folder, model = fitted
     tokens = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(0))
     manifest = Manifest.read(folder / "checkpoint/gamma_manifest.json")
-    meter = AssignmentMeter(model, BankReader(folder / "work/bank"), tokens)
-    first = meter.measure(manifest.modules)
+    student = Student(BlockStream(read_inventory(model)), BankReader(folder / "work/bank"), tokens)
+    measured = student.losses(manifest.modules)
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     by_checkpoint = measure_divergence(original, load_dequantized(folder / "checkpoint"), tokens)
-    assert first.kl == pytest.approx(by_checkpoint.kl, rel=1e-4)
+    assert float(measured.kl.mean()) == pytest.approx(by_checkpoint.kl, rel=1e-4)
+    assert float(measured.nll.mean().exp()) == pytest.approx(by_checkpoint.perplexity, rel=1e-5)
     full = {name: form.model_copy(update={"num_bits": 16, "group_size": None, "symmetric": None})
             for name, form in manifest.modules.items()}  # fmt: skip
-    assert abs(meter.measure(full).kl) < 1e-9
-    assert meter.measure(manifest.modules).kl == first.kl
+    assert float(student.losses(full).kl.abs().max()) < 1e-9
+    assert torch.equal(student.losses(manifest.modules).kl, measured.kl)
     with pytest.raises(ContractError, match=r"no\.such"):
-        meter.measure({"no.such": full["lm_head"]})
+        student.losses({"no.such": full["lm_head"]})
+    name = next(name for name, form in manifest.modules.items() if form.quantized)
+    coarser = manifest.modules[name].model_copy(update={"group_size": 64})
+    with pytest.raises(ContractError, match=f"{name}: the bank .* group_size 64"):
+        student.losses({name: coarser})
 
 
 def test_a_sweep_measures_what_it_solves(fitted, tmp_path):

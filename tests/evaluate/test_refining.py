@@ -13,7 +13,7 @@ from allocator.cli.main import main
 from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
 from allocator.contract.manifest import Budget, Manifest
-from allocator.evaluate import Student, refine, uniform_assignments, verify
+from allocator.evaluate import RefineSettings, Student, refine, uniform_assignments, verify
 from allocator.evaluate.refinement import FAILURES, below_zero
 from allocator.model import read_inventory, read_shape
 from allocator.pipeline.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
@@ -44,7 +44,7 @@ def test_refining_a_poor_plan(learned: LearnResult, tiny_model: Callable[[str], 
     pinned = next(name for name in plan if "up_proj" in name)
     rules = Rules({pinned: plan[pinned].num_bits}, {}, {})
     ticks = iter(range(10_000))
-    found = refine(student, scores, plan, budget, 60, rules, clock=lambda: next(ticks))
+    found = refine(student, scores, plan, RefineSettings(budget, 60, rules, clock=lambda: next(ticks)))
     assert found.kept > 0
     assert found.kl < found.kl_before
     assert scores.other_bytes + sum(map(module_bytes, found.assignment.values())) <= budget

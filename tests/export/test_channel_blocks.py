@@ -13,11 +13,10 @@ from allocator.blocks import BlockStream
 from allocator.cli.main import main
 from allocator.contract.channel_blocks import ChannelBlocks, piece_of
 from allocator.contract.checkpoint import check_checkpoint
-from allocator.contract.errors import InputError
+from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import read_folder_headers
-from allocator.evaluate import Student, load_dequantized
-from allocator.evaluate.assignments import AssignmentMeter
+from allocator.evaluate import Student, load_dequantized, measure_divergence
 from allocator.model import channel_layout, read_inventory, read_shape
 from allocator.pipeline.pipeline import CandidateSettings, LearnResult, SolveSettings, export, learn, solve_scores
 from allocator.plan.schema import PlanRequest
@@ -88,15 +87,15 @@ def test_transformers_serves_what_was_measured(
     with torch.inference_mode():
         judged = load_dequantized(out)(TOKENS).logits
         assert torch.allclose(packed(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
-    # The bank's candidates in the original model, its channels where they were, make the same model.
+    # The bank's candidates, the model's channels in their order, are the same model.
     bank = BankReader(learned.bank_folder)
-    meter = AssignmentMeter(model, bank, TOKENS)
-    meter.measure(manifest.modules)
-    with torch.inference_mode():
-        assert torch.allclose(meter.student(TOKENS).logits, judged, rtol=1e-4, atol=1e-4)
     student = Student(BlockStream(bank.arranged(read_inventory(model))), bank, TOKENS)
-    kl = float(student.losses(manifest.modules).kl.mean())
-    assert kl == pytest.approx(meter.measure(manifest.modules).kl, rel=1e-3)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    by_checkpoint = measure_divergence(original, load_dequantized(out), TOKENS)
+    assert float(student.losses(manifest.modules).kl.mean()) == pytest.approx(by_checkpoint.kl, rel=1e-3)
+    uncut = Student(BlockStream(read_inventory(model)), bank, TOKENS)
+    with pytest.raises(ContractError, match="has no such module, as the bank"):
+        uncut.losses(manifest.modules)
 
 
 def test_at_16_bits_the_checkpoint_gives_the_original_logits(model: Path, learned: LearnResult, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import WIDTHS, module_bytes
 from allocator.contract.manifest import Manifest
-from allocator.solve import Rules, make_manifest, solve
+from allocator.solve import Rules, SearchLimits, make_manifest, solve
 from allocator.solve.dynamic import MOST_STATES
 from allocator.solve.mathopt import stdout_to_stderr
 
@@ -90,7 +90,7 @@ def test_answer_equals_brute_force(make_scores, most_states, instance):
     modules, groups, rules, fusion, position, exact = instance
     scores = make_scores(modules, 100, groups)
     everything = brute_force(scores, rules, fusion)
-    arguments = {"rules": Rules(**rules), "fusion": fusion, "most_states": most_states}
+    arguments = {"rules": Rules(**rules), "fusion": fusion, "limits": SearchLimits(most_states=most_states)}
     if everything is None:
         with pytest.raises(InputError):
             solve(scores, 10**9, **arguments)
@@ -125,7 +125,7 @@ def test_both_solvers_agree_on_a_large_program(make_large):
     """With more states than the dynamic program may look at, HiGHS goes on."""
     scores = make_large(450, seed=1)
     budget = sum(scores.feasible_bytes()) // 4
-    best, other = solve(scores, budget), solve(scores, budget, most_states=0)
+    best, other = solve(scores, budget), solve(scores, budget, limits=SearchLimits(most_states=0))
     assert (best.solver, other.solver) == ("dynamic", "dynamic, highs")
     assert (best.gap, other.gap) == (0.0, 0.0)
     assert other.objective == pytest.approx(best.objective, rel=1e-9)
@@ -144,7 +144,10 @@ def test_unit_of_the_scores_does_not_change_the_answer(make_large, most_states, 
     plain, scaled = make_large(60), make_large(60, scale)
     smallest, largest = plain.feasible_bytes()
     budget = (smallest + largest) // 3
-    one, other = solve(plain, budget, most_states=most_states), solve(scaled, budget, most_states=most_states)
+    one, other = (
+        solve(plain, budget, limits=SearchLimits(most_states=most_states)),
+        solve(scaled, budget, limits=SearchLimits(most_states=most_states)),
+    )
     assert other.gap == 0
     assert other.objective == pytest.approx(one.objective * scale, rel=1e-7)
 
@@ -153,10 +156,10 @@ def test_unit_of_the_scores_does_not_change_the_answer(make_large, most_states, 
 def test_budget_of_exactly_one_assignment_is_filled_and_one_byte_less_is_not(make_large, most_states):
     scores = make_large(40)
     smallest, largest = scores.feasible_bytes()
-    best = solve(scores, (smallest + largest) // 2, most_states=most_states)
-    again = solve(scores, best.tensor_bytes, most_states=most_states)
+    best = solve(scores, (smallest + largest) // 2, limits=SearchLimits(most_states=most_states))
+    again = solve(scores, best.tensor_bytes, limits=SearchLimits(most_states=most_states))
     assert again.assignment == best.assignment
-    less = solve(scores, best.tensor_bytes - 1, most_states=most_states)
+    less = solve(scores, best.tensor_bytes - 1, limits=SearchLimits(most_states=most_states))
     assert less.tensor_bytes < best.tensor_bytes
     assert less.objective > best.objective
 
@@ -166,7 +169,9 @@ def test_same_input_same_answer_and_the_order_of_modules_does_not_count(make_lar
     scores = make_large(80)
     budget = sum(scores.feasible_bytes()) // 3
     shuffled = scores.model_copy(update={"modules": dict(sorted(scores.modules.items(), reverse=True))})
-    first, second, third = (solve(s, budget, most_states=most_states) for s in (scores, scores, shuffled))
+    first, second, third = (
+        solve(s, budget, limits=SearchLimits(most_states=most_states)) for s in (scores, scores, shuffled)
+    )
     assert first == second
     assert third.assignment == first.assignment
     assert list(third.assignment) == list(shuffled.modules)
@@ -241,7 +246,7 @@ def test_infeasible_budget_names_the_range_and_what_to_do(make_large):
 def test_search_cut_by_the_time_limit_still_fits_and_tells_its_gap(make_large, most_states):
     scores = make_large(2000)
     budget = sum(scores.feasible_bytes()) // 3
-    solution = solve(scores, budget, most_states=most_states, time_limit_seconds=1e-6)
+    solution = solve(scores, budget, limits=SearchLimits(time_limit_seconds=1e-6, most_states=most_states))
     assert solution.tensor_bytes <= budget
     assert solution.gap >= 0
     assert solution.cut == (solution.gap > 0)

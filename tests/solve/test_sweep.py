@@ -11,7 +11,7 @@ import pytest
 
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import module_bytes
-from allocator.solve import Program, budget_for_average_bits, solve
+from allocator.solve import Program, SearchLimits, budget_for_average_bits, solve
 from allocator.solve.many_budgets import best_uniform, spread_budgets, sweep, uniform_plans
 from allocator.solve.request import average_bits_of, parse_amount
 from allocator.solve.units import NO_RULES, Rules
@@ -57,7 +57,7 @@ def test_a_relative_gap_is_proven_and_kept(make_large, gap):
     smallest, largest = scores.feasible_bytes()
     for share in (0.02, 0.1, 0.3):
         budget = int(smallest + share * (largest - smallest))
-        near, best = solve(scores, budget, relative_gap=gap), solve(scores, budget)
+        near, best = solve(scores, budget, limits=SearchLimits(relative_gap=gap)), solve(scores, budget)
         assert near.gap <= gap * near.objective
         assert near.bound <= best.objective <= near.objective <= best.objective * (1 + gap) / (1 - gap)
 
@@ -72,7 +72,7 @@ def test_thousands_of_units_are_solved_to_the_proven_best(make_large):
         best = program.solve(budget)
         assert (best.gap, best.solver) == (0.0, "dynamic")
         assert best.tensor_bytes <= budget
-        near = program.solve(budget, relative_gap=1e-4)
+        near = program.solve(budget, SearchLimits(relative_gap=1e-4))
         assert near.bound <= best.objective <= near.objective
 
 
