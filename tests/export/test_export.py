@@ -16,9 +16,9 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME, read_folder_headers
 from allocator.evaluate import load_dequantized
-from allocator.export import export_checkpoint
+from allocator.export import CheckpointSource, ExportSettings, export_checkpoint
 from allocator.model import model_digest, read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.quantize import BankReader, make_servable
 from allocator.score import LearningSettings
 
@@ -70,7 +70,10 @@ def test_many_files_have_the_predicted_bytes_too(fitted: Callable[..., Fitted], 
     f = fitted()
     inventory = read_inventory(f.model)
     report = export_checkpoint(
-        f.manifest, inventory, model_digest(inventory), BankReader(f.bank), tmp_path / "out", max_shard_bytes=20_000
+        f.manifest,
+        CheckpointSource(inventory, model_digest(inventory), BankReader(f.bank)),
+        tmp_path / "out",
+        ExportSettings(max_shard_bytes=20_000),
     )
     assert len(report.written) > 3
     assert report.predicted == report.written
@@ -122,7 +125,7 @@ def test_an_existing_folder_is_not_touched(fitted: Callable[..., Fitted], tmp_pa
     (out / "precious.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="--out"):
-            export(f.manifest, f.model, f.bank, out, overwrite=overwrite)
+            export(f.manifest, f.model, f.bank, out, ExportSettings(overwrite=overwrite))
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious.txt"]
 
 
@@ -130,7 +133,7 @@ def test_overwrite_replaces_a_gamma_checkpoint(fitted: Callable[..., Fitted], tm
     f = fitted()
     export(f.manifest, f.model, f.bank, tmp_path / "out")
     (tmp_path / "out/stale.bin").write_text("old")
-    export(f.manifest, f.model, f.bank, tmp_path / "out", overwrite=True)
+    export(f.manifest, f.model, f.bank, tmp_path / "out", ExportSettings(overwrite=True))
     assert not (tmp_path / "out/stale.bin").exists()
     check_checkpoint(tmp_path / "out")
 
