@@ -12,10 +12,11 @@ from allocator.contract.errors import InputError
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.score import LearningSettings
 from tests.skips import lacking
+from tests.watching import Watching
 
 CANDIDATES = CandidateSettings(quantizer="rtn", group_size=32, sequences=4, sequence_length=64)
 LEARNING = LearningSettings(batch_tokens=128, draws=2)
-QUICK = LearningSettings(method="uniform")
+QUICK = LearningSettings(draws=1)
 
 Learnable = tuple[Path, CandidateSettings]
 
@@ -63,7 +64,7 @@ def test_what_is_said_to_be_needed_is_what_is_used(
         nonlocal most
         most = max(most, _used(tmp_path / "work"))
 
-    learn(folder, tmp_path / "work", candidates, LEARNING, look)
+    learn(folder, tmp_path / "work", candidates, LEARNING, Watching(look))
     assert most <= needed < 1.2 * most
 
     # The source's weights are links in the bank: they take no room, and give none.
@@ -84,7 +85,7 @@ def test_learning_goes_on_when_a_full_disk_has_room_again(model: Learnable, disk
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
 
     with pytest.raises(InputError, match=r"work: its disk is full; make room .*What was finished is kept"):
-        learn(folder, disk / "work", candidates, QUICK, fill)
+        learn(folder, disk / "work", candidates, QUICK, Watching(fill))
     assert [path for path in disk.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"] == []
     kept = sorted((disk / "work" / "bank").glob("model.layers.*"))
     assert kept
@@ -103,7 +104,7 @@ def test_an_export_goes_on_when_a_full_disk_has_room_again(model: Learnable, dis
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
 
     with pytest.raises(InputError, match=r"\.out\.partial: its disk is full; make room .*goes on from what is written"):
-        export(manifest, folder, learned.bank_folder, disk / "out", progress=fill)
+        export(manifest, folder, learned.bank_folder, disk / "out", progress=Watching(fill))
     assert not (disk / "out").exists()
     with pytest.raises(InputError, match=r"has 0 bytes free, the checkpoint needs \d+; make room"):
         export(manifest, folder, learned.bank_folder, disk / "out")
