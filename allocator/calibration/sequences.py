@@ -18,6 +18,7 @@ from allocator.calibration.self_written import write_tokens
 from allocator.calibration.tokenizer import TextTokenizer
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
+from allocator.model.context_length import cut_to
 from allocator.run.progress import Progress, silent
 
 __all__ = [
@@ -48,11 +49,10 @@ def calibration_amount(
     that they are of as many places. `docs/scale.md` has what that costs. A number that is given is kept, with 128 or
     2048 beside it; only a length that the model does not have is cut.
     """
-    longest = longest or max(_LENGTH, length or 0)
     if sequences is not None or length is not None:
-        return sequences or _SEQUENCES, min(length or _LENGTH, longest)
+        return sequences or _SEQUENCES, cut_to(length or _LENGTH, longest)
     tokens = min(_SEQUENCES * _LENGTH, max(_LEAST_TOKENS, _TOKENS_A_ROOT * isqrt(parameters)))
-    length = min(_LENGTH, longest, max(_SHORT, tokens // _FEW_SEQUENCES))
+    length = cut_to(min(_LENGTH, max(_SHORT, tokens // _FEW_SEQUENCES)), longest)
     return min(_SEQUENCES, -(-tokens // length)), length
 
 

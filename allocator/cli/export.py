@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
-    from allocator.pipeline.pipeline import export, resolve_model
+    from allocator.export import ExportSettings
+    from allocator.pipeline import export, resolve_model
     from allocator.report.documents import export_document
     from allocator.report.tables import export_table
     from allocator.run.journal import finish_step_on_sigterm
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     manifest = Manifest.read(args.manifest)
     with finish_step_on_sigterm(), show_progress(args.progress) as progress:
         model = resolve_model(args.model, args.revision)
-        report = export(manifest, model, args.bank, args.out, args.overwrite, progress, declaration=args.format)
+        report = export(manifest, model, args.bank, args.out, ExportSettings(args.format, args.overwrite), progress)
     if args.json:
         print_json(export_document(report))
     else:

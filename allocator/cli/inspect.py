@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.model import read_inventory
-    from allocator.pipeline.pipeline import resolve_model
+    from allocator.pipeline import resolve_model
     from allocator.report.documents import inventory_document
     from allocator.report.tables import inventory_table
 

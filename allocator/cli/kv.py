@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from allocator.pipeline import resolve_model
     from allocator.pipeline.measure import TextSettings, measure_kv_losses
-    from allocator.pipeline.pipeline import resolve_model
 
     check_output_file(args.out)
     for name in ("sequences", "sequence_length"):

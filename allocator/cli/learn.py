@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.pipeline.pipeline import learn, resolve_model
+    from allocator.pipeline import learn, resolve_model
     from allocator.report.documents import scores_document
     from allocator.report.tables import scores_table
     from allocator.run.journal import finish_step_on_sigterm

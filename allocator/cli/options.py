@@ -10,7 +10,7 @@ from allocator.run.progress import Progress, silent
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
     from allocator.evaluate import Student
-    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings
+    from allocator.pipeline import CandidateSettings, SolveSettings
     from allocator.plan import Plan
     from allocator.score.settings import LearningSettings
     from allocator.solve.units import Rules
@@ -129,7 +129,7 @@ def rules(args: argparse.Namespace) -> "Rules":
 
 def solve_settings(args: argparse.Namespace, plan: "Plan | None" = None) -> "SolveSettings":
     """`plan` decides about --fusion auto."""
-    from allocator.pipeline.pipeline import SolveSettings
+    from allocator.pipeline import SolveSettings
     from allocator.plan.fusion import fusion_for
 
     return SolveSettings(
@@ -226,7 +226,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 def measure_student(args: argparse.Namespace, scores_path: Path, progress: Progress = silent) -> "Student":
     """What `add_measuring` asks for. Raises InputError if an option is missing."""
     from allocator.evaluate import open_student
-    from allocator.pipeline.pipeline import resolve_model
+    from allocator.pipeline import resolve_model
 
     for name in ("model", "text"):
         if not getattr(args, name):
@@ -250,7 +250,7 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
-    from allocator.pipeline.pipeline import CandidateSettings
+    from allocator.pipeline import CandidateSettings
 
     _positive(args, "sequences", "sequence_length")
     blocks: int | None = args.channel_blocks

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from allocator.plan.plan import make_plan, plans_of_catalogue
+    from allocator.plan.plan import PlannedWeights, make_plan, plans_of_catalogue
     from allocator.plan.vllm_arguments import vllm_arguments
     from allocator.plan.weights import read_model
     from allocator.report.plans import devices_table, plan_tables
@@ -46,16 +46,16 @@ def run(args: argparse.Namespace) -> None:
     device = device_of(args, request.tensor_parallel_size)
     model = read_model(args.model, args.revision)
     model.check_ranks(request.tensor_parallel_size)
-    common = {"group_size": args.group_size, "symmetric": args.symmetric, "formats": model.formats}
+    weights = PlannedWeights(args.group_size, args.symmetric, model.formats)
     if device is None:
-        plans = plans_of_catalogue(model.shape, catalogue_of(args), request, model=model.name, **common)
+        plans = plans_of_catalogue(model.shape, catalogue_of(args), request, model=model.name, weights=weights)
         if args.json:
             print_json([plan.payload() for plan in plans])
         else:
             print_tables(devices_table(plans))
         return
     probe = probe_of(args, model.shape, device, request)
-    plan = make_plan(model.shape, device, request, model=model.name, probe=probe, **common)
+    plan = make_plan(model.shape, device, request, model=model.name, weights=weights, probe=probe)
     if args.out is not None:
         plan.write(args.out)
     if args.json:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from allocator.plan.schema import LoraRequest
 
 __all__ = [
+    "CHOOSE",
     "add_device",
     "add_lora",
     "add_probe",
@@ -23,6 +24,10 @@ __all__ = [
     "plan_request",
     "probe_of",
 ]
+
+
+CHOOSE = "auto-choose"
+"""The value of --kv-cache-dtype that leaves the choice to the solver."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +51,9 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def probe_of(args: argparse.Namespace, shape: "ModelShape", device: "Device", request: "PlanRequest") -> dict[str, int]:
     """The lines of a plan that a record of `gamma probe` replaces by what was measured."""
-    from allocator.plan.probe_records import ProbeRecord, lines_of_record
+    from allocator.plan.probe_records import probe_lines
 
-    if args.probe == "none":
-        return {}
-    record = None if args.probe is None else ProbeRecord.read(Path(args.probe))
-    return lines_of_record(shape, device, request, record)
+    return probe_lines(args.probe, shape, device, request)
 
 
 def add_traffic(parser: argparse.ArgumentParser) -> None:
@@ -141,17 +143,19 @@ def device_of(args: argparse.Namespace, ranks: int) -> "Device | None":
     return None if args.gpu is None else find_gpu(args.gpu, catalogue_of(args))
 
 
-def plan_request(args: argparse.Namespace) -> "PlanRequest":
-    """Raises InputError naming the option, what was given and what is allowed."""
+def plan_request(args: argparse.Namespace, may_choose: bool = False) -> "PlanRequest":
+    """Raises InputError naming the option, what was given and what is allowed.
+
+    `may_choose`: --kv-cache-dtype auto-choose is one of these, and the request has the model's own dtype.
+    """
     from pydantic import ValidationError
 
     from allocator.plan import PlanRequest
     from allocator.plan.schema import KV_CACHE_DTYPES
 
-    if args.kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise InputError(
-            f"--kv-cache-dtype {args.kv_cache_dtype!r} is not known; allowed are {', '.join(KV_CACHE_DTYPES)}"
-        )
+    dtype = "auto" if may_choose and args.kv_cache_dtype == CHOOSE else args.kv_cache_dtype
+    if dtype not in KV_CACHE_DTYPES:
+        raise InputError(f"--kv-cache-dtype {dtype!r} is not known; allowed are {', '.join(KV_CACHE_DTYPES)}")
     given: dict[str, Any] = {
         name: _count("--" + name.replace("_", "-"), getattr(args, name))
         for name in (
@@ -161,7 +165,7 @@ def plan_request(args: argparse.Namespace) -> "PlanRequest":
         if getattr(args, name) is not None
     }  # fmt: skip
     given |= {
-        "kv_cache_dtype": args.kv_cache_dtype,
+        "kv_cache_dtype": dtype,
         "expert_parallel": args.enable_expert_parallel,
         "gpu_memory_utilization": _share("--gpu-memory-utilization", args.gpu_memory_utilization),
         "enforce_eager": args.enforce_eager,

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _add(args: argparse.Namespace, store: "Store") -> None:
     from allocator.model.hf_config import split_hub
-    from allocator.pipeline.pipeline import resolve_model
+    from allocator.pipeline import resolve_model
     from allocator.report.differences import read_manifest
     from allocator.sidecar.publish import publish, publish_manifest
     from allocator.sidecar.store import Source

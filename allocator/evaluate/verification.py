@@ -73,8 +73,7 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     from allocator.quantize import BankReader
 
     inventory = read_inventory(model)
-    longest = inventory.config.get("max_position_embeddings") or length
-    tokens = calibration_from_text(model, texts, sequences, min(length, longest), seed).token_ids
+    tokens = calibration_from_text(model, texts, sequences, inventory.sequence_length(length), seed).token_ids
     candidates = BankReader(bank)
     stream = BlockStream(candidates.arranged(inventory), "cuda" if torch.cuda.is_available() else "cpu")
     return Student(stream, candidates, tokens)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,15 +19,18 @@ from allocator.contract.layout import Dtype16, TensorSpec
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.outputs import check_output_folder, is_out_of_room
 from allocator.contract.safetensors_file import INDEX_NAME
-from allocator.export.files import MAX_SHARD_BYTES, plan_checkpoint
+from allocator.export.files import MAX_SHARD_BYTES, CheckpointPlan, plan_checkpoint
 from allocator.model import Inventory, SideFiles, carry, side_files
 from allocator.quantize.bank_reader import BankReader
 from allocator.run.journal import Journal
 from allocator.run.progress import Progress, silent
 
 __all__ = [
+    "AS_GAMMA",
+    "CheckpointSource",
     "Declaration",
     "ExportReport",
+    "ExportSettings",
     "check_declarable",
     "check_target",
     "export_checkpoint",
@@ -86,16 +91,32 @@ class ExportReport:
     side_files: SideFiles
 
 
+@dataclass(frozen=True)
+class CheckpointSource:
+    """What a checkpoint is copied from: the model, with its channels as the bank has them, its digest, and the bank."""
+
+    inventory: Inventory
+    model_digest: str
+    bank: BankReader
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How the checkpoint is declared and cut into files; `overwrite` one that is there."""
+
+    declaration: Declaration = "gamma"
+    overwrite: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+AS_GAMMA = ExportSettings()
+
+
 def export_checkpoint(
     manifest: Manifest,
-    inventory: Inventory,
-    model_digest: str,
-    bank: BankReader,
+    source: CheckpointSource,
     out: Path,
-    *,
-    declaration: Declaration = "gamma",
-    overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    settings: ExportSettings = AS_GAMMA,
     progress: Progress = silent,
 ) -> ExportReport:
     """Write the checkpoint of `manifest` to `out`, through a temporary folder that is renamed when all is checked.
@@ -103,32 +124,23 @@ def export_checkpoint(
     An export that was killed goes on after the last file that it finished.
 
     Raises ContractError when manifest, bank and model do not belong together or one byte differs from the
-    prediction, InputError when `out` exists (unless `overwrite`), the disk has too little room, or the widths
+    prediction, InputError when `out` exists (unless it may be overwritten), the disk has too little room, or the widths
     cannot be declared as asked.
     """
-    _check_belongs(manifest, inventory, model_digest, bank)
-    check_declarable(manifest, inventory, declaration)
-    plan = plan_checkpoint(manifest, inventory.others, max_shard_bytes)
+    _check_belongs(manifest, source)
+    check_declarable(manifest, source.inventory, settings.declaration)
+    plan = plan_checkpoint(manifest, source.inventory.others, settings.max_shard_bytes)
     if plan.tensor_bytes != manifest.tensor_bytes:
         raise ContractError(f"the plan has {plan.tensor_bytes} bytes of tensors, the manifest {manifest.tensor_bytes}")
     predicted = plan.file_bytes()
-    check_target(out, sum(predicted.values()), overwrite)
+    check_target(out, sum(predicted.values()), settings.overwrite)
 
     target = _place(out)
     temporary = _partial(target)
-    try:
-        _begin(temporary, f"{manifest.digest} {declaration} {max_shard_bytes}")
-        journal = Journal(temporary / _JOURNAL)
-        for name, tensors in progress.over(plan.files.items(), "writing", "file"):
-            if journal.load(name) is None or not (temporary / name).exists():
-                write_safetensors(_content(tensors, manifest, inventory, bank), temporary / name)
-                journal.save(name, True)
-            else:
-                progress.skip()
-        journal.clear()
-        if plan.index is not None:
-            (temporary / INDEX_NAME).write_text(plan.index, encoding="utf-8")
-        _write_side_files(manifest, inventory, declaration, temporary)
+    with _kept_where_it_helps(temporary):
+        _begin(temporary, f"{manifest.digest} {settings.declaration} {settings.max_shard_bytes}")
+        _write_tensors(manifest, source, plan, temporary, progress)
+        _write_side_files(manifest, source.inventory, settings.declaration, temporary)
         written = {name: (temporary / name).stat().st_size for name in plan.files}
         if written != predicted:
             raise ContractError(f"predicted {predicted}, written {written}: this is a bug, please report it")
@@ -138,6 +150,14 @@ def export_checkpoint(
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
+    return ExportReport(out, plan.tensor_bytes, predicted, written, side_files(source.inventory))
+
+
+@contextmanager
+def _kept_where_it_helps(temporary: Path) -> Iterator[None]:
+    """What is written stays when the same command could go on from there, else it is removed."""
+    try:
+        yield
     except StoppedError:
         raise
     except Exception as error:
@@ -148,7 +168,22 @@ def export_checkpoint(
             ) from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return ExportReport(out, plan.tensor_bytes, predicted, written, side_files(inventory))
+
+
+def _write_tensors(
+    manifest: Manifest, source: CheckpointSource, plan: CheckpointPlan, folder: Path, progress: Progress
+) -> None:
+    """The files of `plan` that its journal does not have, and their index."""
+    journal = Journal(folder / _JOURNAL)
+    for name, tensors in progress.over(plan.files.items(), "writing", "file"):
+        if journal.load(name) is None or not (folder / name).exists():
+            write_safetensors(_content(tensors, manifest, source), folder / name)
+            journal.save(name, True)
+        else:
+            progress.skip()
+    journal.clear()
+    if plan.index is not None:
+        (folder / INDEX_NAME).write_text(plan.index, encoding="utf-8")
 
 
 def _partial(out: Path) -> Path:
@@ -171,10 +206,11 @@ def _begin(folder: Path, of: str) -> None:
         write_atomically(begun, of)
 
 
-def _check_belongs(manifest: Manifest, inventory: Inventory, model_digest: str, bank: BankReader) -> None:
-    if manifest.model.digest != model_digest:
+def _check_belongs(manifest: Manifest, source: CheckpointSource) -> None:
+    inventory, bank = source.inventory, source.bank
+    if manifest.model.digest != source.model_digest:
         raise ContractError(
-            f"the manifest was solved for model {manifest.model.digest}, {inventory.folder} is {model_digest}; "
+            f"the manifest was solved for model {manifest.model.digest}, {inventory.folder} is {source.model_digest}; "
             "learn and solve again for this model"
         )
     if manifest.bank_digest != bank.bank.digest:
@@ -209,9 +245,8 @@ def check_target(out: Path, needed: int, overwrite: bool) -> None:
         )
 
 
-def _content(
-    tensors: list[TensorSpec], manifest: Manifest, inventory: Inventory, bank: BankReader
-) -> dict[str, Tensor]:
+def _content(tensors: list[TensorSpec], manifest: Manifest, source: CheckpointSource) -> dict[str, Tensor]:
+    inventory = source.inventory
     content: dict[str, Tensor] = {}
     for spec in tensors:
         name, part = spec.name.rpartition(".")[::2]
@@ -221,7 +256,7 @@ def _content(
         elif not module.quantized:
             content[spec.name] = _rounded(spec.name, read_tensor(inventory.tensor(spec.name)), manifest.dtype)
         elif spec.name not in content:
-            content |= {f"{name}.{p}": tensor for p, tensor in bank.tensors(name, module).items()}
+            content |= {f"{name}.{p}": tensor for p, tensor in source.bank.tensors(name, module).items()}
     return {name: tensor.contiguous() for name, tensor in content.items()}
 
 

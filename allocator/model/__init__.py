@@ -1,5 +1,6 @@
 """What is in a model, read from config.json and the safetensors headers: no weights, no torch."""
 
+from allocator.model.candidate_formats import CandidateFormats
 from allocator.model.channel_cuts import ArrangedTensor, channel_layout, cut_unsorted, with_channel_blocks
 from allocator.model.hf_config import find_config
 from allocator.model.identity import DIGEST_CACHE_NAME, cached_model_digest, model_digest
@@ -11,6 +12,7 @@ __all__ = [
     "CARRIED_FOLDERS",
     "DIGEST_CACHE_NAME",
     "ArrangedTensor",
+    "CandidateFormats",
     "Inventory",
     "ModelShape",
     "Module",

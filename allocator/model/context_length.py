@@ -11,7 +11,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 
-__all__ = ["ContextLength", "context_length"]
+__all__ = ["ContextLength", "context_length", "cut_to"]
 
 _LENGTH_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
@@ -76,6 +76,11 @@ def context_length(language: Mapping[str, Any], defaults: Mapping[str, int | str
                     f"made for {table}, set max_position_embeddings to {table} in config.json"
                 )
     return ContextLength(default, longest, reason, hint, table)
+
+
+def cut_to(length: int, positions: int | None) -> int:
+    """`length`, at most the `positions` of the model (None: no limit is known)."""
+    return min(length, positions or length)
 
 
 def _scalings(language: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

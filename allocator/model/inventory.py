@@ -21,6 +21,7 @@ from allocator.contract.layout import (
 from allocator.contract.resident import Split, kind_name
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.model.architectures import Architecture, architecture_of
+from allocator.model.context_length import cut_to
 from allocator.model.hf_config import read_config, refuse_quantized
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
@@ -90,6 +91,21 @@ class Inventory:
     def block_prefix(self, index: int) -> str:
         """What the names of block `index` begin with, the dot included."""
         return architecture_of(self.config)[1].block.replace("{i}", str(index)) + "."
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all modules."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model was made for, None where config.json does not say."""
+        longest: int | None = self.config.get("max_position_embeddings")
+        return longest or None
+
+    def sequence_length(self, wanted: int) -> int:
+        """Tokens of a sequence to run the model on: `wanted`, or `positions` where these are fewer."""
+        return cut_to(wanted, self.positions)
 
     @property
     def other_bytes(self) -> int:

@@ -36,15 +36,16 @@ def main() -> int:
 
 def _export(task: dict[str, str]) -> dict[str, Any]:
     from allocator.contract.manifest import Manifest
-    from allocator.pipeline.pipeline import export, resolve_model
+    from allocator.export import ExportSettings
+    from allocator.pipeline import export, resolve_model
     from allocator.run.progress_lines import ProgressLines, json_line, keep_telling
 
     manifest = Manifest.read(Path(task["manifest"]))
     lines = ProgressLines(_print, json_line, every=_TOLD_SECONDS)
     with keep_telling(lines):
         report = export(
-            manifest, resolve_model(task["model"]), Path(task["bank"]), Path(task["out"]), overwrite=True,
-            progress=lines.tracker,
+            manifest, resolve_model(task["model"]), Path(task["bank"]), Path(task["out"]),
+            ExportSettings(overwrite=True), lines.tracker,
         )  # fmt: skip
     return {"done": True, "files": report.written}
 

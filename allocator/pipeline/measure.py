@@ -8,7 +8,8 @@ from allocator.contract.bank import BANK_NAME, Bank, ModelReference
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import KV_CACHE_NAME, KvCacheScores, Scores
-from allocator.pipeline.pipeline import CandidateSettings
+from allocator.pipeline.model_folder import digest_of_model, work_folder_at
+from allocator.pipeline.settings import CandidateSettings
 from allocator.run.progress import Progress, silent
 
 __all__ = ["KL_UNIT", "MeasureSettings", "TextSettings", "kv_scores_of", "measure_assignments", "measure_kv_losses"]
@@ -75,19 +76,16 @@ def measure_kv_losses(
     """
     from allocator.calibration.sequences import calibration_from_model, calibration_from_text
     from allocator.evaluate.fp8_kv_cache import measure_kv_cache
-    from allocator.model import DIGEST_CACHE_NAME, cached_model_digest, model_digest, read_inventory
+    from allocator.model import read_inventory
 
     inventory = read_inventory(model)
-    cache = None if work is None else work / DIGEST_CACHE_NAME
-    tell = progress.bytes_of("reading the model")
-    known = cache is not None and cache.exists()
-    digest = cached_model_digest(inventory, cache, tell) if known and cache else model_digest(inventory, tell)
+    digest = digest_of_model(inventory, None if work is None else work_folder_at(work), progress)
     reference = ModelReference(
         name=model.resolve().name,
         architecture=inventory.architecture,
         digest=digest,
     )
-    length = min(text.sequence_length, inventory.config.get("max_position_embeddings") or text.sequence_length)
+    length = inventory.sequence_length(text.sequence_length)
     if text.files is None:
         calibration = calibration_from_model(model, text.sequences, length, text.seed, progress)
     else:

@@ -1,7 +1,7 @@
 """From hardware and traffic to bytes: the GPU catalogue, vLLM's memory model, and the plan. No torch."""
 
 from allocator.plan.gpus import Catalogue, Device, Gpu, find_gpu, load_catalogue, memory_device
-from allocator.plan.plan import make_plan
+from allocator.plan.plan import PlannedWeights, make_plan
 from allocator.plan.schema import Plan, PlanRequest
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Gpu",
     "Plan",
     "PlanRequest",
+    "PlannedWeights",
     "find_gpu",
     "load_catalogue",
     "make_plan",

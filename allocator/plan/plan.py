@@ -29,6 +29,7 @@ __all__ = [
     "PROBED",
     "Ledger",
     "Plan",
+    "PlannedWeights",
     "advise",
     "batched_tokens",
     "ledger",
@@ -180,25 +181,32 @@ def _largest(at_most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+@dataclass(frozen=True)
+class PlannedWeights:
+    """`group_size` and `symmetric` are those of the candidates. `formats` are the modules of a checkpoint: then the
+    plan says what its weights leave for the KV cache."""
+
+    group_size: int = 128
+    symmetric: bool = False
+    formats: Mapping[str, ModuleFormat] | None = None
+
+
 def make_plan(
     shape: ModelShape,
     device: Device,
     request: PlanRequest,
     *,
     model: str = "",
-    group_size: int = 128,
-    symmetric: bool = False,
-    formats: Mapping[str, ModuleFormat] | None = None,
+    weights: PlannedWeights = PlannedWeights(),
     probe: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan `shape` on `device` for `request`.
 
-    `group_size` and `symmetric` are those of the candidates. `formats` are the modules of a checkpoint: then
-    the plan says what its weights leave for the KV cache. `probe` replaces lines (`PROBED`) by bytes measured
-    on the device. Raises InputError for a request that vLLM would refuse.
+    `probe` replaces lines (`PROBED`) by bytes measured on the device. Raises InputError for a request that vLLM would
+    refuse.
     """
-    if group_size not in GROUP_SIZES:
-        raise InputError(f"group size {group_size} does not exist; allowed are {list(GROUP_SIZES)}")
+    if weights.group_size not in GROUP_SIZES:
+        raise InputError(f"group size {weights.group_size} does not exist; allowed are {list(GROUP_SIZES)}")
     probe = dict(probe or {})
     if not probe.keys() <= set(PROBED):
         raise InputError(f"probed lines {sorted(probe.keys() - set(PROBED))} are not known; known are {PROBED}")
@@ -206,18 +214,18 @@ def make_plan(
     if request.lora is not None:
         check_lora(shape, request.lora)
     residency = residency_of(shape, request)
-    sizes = weight_sizes(shape, residency, group_size, symmetric)
+    sizes = weight_sizes(shape, residency, weights.group_size, weights.symmetric)
     total = ledger(shape, device, request, probe)
     fixed = None
-    if formats is not None:
-        check_formats(shape, formats)
-        fixed = max(residency.stage_bytes(formats))
+    if weights.formats is not None:
+        check_formats(shape, weights.formats)
+        fixed = max(residency.stage_bytes(weights.formats))
     uniform = {bits: sizes.uniform_bytes(bits) for bits in WIDTHS}
     needed = sizes.smallest_bytes if fixed is None else fixed
     missing = max(needed - total.budget, 0)
     average = sizes.average_bits(total.budget) if not missing and fixed is None else None
     advice = advise(shape, device, request, needed, probe) if missing else []
-    weights = fixed if fixed is not None else min(total.budget, uniform[16])
+    filled = fixed if fixed is not None else min(total.budget, uniform[16])
     return Plan(
         model=model,
         architecture=shape.architecture,
@@ -232,7 +240,7 @@ def make_plan(
         weight_budget_bytes=total.budget,
         smallest_weight_bytes=sizes.smallest_bytes,
         uniform=[UniformWidth(num_bits=b, nbytes=n, fits=n <= total.budget) for b, n in uniform.items()],
-        planned=_capacity(total, request, weights) if fixed is not None or not missing else None,
+        planned=_capacity(total, request, filled) if fixed is not None or not missing else None,
         verdict=_verdict(missing, average, advice),
         advice=advice,
     )
@@ -244,9 +252,7 @@ def plans_of_catalogue(
     request: PlanRequest,
     *,
     model: str = "",
-    group_size: int = 128,
-    symmetric: bool = False,
-    formats: Mapping[str, ModuleFormat] | None = None,
+    weights: PlannedWeights = PlannedWeights(),
 ) -> list[Plan]:
     """A plan for every card of `catalogue` that runs the kernels and what `request` asks, least memory first."""
     cards = [find_gpu(gpu.name, catalogue) for gpu in catalogue if gpu.why_not is None]
@@ -256,11 +262,7 @@ def plans_of_catalogue(
     plans = []
     for device in sorted(cards, key=lambda d: (d.cuda_bytes, d.name)):
         try:
-            plans.append(
-                make_plan(
-                    shape, device, request, model=model, group_size=group_size, symmetric=symmetric, formats=formats
-                )
-            )
+            plans.append(make_plan(shape, device, request, model=model, weights=weights))
         except InputError:
             continue  # the card has no kernels for the KV cache that was asked for
     return plans

@@ -146,6 +146,13 @@ def lines_of_record(
     return {} if record is None else probed_lines(record, shape.config, request)
 
 
+def probe_lines(given: str | None, shape: ModelShape, device: Device, request: PlanRequest) -> dict[str, int]:
+    """`lines_of_record` of the record in the file `given`, of one that is kept (None), or of none ("none")."""
+    if given == "none":
+        return {}
+    return lines_of_record(shape, device, request, None if given is None else ProbeRecord.read(Path(given)))
+
+
 def probed_lines(record: ProbeRecord, config: Mapping[str, Any], request: PlanRequest) -> dict[str, int]:
     """The lines of a plan that `record` replaces: all for the same model and arguments, else the non-torch memory, if
     the ranks are as many."""

@@ -1,6 +1,6 @@
 """Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from allocator.blocks.finite import require_finite
-from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.stream import BlockStream, state_step
+from allocator.blocks.stream import state_step
 from allocator.blocks.tensors import read_rows, torch_dtype, write_safetensors
-from allocator.calibration.sequences import Calibration
+from allocator.calibration.calibration_run import CalibrationRun
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
-from allocator.model import Inventory
+from allocator.model import CandidateFormats
 from allocator.quantize.quantizer import InputStatistics, Quantizer, row_stripes
 from allocator.quantize.statistics import MomentSums, vocabulary_moments
 from allocator.run.journal import Journal
 from allocator.run.process_group import ProcessGroup
-from allocator.run.progress import Progress, silent
 
 __all__ = ["VOCABULARY_STEP", "build_bank"]
 
@@ -30,49 +28,34 @@ VOCABULARY_STEP = "candidates of the vocabulary"
 
 
 def build_bank(
-    inventory: Inventory,
-    model: ModelReference,
-    stream: BlockStream,
-    calibration: Calibration,
-    hidden: HiddenStates,
-    quantizer: Quantizer,
-    widths: Sequence[int],
-    group_size: int,
-    symmetric: bool,
-    folder: Path,
-    progress: Progress = silent,
-    states: Journal | None = None,
-    journal: Journal | None = None,
+    run: CalibrationRun, model: ModelReference, quantizer: Quantizer, candidates: CandidateFormats, folder: Path
 ) -> Bank:
-    """Quantize every quantizable module to every width below 16, write `folder`, fill `hidden` with teacher states.
+    """Quantize every quantizable module to every width below 16, write `folder`, fill `run.hidden` with teacher states.
 
-    `bank.json` is written last: a folder without it is an unfinished bank. Steps that the journals have (`states`:
-    boundaries of `hidden`; `journal`: modules whose file is there) are not done again.
+    `bank.json` is written last: a folder without it is an unfinished bank. Modules that the section "bank" of the
+    run's journal has, and whose file is there, are not made again.
     """
-    states, journal = states or Journal.nowhere(), journal or Journal.nowhere()
-    process_group = journal.process_group
+    stream, states, process_group = run.stream, run.states, run.journal.process_group
     if process_group.leads:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BANK_NAME).unlink(missing_ok=True)
     process_group.wait()
     if states.load(state_step(0)) is None:
-        stream.fill_embeddings(hidden, calibration.token_ids, process_group)
+        stream.fill_embeddings(run.hidden, run.token_ids, process_group)
         states.save(state_step(0), True)
-    formats = {m.name: inventory.formats(m, widths, group_size, symmetric) for m in inventory.modules}
-    quantizable = {name: [f for f in of if f.quantized] for name, of in formats.items()}
-    work = _Work(inventory, stream, hidden, quantizer, quantizable, folder, states, journal, progress)
+    work = _Work(run, quantizer, candidates.of(run.inventory), folder)
     modules: dict[str, BankModule] = {}
-    for index in progress.over(range(stream.blocks), "candidates", "block"):
+    for index in run.progress.over(range(stream.blocks), "candidates", "block"):
         modules |= _build(work, index, partial(_run_teacher, work, index))
     modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
     bank = Bank(
         model=model,
-        dtype=inventory.dtype,
+        dtype=run.inventory.dtype,
         quantizer=quantizer.name,
-        group_size=group_size,
-        symmetric=symmetric,
-        calibration_digest=calibration.digest,
-        channel_order=inventory.channels,
+        group_size=candidates.group_size,
+        symmetric=candidates.symmetric,
+        calibration_digest=run.calibration.digest,
+        channel_order=run.inventory.channels,
         modules=modules,
     )
     if process_group.leads:
@@ -85,29 +68,29 @@ def build_bank(
 class _Work:
     """What the steps have in common. formats: the quantized ones of each module, none for one that stays at 16 bits."""
 
-    inventory: Inventory
-    stream: BlockStream
-    hidden: HiddenStates
+    run: CalibrationRun
     quantizer: Quantizer
     formats: dict[str, list[ModuleFormat]]
     folder: Path
-    states: Journal
-    journal: Journal
-    progress: Progress
+
+    @property
+    def journal(self) -> Journal:
+        """Digest of the file of each finished module, by its name."""
+        return self.run.journal.section("bank")
 
 
 def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
     """The candidates of one block, or of what stands outside the blocks; each process of a group quantizes its share
     of the modules. `see_inputs` gives the statistics of the modules that are named."""
-    names = [m.name for m in work.inventory.modules if m.block == block and work.formats[m.name]]
+    names = [m.name for m in work.run.inventory.modules if m.block == block and work.formats[m.name]]
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
     missing = [name for name in names if name not in found]
     statistics = see_inputs(missing)
     process_group = work.journal.process_group
     if block is None and names:
-        work.progress.begin(VOCABULARY_STEP, len(names), "module")
+        work.run.progress.begin(VOCABULARY_STEP, len(names), "module")
     share = 1.0 if block is None else 1 / max(len(names), 1)
-    work.progress.skip(share * len(found))
+    work.run.progress.skip(share * len(found))
     for start in range(0, len(missing), process_group.size):
         together = missing[start : start + process_group.size]
         of_inputs = {name: statistics.take(name) for name in together}  # on every process: they add up their sums
@@ -160,25 +143,25 @@ def _run_teacher(work: _Work, index: int, names: list[str]) -> _Statistics:
     kind, process_group, prefix = (
         work.quantizer.statistics,
         work.journal.process_group,
-        work.inventory.block_prefix(index),
+        work.run.inventory.block_prefix(index),
     )
     recorded = names if kind != "none" else []
-    shapes = {m.name: m.shape for m in work.inventory.modules if m.block == index}
+    shapes = {m.name: m.shape for m in work.run.inventory.modules if m.block == index}
     sums: dict[tuple[str, ...], MomentSums] = {}
 
     def begin(sharing: tuple[str, ...]) -> MomentSums:
-        return sums.setdefault(sharing, MomentSums(shapes[sharing[0]][1], kind, work.stream.device))
+        return sums.setdefault(sharing, MomentSums(shapes[sharing[0]][1], kind, work.run.stream.device))
 
     def accumulate(sharing: list[str], x: Tensor) -> None:
         begin(tuple(prefix + name for name in sharing)).add(x)
 
     # Read once, before the processes meet: later, one might already see what another has written.
-    missing = work.states.load(state_step(index + 1)) is None
+    missing = work.run.states.load(state_step(index + 1)) is None
     if recorded or missing:
         local = [name.removeprefix(prefix) for name in recorded]
-        work.stream.fill_block(work.hidden, index, local, accumulate, process_group)
+        work.run.stream.fill_block(work.run.hidden, index, local, accumulate, process_group)
         if missing:
-            work.states.save(state_step(index + 1), True)
+            work.run.states.save(state_step(index + 1), True)
     # A module that saw no token, in this process or in any, has sums of zero: an expert that was never chosen.
     seen = {sharing for of_one in process_group.gather({process_group.rank: list(sums)}) for sharing in of_one}
     unseen = set(recorded) - {name for sharing in seen for name in sharing}
@@ -190,8 +173,8 @@ def _run_teacher(work: _Work, index: int, names: list[str]) -> _Statistics:
 def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
     """The statistics of the modules outside the blocks, where the quantizer needs them."""
     kind, process_group = work.quantizer.statistics, work.journal.process_group
-    wanted = [m for m in work.inventory.modules if m.name in names and kind != "none"]
-    sums = vocabulary_moments(work.stream, work.hidden, wanted, kind, work.states, work.progress)
+    wanted = [m for m in work.run.inventory.modules if m.name in names and kind != "none"]
+    sums = vocabulary_moments(work.run.stream, work.run.hidden, wanted, kind, work.run.states, work.run.progress)
     return _Statistics({(name,): moments for name, moments in sums.items()}, process_group)
 
 
@@ -200,16 +183,17 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
 
     Made in stripes of rows, which are independent of each other: of a vocabulary only the packed candidates are whole.
     """
-    stored = work.inventory.tensor(f"{name}.weight")
+    inventory = work.run.inventory
+    stored = inventory.tensor(f"{name}.weight")
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
         stripes = list(row_stripes(*stored.shape))
         for rows in stripes:
-            weight = read_rows(stored, rows, work.stream.device).float()
+            weight = read_rows(stored, rows, work.run.stream.device).float()
             for candidate in work.formats[name]:
                 stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
                 try:
-                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(work.inventory.dtype), statistics)
+                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(inventory.dtype), statistics)
                 except ArithmeticError as error:
                     advice = "try --quantizer mse, or other calibration text"
                     raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None
@@ -217,7 +201,7 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
                 require_finite(quantized.scale, what, "take another --quantizer")
                 for part, tensor in quantized.packed(candidate.num_bits).items():
                     parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
-                work.progress.advance(share / len(stripes) / len(work.formats[name]), name)
+                work.run.progress.advance(share / len(stripes) / len(work.formats[name]), name)
     tensors = {
         part: of_stripes.pop() if len(of_stripes) == 1 else torch.cat(of_stripes) for part, of_stripes in parts.items()
     }

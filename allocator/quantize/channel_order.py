@@ -12,47 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.stream import BlockStream, state_step
+from allocator.blocks.stream import state_step
+from allocator.calibration.calibration_run import CalibrationRun
 from allocator.contract.channel_blocks import CUT, REORDERED, ChannelBlocks, ChannelOrder
 from allocator.contract.layout import usable_group_size
-from allocator.run.journal import Journal
 from allocator.run.process_group import ProcessGroup
-from allocator.run.progress import Progress, silent
 
 __all__ = ["find_channel_order"]
 
 _TOKENS = 512
 
 
-def find_channel_order(
-    stream: BlockStream,
-    token_ids: Tensor,
-    hidden: HiddenStates,
-    layout: ChannelBlocks,
-    group_size: int,
-    progress: Progress = silent,
-    states: Journal | None = None,
-    journal: Journal | None = None,
-) -> ChannelOrder:
-    """The order of the channels of every block on the calibration text `token_ids`, int64 `[S, T]`.
+def find_channel_order(run: CalibrationRun, layout: ChannelBlocks, group_size: int) -> ChannelOrder:
+    """The order of the channels of every block on the calibration text.
 
-    Fills `hidden` with the teacher's states; steps that the journals have (`states`: boundaries of `hidden`;
-    `journal`: orders of blocks) are not done again. `group_size` is the largest that candidates may have.
+    Fills `run.hidden` with the teacher's states. The section "channels" of the run's journal has the orders of blocks.
+    `group_size` is the largest that candidates may have.
     """
-    states, journal = states or Journal.nowhere(), journal or Journal.nowhere()
+    stream, hidden, states, journal = run.stream, run.hidden, run.states, run.journal.section("channels")
     process_group = journal.process_group
     if states.load(state_step(0)) is None:
-        stream.fill_embeddings(hidden, token_ids, process_group)
+        stream.fill_embeddings(hidden, run.token_ids, process_group)
         states.save(state_step(0), True)
     mlp = CUT[0].rpartition(".")[0]
     orders = {}
-    for index in progress.over(range(stream.blocks), "channels", "block"):
+    for index in run.progress.over(range(stream.blocks), "channels", "block"):
         step = f"channels-{index:04d}"
         order = journal.load(step)
         filled = states.load(state_step(index + 1)) is not None
         if order is not None and filled:
-            progress.skip()
+            run.progress.skip()
         else:
             block = stream.block(index)
             losses = _ChannelLosses(block, group_size)

@@ -3,13 +3,15 @@
 import logging
 import platform
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from allocator.contract.bank import ModelReference
+from allocator.contract.bank import BANK_NAME, Bank, ModelReference
 from allocator.contract.documents import Document
 from allocator.contract.errors import ContractError, InputError
+from allocator.contract.scores import Scores
 from allocator.run.journal import Journal, steps_begin
 from allocator.run.process_group import ALONE, ProcessGroup
 
@@ -28,6 +30,7 @@ _PACKAGES = ("gamma-vllm", "torch", "transformers")
 class RunFingerprint(Document):
     """`run.json`. The sections in the order of the data flow: what differs in one undoes all that comes after it.
 
+    Nothing else decides what a run can use again. calibration.source is for the record; the digest tells texts apart.
     environment: versions, device, threads. It changes results in the last digits only: work that is kept across such
     a change is whole, but not equal to the bit to a run in one environment.
     """
@@ -74,13 +77,18 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 Resume = Literal["auto", "must", "never"]
 
 _LOG = logging.getLogger(__name__)
+_SECTIONS = ("states", "channels", "bank", "learning")
+"""Of the journal, each with what its steps end in: "bank" in bank.json, "learning" in scores.json."""
 _UNDONE_BY = {
-    "model": ("calibration", "states", "bank", "learning"),
-    "calibration": ("states", "bank", "learning"),
-    "candidates": ("bank", "learning"),
+    "model": _SECTIONS,
+    "calibration": _SECTIONS,
+    "calibration.source": (),
+    "candidates": ("channels", "bank", "learning"),
     "learning": ("learning",),
     "environment": (),
 }
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
 class WorkFolder:
@@ -95,30 +103,40 @@ class WorkFolder:
         self.journal = Journal(folder / "journal", process_group)
 
     def begin(self, now: RunFingerprint, resume: Resume) -> None:
-        """Make the folder fit for a run of fingerprint `now`: steps that depend on what differs are forgotten.
+        """Make the folder fit for a run of fingerprint `now`: what depends on what differs is forgotten, and all if
+        there is no valid fingerprint.
 
         auto: goes on from what fits, and logs which fields differ. must: raises InputError if a field differs or there
         is nothing to go on from. never: deletes what an earlier run left here.
         """
         path = self.folder / RUN_NAME
-        before = None if resume == "never" else self._before(path)
+        before = self.process_group.from_leader(lambda: _read(RunFingerprint, path))
         if resume == "must":
             self._insist(before, now)
         if resume == "never":
             self._delete_all()
-        differences = before.differences(now) if before is not None else {}
-        if differences:
-            shown = "; ".join(f"{field} {change}" for field, change in differences.items())
-            _LOG.warning("%s was begun otherwise: %s. What depends on it is made again", self.folder, shown)
-        changed = {field.partition(".")[0] for field in differences}
-        for section in sorted({name for part in changed for name in _UNDONE_BY.get(part, ())}):
-            self.journal.section(section).clear()
+        elif before is None:
+            self._undo(_SECTIONS)
+        elif differences := before.differences(now):
+            told = _told(differences)
+            _LOG.warning("%s was begun otherwise: %s. What depends on it is made again", self.folder, told)
+            self._undo({section for field in differences for section in _undone_by(field)})
         if self.process_group.leads:
             for temporary in (*self.folder.glob(".*.json.*"), *self.bank.glob(".*")):
                 temporary.unlink()  # half written when an earlier run was killed
+            if self.finished_bank() is None:
+                self.scores.unlink(missing_ok=True)  # a bank that is lost is made again, and with it what was learned
             now.write(path)
         self.process_group.wait()
         steps_begin()
+
+    def finished_bank(self) -> Bank | None:
+        """The bank that the run of the fingerprint has built; None if it has not, or if bank.json is damaged."""
+        return _read(Bank, self.bank / BANK_NAME)
+
+    def finished_scores(self) -> Scores | None:
+        """What the run of the fingerprint has learned; None if it has not, or if scores.json is damaged."""
+        return _read(Scores, self.scores)
 
     def finish(self) -> None:
         """Delete what only a run that goes on would need."""
@@ -127,19 +145,22 @@ class WorkFolder:
             shutil.rmtree(self.hidden, ignore_errors=True)
         self.process_group.wait()
 
-    def _before(self, path: Path) -> RunFingerprint | None:
-        try:
-            return RunFingerprint.read(path)
-        except ContractError:
-            return None
+    def _undo(self, sections: Collection[str]) -> None:
+        """Forget these sections of the journal, and take their results away: what is not finished must not look so."""
+        if self.process_group.leads:
+            if "learning" in sections:
+                self.scores.unlink(missing_ok=True)
+            if "bank" in sections:
+                (self.bank / BANK_NAME).unlink(missing_ok=True)
+        for section in sorted(sections):
+            self.journal.section(section).clear()
 
     def _insist(self, before: RunFingerprint | None, now: RunFingerprint) -> None:
         if before is None:
             raise InputError(f"{self.folder}: nothing to resume (no valid {RUN_NAME}); leave out --resume must")
         if differences := before.differences(now):
-            shown = "; ".join(f"{field} {change}" for field, change in differences.items())
             raise InputError(
-                f"{self.folder}: cannot be resumed as it was begun: {shown}; "
+                f"{self.folder}: cannot be resumed as it was begun: {_told(differences)}; "
                 "give the same settings, or --resume auto to make again what depends on them"
             )
 
@@ -150,3 +171,19 @@ class WorkFolder:
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.bank, ignore_errors=True)
         self.process_group.wait()
+
+
+def _undone_by(field: str) -> Sequence[str]:
+    return _UNDONE_BY[field if field in _UNDONE_BY else field.partition(".")[0]]
+
+
+def _told(differences: Mapping[str, str]) -> str:
+    return "; ".join(f"{field} {change}" for field, change in differences.items())
+
+
+def _read(kind: type[AnyDocument], path: Path) -> AnyDocument | None:
+    """The document at `path`, or None if it is absent or damaged."""
+    try:
+        return kind.read(path)
+    except ContractError:
+        return None

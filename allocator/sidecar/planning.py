@@ -8,7 +8,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.resident import kind_name
 from allocator.contract.scores import Scores
 from allocator.model.shape import read_shape
-from allocator.plan import Device, Plan, PlanRequest, find_gpu, make_plan, memory_device
+from allocator.plan import Device, Plan, PlannedWeights, PlanRequest, find_gpu, make_plan, memory_device
 from allocator.plan.probe_records import lines_of_record
 from allocator.plan.weights import sample_of
 from allocator.sidecar.store import Entry
@@ -54,7 +54,6 @@ def plan_entry(entry: Entry, scores: Scores, device: Device, request: PlanReques
         for kind in shape.modules
     )
     shape = replace(shape, modules=modules)
-    return make_plan(
-        shape, device, request, model=entry.name, group_size=entry.group_size, symmetric=entry.symmetric,
-        formats=formats, probe=lines_of_record(shape, device, request),
-    )  # fmt: skip
+    weights = PlannedWeights(entry.group_size, entry.symmetric, formats)
+    probe = lines_of_record(shape, device, request)
+    return make_plan(shape, device, request, model=entry.name, weights=weights, probe=probe)

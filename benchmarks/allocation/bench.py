@@ -28,7 +28,7 @@ from allocator.calibration.sequences import calibration_from_model, calibration_
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.scores import Scores  # noqa: E402
 from allocator.evaluate import RefineSettings, refine  # noqa: E402
-from allocator.pipeline.pipeline import CandidateSettings, learn  # noqa: E402
+from allocator.pipeline import CandidateSettings, learn  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
 from allocator.score.methods import METHODS  # noqa: E402
 from benchmarks.allocation.block_errors import WEIGHTINGS, block_error_tables  # noqa: E402

@@ -6,6 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.calibration.calibration_run import CalibrationRun
+from allocator.calibration.sequences import Calibration
 from allocator.contract.scores import Scores
 from allocator.score import LearningSettings, learn_scores
 from benchmarks.allocation.laboratory import Laboratory
@@ -18,4 +20,4 @@ def learn_on(lab: Laboratory, token_ids: Tensor, settings: LearningSettings) -> 
     with tempfile.TemporaryDirectory() as folder:
         hidden = HiddenStates(Path(folder), *token_ids.shape, lab.inventory.config["hidden_size"])
         lab.stream.fill(hidden, token_ids)
-        return learn_scores(lab.inventory, lab.stream, lab.bank, token_ids, hidden, settings)
+        return learn_scores(CalibrationRun(lab.stream, Calibration(token_ids, "more text"), hidden), lab.bank, settings)

@@ -30,9 +30,9 @@ from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference,
 from allocator.contract.digest import digest_file  # noqa: E402
 from allocator.contract.layout import ModuleFormat, module_bytes  # noqa: E402
 from allocator.contract.manifest import Budget, Manifest  # noqa: E402
+from allocator.export import CheckpointSource, ExportSettings, export_checkpoint  # noqa: E402
 from allocator.model import Inventory, model_digest, read_inventory  # noqa: E402
-from allocator.pipeline.pipeline import export  # noqa: E402
-from allocator.quantize import make_servable  # noqa: E402
+from allocator.quantize import BankReader, make_servable  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.serving.checkpoints import write_model  # noqa: E402
 
@@ -135,6 +135,7 @@ def main() -> None:
     reference = ModelReference(name=model.name, architecture=inventory.architecture, digest=model_digest(inventory))
     manifest = alternate(inventory, write_bank(inventory, reference, OUT / "bank"))
     manifest.write(OUT / "manifest.json")
+    source = CheckpointSource(inventory, reference.digest, BankReader(OUT / "bank"))
     checkpoint, rows = OUT / "checkpoint", []
 
     def from_bank() -> tuple[float, float]:
@@ -146,7 +147,7 @@ def main() -> None:
         wall, cpu = from_bank()
         rows.append({"way": "bank", "repeat": repeat, "wall_seconds": wall, "cpu_seconds": cpu, "new_bytes": 0})
         start, start_cpu = time.perf_counter(), time.process_time()
-        report = export(manifest, model, OUT / "bank", checkpoint, overwrite=True, digest=reference.digest)
+        report = export_checkpoint(manifest, source, checkpoint, ExportSettings(overwrite=True))
         exported, exported_cpu = time.perf_counter() - start, time.process_time() - start_cpu
         wall, cpu = seconds_to_ready(checkpoint, OUT / "checkpoint.log")
         row = {"way": "export", "repeat": repeat, "wall_seconds": exported + wall, "cpu_seconds": exported_cpu + cpu}

@@ -23,8 +23,8 @@ from allocator.blocks import BlockStream  # noqa: E402
 from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.evaluate import Student  # noqa: E402
-from allocator.model import read_inventory  # noqa: E402
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.model import Inventory, read_inventory  # noqa: E402
+from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
 from allocator.quantize import BankReader  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
 from allocator.score.methods import METHODS  # noqa: E402
@@ -52,11 +52,11 @@ def folder_of(name: str) -> Path:
     return ROOT / "benchmarks" / "demo" / "model" if name == "demo" else DATA / "models" / name
 
 
-def shape(tokens: int | None, longest: int) -> tuple[int, int]:
+def shape(tokens: int | None, inventory: Inventory) -> tuple[int, int]:
     """Sequences and their length."""
     if tokens is None:
-        return SEQUENCES, min(LENGTH, longest)
-    length = min(LENGTH, longest, max(256, tokens // FEW))
+        return SEQUENCES, inventory.sequence_length(LENGTH)
+    length = inventory.sequence_length(min(LENGTH, max(256, tokens // FEW)))
     return tokens // length, length
 
 
@@ -77,8 +77,7 @@ def texts(name: str, folder: Path) -> tuple[Path, Path] | None:
 
 def cell(name: str, model: Path, method: str, tokens: int | None, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Learn from so many tokens, solve, measure: a row a budget."""
-    longest = read_inventory(model).config["max_position_embeddings"]
-    count, length = shape(tokens, longest)
+    count, length = shape(tokens, read_inventory(model))
     files = texts(name, folder)
     candidates = CandidateSettings(
         widths=WIDTHS, sequences=count, sequence_length=length, seed=seed, calibration=files and files[:1]

@@ -13,7 +13,7 @@ from allocator.calibration.sequences import calibration_from_model, calibration_
 from allocator.contract.scores import Scores
 from allocator.evaluate import Student
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
 from allocator.quantize import BankReader
 from allocator.score import LearningSettings
 from allocator.solve import Rules

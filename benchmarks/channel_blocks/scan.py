@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM
 from allocator.blocks import BlockStream
 from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.calibration.calibration_run import CalibrationRun
 from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.bank import ModelReference
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.evaluate import measure_divergence
-from allocator.model import model_digest, read_inventory
+from allocator.model import CandidateFormats, model_digest, read_inventory
 from allocator.quantize import BankReader, build_bank, get_quantizer
 from allocator.solve import SearchLimits, solve
 
@@ -175,9 +176,8 @@ def scan(name: str, folder: Path, quantizer: str, text: Path | None, work: Path)
     stream = BlockStream(inventory)
     hidden = HiddenStates(work / "hidden", SEQUENCES, LENGTH, inventory.config["hidden_size"])
     reference = ModelReference(name=name, architecture=inventory.architecture, digest=model_digest(inventory))
-    build_bank(
-        inventory, reference, stream, calibration, hidden, get_quantizer(quantizer), WIDTHS, GROUP, False, work / "bank"
-    )
+    run = CalibrationRun(stream, calibration, hidden)
+    build_bank(run, reference, get_quantizer(quantizer), CandidateFormats(WIDTHS, GROUP), work / "bank")
     gradients = [hidden.beside(f"gradients-{i}") for i in range(DRAWS)]
     fill_gradients(stream, hidden, gradients, SEED)
     bank = BankReader(work / "bank")

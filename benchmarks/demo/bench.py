@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from allocator.calibration.sequences import calibration_from_model  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from allocator.evaluate import load_dequantized, measure_divergence  # noqa: E402
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
+from allocator.export import ExportSettings  # noqa: E402
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
 from benchmarks.demo.run import BUDGET, MODEL  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
@@ -54,7 +55,7 @@ def quantized(name: str, candidates: CandidateSettings, budget: str | None) -> t
     folder = OUT / name
     result = learn(MODEL, folder / "work", candidates, LearningSettings())
     manifest = solve_scores(result.scores, SolveSettings(budget or str(result.scores.feasible_bytes()[0])))
-    export(manifest, MODEL, result.bank_folder, folder / "checkpoint", overwrite=True)
+    export(manifest, MODEL, result.bank_folder, folder / "checkpoint", ExportSettings(overwrite=True))
     return load_dequantized(folder / "checkpoint"), manifest.tensor_bytes
 
 

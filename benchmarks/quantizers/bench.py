@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from allocator.blocks import BlockStream  # noqa: E402
 from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
+from allocator.calibration.calibration_run import CalibrationRun  # noqa: E402
 from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.bank import ModelReference  # noqa: E402
 from allocator.evaluate import measure_divergence  # noqa: E402
-from allocator.model import model_digest, read_inventory  # noqa: E402
+from allocator.model import CandidateFormats, model_digest, read_inventory  # noqa: E402
 from allocator.quantize import (  # noqa: E402
     BankReader,
     build_bank,
@@ -55,10 +56,8 @@ def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str
             start = time.process_time()
             bank_folder = work / f"bank-{group}-{spec.replace(':', '-')}"
             hidden = HiddenStates(work / "hidden", SEQUENCES, LENGTH, inventory.config["hidden_size"])
-            build_bank(
-                inventory, reference, BlockStream(inventory), calibration, hidden, get_quantizer(spec),
-                WIDTHS, group, False, bank_folder,
-            )  # fmt: skip
+            run = CalibrationRun(BlockStream(inventory), calibration, hidden)
+            build_bank(run, reference, get_quantizer(spec), CandidateFormats(WIDTHS, group), bank_folder)
             seconds = time.process_time() - start
             bank = BankReader(bank_folder)
             for number, width in enumerate(WIDTHS):

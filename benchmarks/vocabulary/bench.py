@@ -24,7 +24,7 @@ from allocator.calibration.sequences import calibration_from_model, calibration_
 from allocator.contract.errors import InfeasibleBudgetError  # noqa: E402
 from allocator.evaluate import Student  # noqa: E402
 from allocator.model import read_inventory  # noqa: E402
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
+from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
 from allocator.quantize import BankReader  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
 from allocator.solve import Rules  # noqa: E402

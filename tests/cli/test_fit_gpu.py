@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from allocator.cli.main import main
 from allocator.contract.manifest import Manifest
 from allocator.model import read_shape
-from allocator.plan import Plan, PlanRequest, make_plan, memory_device
+from allocator.plan import Plan, PlannedWeights, PlanRequest, make_plan, memory_device
 
 TRAFFIC = ["--max-model-len", "64", "--max-num-seqs", "2", "--kernel", "torch"]  # the others pad such small modules
 SMALL = ["--quantizer", "rtn", "--group-size", "32", "--sequences", "4", "--sequence-length", "32"]
@@ -20,7 +20,7 @@ def card_for(model, weight_bytes):
     """Memory of a card that leaves about `weight_bytes` for the weights of `model`."""
     shape = read_shape(json.loads((model / "config.json").read_text()))
     request = PlanRequest(max_model_len=64, max_num_seqs=2, kernel="torch")
-    plan = make_plan(shape, memory_device(8 << 30), request, group_size=32)
+    plan = make_plan(shape, memory_device(8 << 30), request, weights=PlannedWeights(32))
     overhead = plan.line("vLLM may use").nbytes - plan.weight_budget_bytes
     return int((overhead + weight_bytes) / 0.92) + 680 * 2**20, plan  # CUDA sees 680 MiB less of a small card
 

@@ -84,7 +84,7 @@ def checkpoints(tmp_path_factory, trained_model, exported, learned_cut, serving)
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
     """The folder in which `learn` worked on the demo model, for seconds."""
-    from allocator.pipeline.pipeline import CandidateSettings, learn
+    from allocator.pipeline import CandidateSettings, learn
     from allocator.score import LearningSettings
 
     work = tmp_path_factory.mktemp("learned")
@@ -96,7 +96,7 @@ def learned(tmp_path_factory):
 @pytest.fixture(scope="session")
 def learned_cut(tmp_path_factory):
     """The same with channel blocks, solved and exported: (bank, manifest file, checkpoint)."""
-    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
     from allocator.score import LearningSettings
     from allocator.solve import Rules
 
@@ -115,7 +115,7 @@ def learned_cut(tmp_path_factory):
 def exported(learned, tmp_path_factory):
     """Average bits -> (manifest file, checkpoint of the real pipeline)."""
     from allocator.contract.scores import Scores
-    from allocator.pipeline.pipeline import SolveSettings, export, solve_scores
+    from allocator.pipeline import SolveSettings, export, solve_scores
 
     made: dict[float, tuple[Path, Path]] = {}
 

@@ -40,7 +40,7 @@ def _choice(kind):
 def _learned_jobs(folder):
     """An untied model through learn, solve and export, with nothing at 16 bits."""
     from allocator.evaluate import load_dequantized
-    from allocator.pipeline.pipeline import CandidateSettings, export, learn
+    from allocator.pipeline import CandidateSettings, export, learn
     from allocator.score import LearningSettings
     from allocator.solve import Rules, SolveSettings, solve_scores
     from tests.e2e.architectures import make_model

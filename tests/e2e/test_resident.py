@@ -55,7 +55,7 @@ def random_choice(seed, kind):
 
 def write_cut(model, target):
     """A checkpoint with channel blocks; in some pieces gate and up are of one kind and are packed together."""
-    from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+    from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
     from allocator.score import LearningSettings
 
     candidates = CandidateSettings(

@@ -27,7 +27,8 @@ def declared(stock_kernel, tmp_path_factory):
 
     Stock vLLM multiplies nothing else on a CPU; tests/export and tests/gamma_vllm check the other widths.
     """
-    from allocator.pipeline.pipeline import CandidateSettings, export, learn
+    from allocator.export import ExportSettings
+    from allocator.pipeline import CandidateSettings, export, learn
     from allocator.score import LearningSettings
     from allocator.solve import Rules, SolveSettings, solve_scores
 
@@ -41,7 +42,7 @@ def declared(stock_kernel, tmp_path_factory):
         pins = {name: 16 for name, m in modules if name.endswith("embed_tokens") and len(m.candidates) > 1}
         manifest = solve_scores(result.scores, SolveSettings(average_bits=8, fusion="tied", rules=Rules(pins)))
         assert {m.num_bits for m in manifest.modules.values()} == {4, 16}
-        export(manifest, DEMO, result.bank_folder, folder / name, declaration="compressed-tensors")
+        export(manifest, DEMO, result.bank_folder, folder / name, ExportSettings("compressed-tensors"))
     return folder
 
 

@@ -16,8 +16,8 @@ from allocator.contract.manifest import Budget, Manifest
 from allocator.evaluate import RefineSettings, Student, refine, uniform_assignments, verify
 from allocator.evaluate.refinement import FAILURES, below_zero
 from allocator.model import read_inventory, read_shape
-from allocator.pipeline.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
-from allocator.plan import PlanRequest, make_plan, memory_device
+from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
+from allocator.plan import PlannedWeights, PlanRequest, make_plan, memory_device
 from allocator.quantize import BankReader
 from allocator.score import LearningSettings
 from allocator.solve.units import Rules
@@ -131,7 +131,7 @@ def test_a_worse_assignment_gives_way_to_the_uniform_plan(
     # The same for a budget in bytes after loading: the uniform plan is the widest that a rank holds.
     shape = read_shape(json.loads((tiny_model("llama") / "config.json").read_text()))
     request = PlanRequest(max_model_len=64, max_num_seqs=2, kernel="torch")
-    where = make_plan(shape, memory_device(8 << 30), request, group_size=32).residency
+    where = make_plan(shape, memory_device(8 << 30), request, weights=PlannedWeights(32)).residency
     nbytes = max(where.stage_bytes(poor))
     budget = Budget(requested="plan for a card", nbytes=nbytes + 100, kind="resident", resident_bytes=nbytes)
     poor_on_rank = poor_manifest.model_copy(update={"budget": budget})

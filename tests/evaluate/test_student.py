@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from allocator.blocks import BlockStream
 from allocator.evaluate import Student, measure_gradients
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, learn
+from allocator.pipeline import CandidateSettings, learn
 from allocator.quantize import BankReader
 from allocator.score import LearningSettings
 

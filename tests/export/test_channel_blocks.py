@@ -17,8 +17,9 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import read_folder_headers
 from allocator.evaluate import Student, load_dequantized, measure_divergence
+from allocator.export import ExportSettings
 from allocator.model import channel_layout, read_inventory, read_shape
-from allocator.pipeline.pipeline import CandidateSettings, LearnResult, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, export, learn, solve_scores
 from allocator.plan.schema import PlanRequest
 from allocator.plan.weights import check_formats, residency_of
 from allocator.quantize import BankReader
@@ -135,7 +136,7 @@ def test_compressed_tensors_cannot_declare_it(
     model: Path, learned: LearnResult, exported: tuple[Manifest, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="4 channel blocks, which compressed-tensors cannot say"):
-        export(exported[0], model, learned.bank_folder, tmp_path / "out", declaration="compressed-tensors")
+        export(exported[0], model, learned.bank_folder, tmp_path / "out", ExportSettings("compressed-tensors"))
 
 
 def test_tied_fusion_gives_both_modules_of_a_piece_one_width(learned: LearnResult) -> None:

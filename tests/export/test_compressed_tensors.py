@@ -12,7 +12,8 @@ import torch
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
 from allocator.evaluate import load_dequantized
-from allocator.pipeline.pipeline import CandidateSettings, export, learn
+from allocator.export import ExportSettings
+from allocator.pipeline import CandidateSettings, export, learn
 from allocator.quantize import BankReader
 from allocator.score import LearningSettings
 from allocator.solve import Rules, SolveSettings, solve_scores
@@ -57,7 +58,7 @@ def test_transformers_loads_it_with_equal_logits(
     model, bank, solve = make(kind, symmetric)
     manifest = solve(average_bits=5.5, fusion="tied")
     assert len({m.num_bits for m in manifest.modules.values()}) > 2
-    export(manifest, model, bank, tmp_path / "out", declaration="compressed-tensors")
+    export(manifest, model, bank, tmp_path / "out", ExportSettings("compressed-tensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(48).unsqueeze(0)
     with torch.inference_mode():
@@ -68,7 +69,7 @@ def test_free_widths_are_refused_with_the_names_of_the_layers(make: Callable[...
     model, bank, solve = make("llama", False)
     manifest = solve(average_bits=6, fusion="free", pins={"*.0.self_attn.q_proj": 2, "*.0.self_attn.k_proj": 8})
     with pytest.raises(InputError) as error:
-        export(manifest, model, bank, tmp_path / "out", declaration="compressed-tensors")
+        export(manifest, model, bank, tmp_path / "out", ExportSettings("compressed-tensors"))
     message = str(error.value)
     assert "model.layers.0.self_attn.qkv_proj (q_proj 2 bits, k_proj 8 bits, v_proj" in message
     assert "--fusion tied" in message
@@ -79,7 +80,7 @@ def test_a_manifest_with_nothing_quantized_is_refused(make: Callable[..., Any], 
     model, bank, solve = make("llama", False)
     manifest = solve(budget="1GiB")
     with pytest.raises(InputError, match="below 16 bits"):
-        export(manifest, model, bank, tmp_path / "out", declaration="compressed-tensors")
+        export(manifest, model, bank, tmp_path / "out", ExportSettings("compressed-tensors"))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -93,7 +94,7 @@ def test_their_own_decompressor_gives_our_weights(symmetric: bool, make: Callabl
     widths = (2, 3, 4, 5, 6, 8, 16) if dense else ALIKE_IN_ALL_VERSIONS
     model, bank_folder, solve = make("qwen2", symmetric, widths)
     manifest: Manifest = solve(average_bits=7, fusion="tied")
-    export(manifest, model, bank_folder, tmp_path / "out", declaration="compressed-tensors")
+    export(manifest, model, bank_folder, tmp_path / "out", ExportSettings("compressed-tensors"))
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     scheme_of = {
         name: group for group in QuantizationConfig.model_validate(config).config_groups.values()

@@ -16,12 +16,12 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME, read_folder_headers
 from allocator.evaluate import load_dequantized
-from allocator.export import export_checkpoint
+from allocator.export import CheckpointSource, ExportSettings, export_checkpoint
 from allocator.model import model_digest, read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.quantize import BankReader, make_servable
 from allocator.score import LearningSettings
-from allocator.solve.units import Rules
+from allocator.solve import Rules
 
 LEARNING = LearningSettings(batch_tokens=128)
 
@@ -71,7 +71,10 @@ def test_many_files_have_the_predicted_bytes_too(fitted: Callable[..., Fitted], 
     f = fitted()
     inventory = read_inventory(f.model)
     report = export_checkpoint(
-        f.manifest, inventory, model_digest(inventory), BankReader(f.bank), tmp_path / "out", max_shard_bytes=20_000
+        f.manifest,
+        CheckpointSource(inventory, model_digest(inventory), BankReader(f.bank)),
+        tmp_path / "out",
+        ExportSettings(max_shard_bytes=20_000),
     )
     assert len(report.written) > 3
     assert report.predicted == report.written
@@ -123,7 +126,7 @@ def test_an_existing_folder_is_not_touched(fitted: Callable[..., Fitted], tmp_pa
     (out / "precious.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="--out"):
-            export(f.manifest, f.model, f.bank, out, overwrite=overwrite)
+            export(f.manifest, f.model, f.bank, out, ExportSettings(overwrite=overwrite))
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious.txt"]
 
 
@@ -131,7 +134,7 @@ def test_overwrite_replaces_a_gamma_checkpoint(fitted: Callable[..., Fitted], tm
     f = fitted()
     export(f.manifest, f.model, f.bank, tmp_path / "out")
     (tmp_path / "out/stale.bin").write_text("old")
-    export(f.manifest, f.model, f.bank, tmp_path / "out", overwrite=True)
+    export(f.manifest, f.model, f.bank, tmp_path / "out", ExportSettings(overwrite=True))
     assert not (tmp_path / "out/stale.bin").exists()
     check_checkpoint(tmp_path / "out")
 
@@ -235,9 +238,9 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     candidates = CandidateSettings(quantizer="rtn", group_size=32, sequences=2, sequence_length=32)
-    learned = learn(model, tmp_path / "work", candidates, LearningSettings(draws=1, batch_tokens=128))
+    learned = learn(model, tmp_path / "work", candidates, LearningSettings(draws=1))
     manifest = solve_scores(
-        learned.scores, SolveSettings(average_bits=6, rules=Rules(pins={"*.layers.0.self_attn.q_proj": 16}))
+        learned.scores, SolveSettings(average_bits=6, rules=Rules({"*.layers.0.self_attn.q_proj": 16}))
     )
     assert manifest.dtype == "F16"
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight: a weight is too large for F16"):

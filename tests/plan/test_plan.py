@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.model import read_shape
-from allocator.plan import Plan, PlanRequest, find_gpu, load_catalogue, make_plan, memory_device
+from allocator.plan import Plan, PlannedWeights, PlanRequest, find_gpu, load_catalogue, make_plan, memory_device
 from allocator.plan.plan import plans_of_catalogue
 from allocator.plan.vllm_arguments import vllm_arguments
 from tests.configs import PUBLISHED_PARAMETERS, config_of, shape_of
@@ -67,7 +67,7 @@ def test_checkpoint_that_fills_the_budget_leaves_the_cache_that_was_planned():
             width = {"num_bits": 16} if kind.why_16 else {"num_bits": 4, "group_size": 128, "symmetric": False}
             formats[kind.name.replace("{i}", str(block))] = ModuleFormat(shape=kind.shape, **width)
     request = PlanRequest(max_model_len=8192, max_num_seqs=4)
-    plan = make_plan(shape, find_gpu("rtx4090"), request, formats=formats)
+    plan = make_plan(shape, find_gpu("rtx4090"), request, weights=PlannedWeights(formats=formats))
     four_bits = next(entry.nbytes for entry in plan.uniform if entry.num_bits == 4)
     assert plan.planned.weight_bytes <= four_bits  # neighbours packed together save padding
     spare = plan.weight_budget_bytes - plan.planned.weight_bytes
@@ -75,7 +75,7 @@ def test_checkpoint_that_fills_the_budget_leaves_the_cache_that_was_planned():
     assert plan.planned.sequences > 4
     formats.popitem()
     with pytest.raises(InputError, match="lm_head: the checkpoint has no entry; it belongs to another model"):
-        make_plan(shape, find_gpu("rtx4090"), request, formats=formats)
+        make_plan(shape, find_gpu("rtx4090"), request, weights=PlannedWeights(formats=formats))
 
 
 def test_probe_replaces_lines_and_is_named_as_their_basis():

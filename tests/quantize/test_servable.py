@@ -18,7 +18,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME
 from allocator.contract.served_bank import open_served_bank
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores
 from allocator.quantize import make_servable
 from allocator.score import LearningSettings
 from allocator.solve import Rules

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.errors import InputError
-from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.run.progress import Standing, Tracker
 from allocator.score import LearningSettings
 from tests.skips import lacking

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
-from allocator.pipeline.pipeline import CandidateSettings, export, learn
+from allocator.pipeline import CandidateSettings, export, learn
 from allocator.score import LearningSettings
 from allocator.solve import SolveSettings, solve_scores
 

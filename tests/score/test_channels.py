@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from allocator.pipeline.pipeline import CandidateSettings, learn
+from allocator.pipeline import CandidateSettings, learn
 from allocator.score import LearningSettings, swaps
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocator.pipeline.pipeline import CandidateSettings, learn
+from allocator.pipeline import CandidateSettings, learn
 from allocator.score import LearningSettings, swaps
 from allocator.score.expert_counts import HALF_BELIEVED, with_credibility
 

@@ -15,7 +15,7 @@ from allocator.contract.layout import WIDTHS
 from allocator.contract.scores import Scores
 from allocator.evaluate import Student
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, LearnResult, learn
+from allocator.pipeline import CandidateSettings, LearnResult, learn
 from allocator.quantize import BankReader
 from allocator.quantize.candidates import BlockCandidates
 from allocator.score import LearningSettings

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.layout import ModuleFormat
-from allocator.pipeline.pipeline import CandidateSettings, learn
+from allocator.pipeline import CandidateSettings, learn
 from allocator.quantize import InputStatistics, get_quantizer
 from allocator.score import LearningSettings
 from allocator.score import learn as learning

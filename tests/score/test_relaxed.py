@@ -10,7 +10,7 @@ from allocator.blocks import BlockStream
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.calibration.sequences import calibration_from_model
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, LearnResult, learn
+from allocator.pipeline import CandidateSettings, LearnResult, learn
 from allocator.quantize import BankReader
 from allocator.run.journal import Journal
 from allocator.run.progress import silent

@@ -13,7 +13,7 @@ from allocator.blocks.gradients import backward_by_block, rows_together
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.calibration.sequences import calibration_from_model
 from allocator.model import read_inventory
-from allocator.pipeline.pipeline import CandidateSettings, learn
+from allocator.pipeline import CandidateSettings, learn
 from allocator.quantize import BankReader, VocabularyCandidates
 from allocator.score import LearningSettings
 from allocator.score.teacher import Teacher

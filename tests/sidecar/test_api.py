@@ -10,7 +10,7 @@ import pytest
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.manifest import Manifest
 from allocator.model.shape import read_shape
-from allocator.plan import PlanRequest, find_gpu, make_plan
+from allocator.plan import PlannedWeights, PlanRequest, find_gpu, make_plan
 
 from .conftest import gamma
 from .scores import CONFIG, random_scores
@@ -134,7 +134,7 @@ def test_a_plan_says_what_is_left_and_an_allocation_for_it_fits(sidecar: Running
     assert allocation["weight_budget_bytes"] == plan["weight_budget_bytes"]
     manifest = Manifest.parse(sidecar.get(f"/v1/allocations/{allocation['id']}/manifest"), "answer")
     device, request = find_gpu("rtx-4090"), PlanRequest(max_model_len=8192)
-    filled = make_plan(read_shape(CONFIG), device, request, formats=manifest.modules)
+    filled = make_plan(read_shape(CONFIG), device, request, weights=PlannedWeights(formats=manifest.modules))
     assert filled.verdict.fits
     assert filled.planned is not None
     assert filled.planned.weight_bytes <= plan["weight_budget_bytes"] * 1.0
