@@ -39,9 +39,8 @@ from benchmarks.allocation.more_text import learn_on  # noqa: E402
 from benchmarks.allocation.relearn import relearn  # noqa: E402
 from benchmarks.allocation.report import JUDGED, MORE, UNIFORM_3, write_report  # noqa: E402
 from benchmarks.allocation.rivals import evolutionary_search, gradient_search, head_and_tail  # noqa: E402
-from benchmarks.allocation.uniform import learn_uniform  # noqa: E402
 
-METHODS.update(fisher=learn_fisher, deltaloss=learn_deltaloss, uniform=learn_uniform)
+METHODS.update(fisher=learn_fisher, deltaloss=learn_deltaloss)
 
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
 SEQUENCES, FEWER_SEQUENCES, LENGTH, SEED = 48, 16, 256, 0

@@ -27,11 +27,7 @@ from allocator.model import Inventory, read_inventory  # noqa: E402
 from allocator.pipeline import CandidateSettings, SolveSettings, learn, solve_scores  # noqa: E402
 from allocator.quantize import BankReader  # noqa: E402
 from allocator.score import LearningSettings  # noqa: E402
-from allocator.score.methods import METHODS  # noqa: E402
-from benchmarks.allocation.uniform import learn_uniform  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
-
-METHODS.update(uniform=learn_uniform)
 
 DATA = ROOT.parent / "shared" / "data"
 WIDTHS, BITS = (2, 4, 16), (2.5, 3.0, 3.5)
