@@ -192,8 +192,8 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         choices=["gamma", "relaxed", "measured", "uniform"],
         default="gamma",
         help="where the scores come from: gamma (default); or, to compare with: relaxed (Gumbel samples at a training "
-        "budget, as the method was published), measured (KL divergence of each swap), uniform (all weights alike, no text: "
-        "to try things out)",
+        "budget, as the method was published), measured (KL divergence of each swap), uniform (all weights alike, "
+        "without text: to try things out)",
     )
     learning.add_argument(
         "--train-average-bits",
