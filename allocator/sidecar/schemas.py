@@ -155,6 +155,14 @@ class Allocation(Answer):
         default=None, description="with ?manifest=true: the manifest, byte for byte as `gamma solve --out` writes it"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_stored(cls, data: Any) -> Any:
+        """Stores have allocations of the time when a request could name its solver."""
+        if isinstance(data, dict) and isinstance(request := data.get("request"), dict):
+            data = data | {"request": {name: value for name, value in request.items() if name != "solver"}}
+        return data
+
 
 class FitRequest(Body):
     """`POST /v1/fits`: a model on some hardware. Without `budget` the weights get what the hardware leaves, or,
@@ -163,15 +171,9 @@ class FitRequest(Body):
     model: ModelId
     hardware: PlanHardware
     budget: Amount | None = None
-    fusion: Literal["free", "tied"] = "free"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_as_stored(cls, data: Any) -> Any:
-        """Stores have allocations of the time when a request could name its solver."""
-        if isinstance(data, dict) and isinstance(request := data.get("request"), dict):
-            data = data | {"request": {name: value for name, value in request.items() if name != "solver"}}
-        return data
+    fusion: Literal["auto", "free", "tied"] = Field(
+        default="auto", description="auto: as in an allocation by plan, or by budget"
+    )
 
 
 class SweepRequest(Body):
