@@ -3,7 +3,7 @@
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every one of its
 processes. Importing this package imports neither torch nor vllm.
 
-Environment variables, read by `gamma_vllm.kernels.choose`, `gamma_vllm.kernels.ark` and `gamma_vllm.bank`:
+Environment variables, read by `gamma_vllm.kernels.choose`, `gamma_vllm.kernels.ark` and `gamma_vllm.bank_loading`:
 
 - `GAMMA_KERNEL` = `auto` (default), `humming`, `native`, `ark` or `torch`: which kernels multiply. A kernel that is
   asked for and cannot run is an error that says why.

@@ -20,13 +20,13 @@ from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.announce import announce
-from gamma_vllm.bank import BankMapper, find_served_bank
+from gamma_vllm.bank_loading import BankMapper, find_served_bank
 from gamma_vllm.compatibility import require_weight_mapper
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
+from gamma_vllm.format_conversion import ConversionMapper, OtherFormat, is_convertible, read_other_format
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
-from gamma_vllm.rescue import Foreign, ForeignMapper, is_foreign, read_foreign
 from gamma_vllm.shards import Module
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class GammaConfig(QuantizationConfig):
         self.modules: dict[str, Module] = {}
         self.served: ServedBank | None = None
         self.declaration: dict[str, Any] | None = None
-        self.foreign: Foreign | None = None
+        self.other_format: OtherFormat | None = None
         self.ties_embeddings = False
         if checkpoint is not None:
             self._set(checkpoint)
@@ -90,7 +90,7 @@ class GammaConfig(QuantizationConfig):
 
         The declaration of another method is read with its tensors, in `maybe_update_config`.
         """
-        if is_foreign(config):
+        if is_convertible(config):
             made = cls()
             made.declaration = config
             return made
@@ -101,7 +101,7 @@ class GammaConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> Any:
         """Take over checkpoints of other methods, but only when `--quantization gamma` asks for it."""
-        return cls.NAME if user_quant == cls.NAME and hf_quant_cfg and is_foreign(hf_quant_cfg) else None
+        return cls.NAME if user_quant == cls.NAME and hf_quant_cfg and is_convertible(hf_quant_cfg) else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
@@ -115,8 +115,8 @@ class GammaConfig(QuantizationConfig):
         folder = Path(model_name)
         if self.declaration is not None:
             require_weight_mapper("serving a checkpoint of another format")
-            self.foreign = read_foreign(folder, self.declaration)
-            self._set(self.foreign.checkpoint)
+            self.other_format = read_other_format(folder, self.declaration)
+            self._set(self.other_format.checkpoint)
         elif not self.modules:
             require_weight_mapper("serving from a bank")
             self.served = find_served_bank(folder, hf_config)
@@ -131,8 +131,8 @@ class GammaConfig(QuantizationConfig):
         """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights, and
         tensors of other methods are put into our order."""
         mapper = QuantizationConfig.get_checkpoint_weight_mapper()
-        if self.foreign is not None:
-            return ForeignMapper(self.foreign) | mapper
+        if self.other_format is not None:
+            return ConversionMapper(self.other_format) | mapper
         return mapper if self.served is None else BankMapper(self.served) | mapper
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:

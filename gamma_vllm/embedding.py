@@ -16,14 +16,12 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from allocator.contract.packing import unpack_codes
 from gamma_vllm.compatibility import layer_prefix
-from gamma_vllm.kernels.library import define
+from gamma_vllm.kernels.base import define
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.linear import GammaLinearMethod, parameter_name, register_held
 from gamma_vllm.shards import Module, Segment, plan_vocabulary
 
 __all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
-
-_ROWS = ("packed", "scale", "zero_point")
 
 
 class GammaVocabularyMethod(GammaLinearMethod):
@@ -78,7 +76,8 @@ class GammaVocabularyMethod(GammaLinearMethod):
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Token numbers `[...]` to rows `[..., hidden_size]` in the model's dtype."""
-        packed, scale, zero_point = (getattr(layer, _row_name(name), None) for name in _ROWS)
+        packed, scale = (getattr(layer, _row_name(name)) for name in ("packed", "scale"))
+        zero_point = getattr(layer, _row_name("zero_point"), None)
         bits = self.segments[0].num_bits
         if isinstance(self.kernel, NativeKernel) and self.params_dtype == torch.bfloat16:
             return self.kernel.gather_rows(input_, packed, scale, zero_point, bits)
@@ -100,7 +99,7 @@ class TiedHeadMethod(QuantizeMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., hidden_size]` to the logits of this rank's rows."""
-        (embedding,) = self.embedding_layer
+        embedding: Any = self.embedding_layer[0]
         return embedding.quant_method.apply(embedding, x, bias)
 
 
@@ -156,5 +155,5 @@ define("gather_rows", f"{_SCHEMA}, ScalarType dtype) -> Tensor", gather_rows, _f
 for _name in (
     "native_gather_rows",
     "native_avx2_gather_rows",
-):  # native.cpp and native_avx2.cpp have the implementations
+):  # native_avx512.cpp and native_avx2.cpp have the implementations
     define(_name, f"{_SCHEMA}) -> Tensor", None, _fake_bfloat16)

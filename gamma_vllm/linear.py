@@ -10,13 +10,15 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from gamma_vllm.compatibility import layer_prefix
-from gamma_vllm.kernels.choose import Kernel, choose_kernel
+from gamma_vllm.kernels.base import Kernel
+from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.parameters import FlatParameter, join_zero_points
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
 __all__ = [
     "GammaLinearMethod",
     "check_loaded",
+    "checkpoint_tensors",
     "expects_load",
     "held_tensors",
     "key_compile_cache",
@@ -24,7 +26,6 @@ __all__ = [
     "parameter_name",
     "part_dtypes",
     "register_held",
-    "segment_tensors",
 ]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -91,7 +92,7 @@ class GammaLinearMethod(LinearMethodBase):
         for part in flat:
             delattr(layer, part)
         for number, segment in enumerate(self.segments):
-            self._keep(layer, number, segment, segment_tensors(segment, flat))
+            self._keep(layer, number, segment, checkpoint_tensors(segment, flat))
         empty = torch.empty(0, dtype=torch.int32, device=device)
         layer.register_parameter("weight_packed", nn.Parameter(empty, requires_grad=False))
 
@@ -201,7 +202,7 @@ def parameter_name(number: int, name: str) -> str:
     return f"gamma_{number}_{name}"
 
 
-def segment_tensors(segment: Segment, flat: dict[str, FlatParameter]) -> dict[str, Tensor]:
+def checkpoint_tensors(segment: Segment, flat: dict[str, FlatParameter]) -> dict[str, Tensor]:
     """The checkpoint tensors of one segment, shards joined along the rows: `weight`, or what a kernel packs."""
     if not segment.quantized:
         return {"weight": _rows(flat["weight"], segment)}

@@ -35,7 +35,7 @@ def empty_weight(part: str, numel: int, dtype: torch.dtype) -> Tensor:
     """A tensor `[numel]` on the default device, with a storage of its own and unknown values.
 
     part: what it is of a layer ("weight_packed"). Those of one part lie in the order in which they are made, so that
-    what a kernel asks for ahead, behind the end of one, is the beginning of the next.
+    what a kernel prefetches behind the end of one is the beginning of the next.
     """
     size = numel * dtype.itemsize
     if torch.get_default_device().type != "cpu" or size < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):

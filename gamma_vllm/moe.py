@@ -20,23 +20,22 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, module_tensors
-from gamma_vllm.kernels.choose import Kernel, choose_kernel
-from gamma_vllm.kernels.library import define
+from allocator.contract.resident import EXPERT_ALIGNMENT_BYTES
+from gamma_vllm.kernels.base import Kernel, define
+from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.linear import (
     check_loaded,
+    checkpoint_tensors,
     expects_load,
     held_tensors,
     key_compile_cache,
     part_dtypes,
     register_held,
-    segment_tensors,
 )
 from gamma_vllm.parameters import FlatParameter
 from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
 
 __all__ = ["ExpertModules", "GammaMoEMethod"]
-
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class GammaMoEMethod(FusedMoEMethodBase):
             packed: dict[str, dict[tuple[int, int, str], Tensor]] = {}
             for expert, segments in enumerate(stack.segments):
                 for number, segment in enumerate(segments):
-                    tensors = segment_tensors(segment, flat)
+                    tensors = checkpoint_tensors(segment, flat)
                     if segment.quantized:
                         tensors = self.kernel.pack(segment, tensors)
                     for name, tensor in tensors.items():
@@ -257,7 +256,7 @@ def _segments(shards_of_experts: list[list[Shard]]) -> list[list[Segment]]:
 def _join(tensors: dict[tuple[int, int, str], Tensor]) -> tuple[Tensor, dict[tuple[int, int, str], _Place]]:
     """One 1-D tensor of all `tensors`, each aligned as a tensor of its own would be, and the place of each."""
     first = next(iter(tensors.values()))
-    step = _ALIGNMENT_BYTES // first.element_size()
+    step = EXPERT_ALIGNMENT_BYTES // first.element_size()
     places, end = {}, 0
     for key, tensor in tensors.items():
         places[key] = _Place(end, tuple(tensor.shape))

@@ -78,8 +78,9 @@ class GammaPiecesMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` `[..., in_features]` to `[..., out_features]` of this rank, in the dtype of `x`: all channels of gate,
         then all of up, as down_proj takes them."""
+        pieces: Any = layer.rows
         segments = [segment for method in self.pieces for segment in method.segments]
-        tensors = [held for method, piece in zip(self.pieces, layer.rows, strict=True) for held in method.held(piece)]
+        tensors = [held for method, piece in zip(self.pieces, pieces, strict=True) for held in method.held(piece)]
         output = self.pieces[0].kernel.layer(segments, tensors, x)
         chunks = self.layout.chunks // getattr(layer, "tp_size", 1)
         # [..., piece, gate or up, chunk, channel] to [..., gate or up, chunk, piece, channel]

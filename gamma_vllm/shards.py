@@ -228,7 +228,8 @@ def merge(shards: Sequence[Shard]) -> list[Segment]:
     """Join neighbouring shards of one kind, so that equal widths cost one GEMM and not three."""
     segments: list[Segment] = []
     for index, shard in enumerate(shards):
-        indices, rows = (index,), shard.rows
+        indices: tuple[int, ...] = (index,)
+        rows = shard.rows
         if segments and shards[segments[-1].shards[0]].kind == shard.kind:
             last = segments.pop()
             indices, rows = (*last.shards, index), last.rows + shard.rows

@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
 def _price(args: argparse.Namespace, manifest: "Manifest", plan: "Plan | None", work: Path) -> list[str]:
     """What tied fusion costs, where the plan chose it."""
     from allocator.contract.scores import Scores
+    from allocator.plan.fusion import fusion_price
     from allocator.solve import solve_resident
-    from allocator.solve.fusion import fusion_price
 
     settings = solve_settings(args, plan)
     if plan is None or settings.fusion == "free" or manifest.proof is None:

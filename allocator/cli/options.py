@@ -130,7 +130,7 @@ def rules(args: argparse.Namespace) -> "Rules":
 def solve_settings(args: argparse.Namespace, plan: "Plan | None" = None) -> "SolveSettings":
     """`plan` decides about --fusion auto."""
     from allocator.pipeline.pipeline import SolveSettings
-    from allocator.solve.fusion import fusion_for
+    from allocator.plan.fusion import fusion_for
 
     return SolveSettings(
         budget=args.budget,

@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> None:
     from allocator.sidecar.store import Store
 
     settings, store = prepare_settings(args), Store(args.store)
-    store.check()
     with show_progress(args.progress) as progress:
         prepared = prepare(settings, store, args.out.absolute(), progress)
     if args.json:

@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.manifest import Manifest
     from allocator.contract.scores import Scores
     from allocator.plan import Plan
+    from allocator.plan.fusion import fusion_price
     from allocator.report.tables import manifest_tables
     from allocator.solve import SolveSettings, solve_resident, solve_scores
-    from allocator.solve.fusion import fusion_price
 
     if args.out is not None:
         check_output_file(args.out)

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.sidecar.store import Store
 
     store = Store(args.store)
-    if args.action != "add":
+    if args.action in ("list", "remove"):
         store.check()
     {"add": _add, "add-manifest": _add_manifests, "list": _list, "remove": _remove}[args.action](args, store)
 
@@ -102,6 +102,7 @@ def _add_manifests(args: argparse.Namespace, store: "Store") -> None:
     from allocator.sidecar.publish import publish_manifest
 
     store.check_writable()
+    store.check()
     manifests = [read_manifest(path) for path in args.manifest]
     new = [publish_manifest(manifest, store) for manifest in manifests]
     if args.json:

@@ -29,6 +29,9 @@ from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat
 
 __all__ = [
     "ARK_ROWS",
+    "EXPERT_ALIGNMENT_BYTES",
+    "HUMMING_COLUMNS",
+    "HUMMING_ROWS",
     "VOCABULARY_PADDING",
     "Heads",
     "Kernel",
@@ -57,8 +60,10 @@ Result = TypeVar("Result")
 ARK_ROWS = {"ark": 24, "ark-amx": 48}
 """To what ARK pads rows, multiplying in float32, its default."""
 _ARK_HEADER_BYTES = 128
-_HUMMING_ROWS, _HUMMING_COLUMNS = 256, 128
-_EXPERT_ALIGNMENT_BYTES = 64
+HUMMING_ROWS, HUMMING_COLUMNS = 256, 128
+"""To what vLLM pads the layers that it gives to humming; its tuned configurations are for these."""
+EXPERT_ALIGNMENT_BYTES = 64
+"""Of each tensor of an expert: those of one name lie in one tensor."""
 _MOST_RANKS = 64
 """Where the heads are not known, more are not named in errors."""
 
@@ -167,10 +172,11 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
     """Bytes of each tensor that holds `rows` packed together; `module` says their storage (its shape does not count).
 
     torch keeps the tensors of the file but `weight_shape`: packed rows, 16-bit scales, packed zero points. native keeps
-    the same, with zero points of one byte (`gamma_vllm.kernels.native.resident_bytes`). ark has
-    one blob: rows padded to `ARK_ROWS`, codes, float32 scales, zero points of one byte, and 128 bytes
-    (`gamma_vllm.kernels.ark.blob_bytes`). humming pads rows to 256 and columns to 128, and unpacks zero points to 4
-    or 8 bits (`gamma_vllm.kernels.humming.resident_bytes`).
+    the same, with zero points of one byte. ark has one blob: rows padded to `ARK_ROWS`, codes, float32 scales, zero
+    points of one byte, and 128 bytes; found by packing thousands of shapes with auto-round-lib 0.16.0, for its default,
+    fp32 (with AMX the other compute types take more). humming pads rows to 256 and columns to 128, and unpacks zero
+    points to 4 bits up to 4-bit codes, else 8 (its `transform.py`); the locks of its scheduler, 32 bytes for each
+    multiprocessor of the GPU, are not counted. Tests compare each with the tensors that the kernels really make.
     """
     if not module.quantized:
         return (2 * rows * columns,)
@@ -182,7 +188,7 @@ def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kerne
         return (pad(rows, ARK_ROWS[kernel]) * each + _ARK_HEADER_BYTES,)
     zero_point_bits = bits
     if kernel == "humming":
-        rows, columns = pad(rows, _HUMMING_ROWS), pad(columns, _HUMMING_COLUMNS)
+        rows, columns = pad(rows, HUMMING_ROWS), pad(columns, HUMMING_COLUMNS)
         zero_point_bits = 4 if bits <= 4 else 8
     groups = columns // module.group_size
     packed, scales = rows * columns * bits // 8, 2 * rows * groups
@@ -210,7 +216,7 @@ def resident_bytes(
     What it takes beside others is never more: packing neighbours together saves padding.
     """
     rows, columns = rank_shape(module.shape, split, ranks or Ranks(), heads, module.group_size)
-    alignment = _EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
+    alignment = EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
     nbytes = segment_bytes(rows, columns, module, kernel, alignment)
     if not module.quantized or split not in ("embedding", "tied"):
         return nbytes
@@ -304,7 +310,7 @@ class Residency(Strict):
         if len(names) == 1:
             form = modules[names[0]]
             return self._checked(names[0], lambda: resident_bytes(form, split, self.ranks, self.heads, self.kernel))
-        alignment = _EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
+        alignment = EXPERT_ALIGNMENT_BYTES if split.startswith("expert") else 1
         total = 0
         for module, rows, columns in self._segments(names, modules):
             total += segment_bytes(rows, columns, module, self.kernel, alignment)

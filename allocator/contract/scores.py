@@ -4,10 +4,8 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
@@ -15,14 +13,22 @@ from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
+if TYPE_CHECKING:  # imported late: schemas are read by programs that answer at once
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
 __all__ = [
     "KV_CACHE_NAME",
     "Candidate",
+    "Fusion",
     "Interactions",
     "KvCacheScores",
     "ScoredModule",
     "Scores",
 ]
+
+Fusion = Literal["free", "tied"]
+"""Whether the modules of a fused group may have widths of their own, or get one."""
 
 
 class Candidate(Strict):
@@ -68,14 +74,18 @@ class Interactions(Strict):
     least_eigenvalue: float
 
     @classmethod
-    def of(cls, correlations: ArrayLike, least_eigenvalue: float) -> "Interactions":
+    def of(cls, correlations: "ArrayLike", least_eigenvalue: float) -> "Interactions":
         """Of the matrix `[n, n]` of the r_ij; what is not above its diagonal does not count."""
+        import numpy as np
+
         matrix = np.asarray(correlations, dtype="<f2")
         content = matrix[np.triu_indices(len(matrix), 1)].tobytes()
         return cls(correlations=base64.b64encode(content).decode(), least_eigenvalue=least_eigenvalue)
 
-    def among(self, numbers: Sequence[int]) -> NDArray[np.float16]:
+    def among(self, numbers: Sequence[int]) -> "NDArray[np.float16]":
         """The r_ij of some of the candidates, their places in rising order: `[k, k]`, 0 on and below the diagonal."""
+        import numpy as np
+
         stored, places = np.frombuffer(self.content(), dtype="<f2"), np.array(numbers, dtype=np.int64)
         count = (1 + math.isqrt(1 + 4 * stored.nbytes)) // 2
         found = np.zeros((len(places), len(places)), dtype=np.float16)

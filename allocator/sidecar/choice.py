@@ -9,6 +9,7 @@ from allocator.contract.manifest import Manifest
 from allocator.contract.scores import Scores
 from allocator.model.shape import read_shape
 from allocator.plan import Device, Plan, PlanRequest
+from allocator.plan.fusion import fusion_for, fusion_price
 from allocator.plan.lora import check_lora
 from allocator.plan.schema import check_request, default_num_seqs
 from allocator.plan.visible_gpus import device_of_visible, read_devices
@@ -19,7 +20,6 @@ from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Entry, Store, is_digest
 from allocator.solve import Fusion, SolveSettings, solve_scores
-from allocator.solve.fusion import fusion_for, fusion_price
 from allocator.solve.kv_cache_dtype import choose_kv_dtype
 
 __all__ = ["Selection", "choose", "find_entry"]

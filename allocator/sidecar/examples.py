@@ -8,7 +8,6 @@ from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Budget, Manifest, Proof
 from allocator.model.shape import read_shape
 from allocator.plan import PlanRequest, find_gpu, make_plan
-from allocator.report.differences import compare, comparison_document
 
 __all__ = ["add_examples"]
 
@@ -36,6 +35,8 @@ def add_examples(document: dict[str, Any]) -> None:
 
 
 def _examples() -> dict[str, Any]:
+    from allocator.report.differences import compare, comparison_document  # loads the solver, which starting must not
+
     plan = make_plan(read_shape(_CONFIG), find_gpu("rtx4090"), PlanRequest(max_model_len=8192), model="Qwen3-0.6B")
     planned = plan.payload() | {"digest": plan.digest}
     small, large = _manifest(3), _manifest(4)
@@ -112,7 +113,6 @@ def _allocation(manifest: Manifest) -> dict[str, Any]:
         "scores_digest": _SCORES, "bank_digest": _BANK, "manifest_digest": manifest.digest,
         "request": {
             "model": "Qwen3-0.6B", "budget": "2000000", "pins": {}, "ceilings": {}, "floors": {}, "fusion": "free",
-            "solver": "dynamic",
         },
         "requested": manifest.budget.requested, "budget_bytes": manifest.budget.nbytes,
         "tensor_bytes": manifest.tensor_bytes, "average_bits": 3.25, "predicted_loss": manifest.proof.objective,

@@ -32,6 +32,7 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     """
     if not (out / PREPARED_NAME).exists():  # else there may be nothing to write
         check_output_folder(out)
+    store.check()
     entry = find_entry(store, settings.model)
     choice = choose(settings, entry, store, progress)
     request = digest_json({

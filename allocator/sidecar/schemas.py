@@ -8,6 +8,7 @@ from allocator.contract.bank import ModelReference
 from allocator.contract.documents import Digest
 from allocator.contract.manifest import Manifest, Proof
 from allocator.plan import Plan
+from allocator.plan.fusion import AskedFusion
 from allocator.run.progress import Standing
 
 __all__ = [
@@ -110,7 +111,7 @@ class AllocationRequest(Body):
     pins: Rules = Field(default_factory=dict, description="modules (fnmatch pattern) with exactly this width")
     ceilings: Rules = Field(default_factory=dict, description="modules with at most this width")
     floors: Rules = Field(default_factory=dict, description="modules with at least this width")
-    fusion: Literal["auto", "free", "tied"] = Field(
+    fusion: AskedFusion = Field(
         default="auto", description="auto: one width a fused layer with a plan (CUDA), free widths with a budget"
     )
 
@@ -171,9 +172,7 @@ class FitRequest(Body):
     model: ModelId
     hardware: PlanHardware
     budget: Amount | None = None
-    fusion: Literal["auto", "free", "tied"] = Field(
-        default="auto", description="auto: as in an allocation by plan, or by budget"
-    )
+    fusion: AskedFusion = "auto"
 
 
 class SweepRequest(Body):

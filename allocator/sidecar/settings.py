@@ -9,8 +9,8 @@ from pydantic import Field
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
+from allocator.plan.fusion import AskedFusion
 from allocator.plan.schema import LoraRequest
-from allocator.solve.fusion import AskedFusion
 
 __all__ = ["PrepareSettings", "ServiceSettings", "is_loopback"]
 

@@ -15,6 +15,7 @@ from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, average_bits
 from allocator.contract.scores import Scores
 from allocator.plan import Plan, PlanRequest
+from allocator.plan.fusion import fusion_for
 from allocator.report.differences import compare, comparison_document
 from allocator.report.recorded import recorded_loss, recorded_row
 from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
@@ -30,7 +31,6 @@ from allocator.sidecar.schemas import (
 from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, document_text
 from allocator.solve import SolveSettings, solve_scores
-from allocator.solve.fusion import fusion_for
 from allocator.solve.many_budgets import UniformPlan, solve_budgets, uniform_plans
 from allocator.solve.program import Program
 from allocator.solve.request import parse_amount

@@ -4,15 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
-from allocator.contract.scores import Candidate, Scores
+from allocator.contract.scores import Candidate, Fusion, Scores
 
 __all__ = ["NO_RULES", "Choice", "Fusion", "Rules", "Unit", "undominated", "units_of"]
-
-Fusion = Literal["free", "tied"]
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def _between(kernel: HummingKernel, device: torch.device) -> dict[str, Any]:
         configs = Library.prepare_kernels(config.to_str(), adapter.compute_config(), tuned, device)
 
         def multiply(x: Tensor, held: dict[str, Tensor], configs: Tensor = configs) -> Tensor:
-            tensors = {"weight": held["codes"], "weight_scale": held["scale"], "zero_point": held["zero_point"]}
+            tensors = {"weight": held["packed"], "weight_scale": held["scale"], "zero_point": held["zero_point"]}
             made: Tensor = launch_kernel(configs=configs, inputs=x, locks=held["locks"], **tensors)
             return made
 

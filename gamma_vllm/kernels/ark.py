@@ -3,7 +3,8 @@
 Its functions take bare pointers and check little: bfloat16 activations crash the process and bfloat16 scales
 give garbage. So this file is the only caller, and hands over contiguous float32 activations and scales.
 
-A blob holds codes, float32 scales and, if asymmetric, one byte a zero point; see `blob_bytes`.
+A blob holds codes, float32 scales and, if asymmetric, one byte a zero point; `segment_tensors` in
+`allocator.contract.resident` says how many bytes.
 """
 
 import functools
@@ -16,46 +17,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import unpack_codes, unpack_zero_points
-from allocator.contract.resident import ARK_ROWS, pad
-from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
-from gamma_vllm.kernels.library import define
+from allocator.contract.resident import ARK_ROWS, segment_bytes
+from gamma_vllm.kernels.base import check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.self_test import failed_self_test
 from gamma_vllm.shards import Segment
 
-__all__ = ["ArkKernel", "blob_bytes", "planned_as"]
+__all__ = ["ArkKernel", "planned_as"]
 
 _COMPUTE_VARIABLE = "GAMMA_ARK_COMPUTE"
 _COMPUTE_TYPES = ("fp32", "bf16", "int8")
 _SCALE_TYPE = "fp32"
 
 
-_HEADER_BYTES = 128
-
-
-def blob_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
-    """Bytes of the blob of a segment `[rows, columns]`: what stays resident of it, on the CPU at hand.
-
-    With R = rows rounded up to 24, on CPUs with AMX to 48:
-    `R*columns*num_bits/8 + R*columns/group_size*(4, or 5 with zero points) + 128`. Found by packing thousands of shapes
-    with auto-round-lib 0.16.0. It holds for the default, fp32; with AMX the other compute types take more.
-    """
-    padded = pad(rows, ARK_ROWS[planned_as()])
-    scales = padded * (columns // group_size) * (4 if symmetric else 5)
-    return padded * columns * num_bits // 8 + scales + _HEADER_BYTES
-
-
 @functools.cache
 def planned_as() -> Literal["ark", "ark-amx"]:
     """The `--kernel` of a plan for the CPU at hand. The library looks at the CPU itself, not at `GAMMA_CPU_ISA`, so
     a matrix is packed, and the size of its blob tells."""
-    segment = Segment((0,), 4, 32, True, rows=ARK_ROWS["ark"], columns=32)
+    rows, columns = ARK_ROWS["ark"], 32
+    module = ModuleFormat(shape=(rows, columns), num_bits=4, group_size=32, symmetric=True)
+    segment = Segment((0,), 4, 32, True, rows, columns)
     with torch.device("cpu"):
         tensors = {
-            "packed": torch.zeros(segment.rows, 4, dtype=torch.int32),
-            "scale": torch.ones(segment.rows, 1, dtype=torch.float32),
+            "packed": torch.zeros(rows, 4, dtype=torch.int32),
+            "scale": torch.ones(rows, 1, dtype=torch.float32),
         }
     blob = ArkKernel("fp32").pack(segment, tensors)["blob"]
-    return "ark" if blob.nbytes == segment.rows * (16 + 4) + _HEADER_BYTES else "ark-amx"
+    return "ark" if blob.nbytes == segment_bytes(rows, columns, module, "ark") else "ark-amx"
 
 
 def _compute_type() -> str:
@@ -67,7 +56,7 @@ def _compute_type() -> str:
 
 @dataclass(frozen=True)
 class ArkKernel:
-    """Multiplies packed blobs; see `gamma_vllm.kernels.choose.Kernel`.
+    """Multiplies packed blobs; see `gamma_vllm.kernels.base.Kernel`.
 
     `compute` is in what ARK multiplies: `fp32`, `bf16`, or `int8`, which also quantizes the activations. It is
     part of the blob, so it is read from the environment once, here.
@@ -138,30 +127,11 @@ def _why_not_cpu() -> str | None:
         return f"auto-round-lib cannot be imported ({error}); install the extra `gamma-vllm[cpu]`"
     if getattr(auto_round_kernel, "cpu_lib", None) is None:
         return "auto-round-lib has no CPU library for this platform"
-    error = _self_test()
-    return None if error < 0.02 else f"its self-test is off by {error:.3g} (relative)"
-
-
-def _self_test() -> float:
-    """Relative error of one small product against the reference."""
-    from gamma_vllm.kernels.torch_reference import TorchKernel
-
-    segment = Segment((0,), 3, 32, False, rows=48, columns=64)
-    with torch.device("cpu"):
-        tensors = {
-            "packed": (torch.arange(48 * 6) * 19088743).to(torch.int32).reshape(48, 6),
-            "scale": torch.linspace(0.5, 1.5, 96, dtype=torch.float32).reshape(48, 2),
-            "zero_point": (torch.arange(10) * 76354972).to(torch.int32).reshape(5, 2),
-        }
-        x = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
-    kernel, reference = ArkKernel(), TorchKernel()
-    expected = reference.linear(segment, tensors, x)
-    given = kernel.linear(segment, kernel.pack(segment, tensors), x)
-    return float((given - expected).norm() / expected.norm())
+    return failed_self_test(ArkKernel(), float32=0.02, bfloat16=0.02)
 
 
 def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int], compute: str) -> Tensor:
-    """`x` `[..., columns]` times each segment (see `joined`), joined along the rows."""
+    """`x` `[..., columns]` times each segment (see `kinds_of`), joined along the rows."""
     import auto_round_kernel
 
     columns, total = x.shape[-1], sum(kinds[::4])

@@ -2,57 +2,19 @@
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 from vllm.logger import init_logger
 
 from gamma_vllm.kernels.ark import ArkKernel
+from gamma_vllm.kernels.base import Kernel
 from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.kernels.torch_reference import TorchKernel
-from gamma_vllm.shards import Segment
 
-__all__ = ["Kernel", "choose_kernel"]
+__all__ = ["choose_kernel"]
 
 _VARIABLE = "GAMMA_KERNEL"
-
-
-class Kernel(Protocol):
-    """What a kernel offers. `signature` changes with everything that changes the compiled graph."""
-
-    name: str
-    buffers: tuple[str, ...]
-    """Which of the tensors are work space. vLLM's sleep keeps buffers and discards parameters."""
-
-    @property
-    def signature(self) -> str: ...
-
-    @property
-    def about(self) -> str:
-        """What the log says of it beside its name; may be empty."""
-
-    @staticmethod
-    def why_not(device: torch.device) -> str | None:
-        """Why the kernel cannot run on `device`, or None."""
-
-    def tensor_names(self, segment: Segment) -> tuple[str, ...]:
-        """The tensors that `pack` gives and `linear` takes. None is called `weight`: that is the one of 16 bits, and
-        experts of all widths keep tensors of one name together."""
-
-    def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Once after loading: `packed`, `scale` and, if asymmetric, `zero_point` to what the kernel reads."""
-
-    def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """`x` `[..., columns]` times the segment: `[..., rows]`, in the dtype of `x`."""
-
-    def layer(self, segments: Sequence[Segment], tensors: Sequence[dict[str, Tensor]], x: Tensor) -> Tensor:
-        """`x` times all segments of a layer, joined: a new tensor `[..., sum of rows]`, in the dtype of `x`.
-
-        A segment of 16 bits has one tensor, `weight`.
-        """
 
 
 _KERNELS: dict[str, type[Kernel]] = {

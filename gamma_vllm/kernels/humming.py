@@ -4,7 +4,7 @@ Its own layout on disk is ours: `weight` int32 `[N, K*b/32]`, `weight_scale` `[N
 `[N*b/32, K/g]`. Written for humming-kernels 0.1.19, which vLLM 0.33 pins and which is the newest. Kernels are
 compiled when a (shape, width) is first multiplied and cached on disk (`HUMMING_CACHE_DIR`); `gamma warmup` does it
 ahead. humming would compile some 30 for each (shape, width), one for every eight tokens up to 176; free widths multiply
-the pairs, so we ask for its choice at `_TUNED_TOKENS` only, a third to a quarter of the kernels.
+the pairs, so we take its choice at `_TUNED_TOKENS` only, a third to a quarter of the kernels.
 
 Checked without a GPU against humming's own schemas and signatures (tests/gamma_vllm/test_humming.py); tests/gpu
 multiplies.
@@ -22,14 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
-from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
-from gamma_vllm.kernels.library import define
+from allocator.contract.resident import HUMMING_COLUMNS, HUMMING_ROWS, pad
+from gamma_vllm.kernels.base import check_columns, define, kinds_of, split_kinds, tensors_of
 from gamma_vllm.shards import Segment
 
-__all__ = ["HummingKernel", "locks_of", "products_of", "resident_bytes", "schema_of", "standard_tensors"]
-
-_ROW_MULTIPLE, _COLUMN_MULTIPLE = 256, 128
-"""To what vLLM pads the layers that it gives to humming; its tuned configurations are for these."""
+__all__ = ["HummingKernel", "locks_of", "products_of", "schema_of", "standard_tensors"]
 
 _LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 _LOCKS_A_PROCESSOR = 8
@@ -41,22 +38,9 @@ _TUNED_TOKENS = (8, 16, 32, 64, 96, 128, 176, 256, 352, 528, 1056, 8192)
 _ANY_TOKENS = 1 << 30
 
 
-def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
-    """Bytes of a segment after `pack`, without its locks (32 bytes for each multiprocessor of the GPU).
-
-    With R = rows rounded up to 256 and C = columns to 128: codes R*C*b/8, 16-bit scales R*C/g*2, and zero points
-    R*C/g*z/8 with z = 4 bits a zero point up to 4-bit codes, else 8 (`humming/transform.py`).
-    """
-    padded = _round_up(rows, _ROW_MULTIPLE)
-    groups = _round_up(columns, _COLUMN_MULTIPLE) // group_size
-    zero_point_bits = 0 if symmetric else (4 if num_bits <= 4 else 8)
-    codes = padded * _round_up(columns, _COLUMN_MULTIPLE) * num_bits // 8
-    return codes + padded * groups * 2 + padded * groups * zero_point_bits // 8
-
-
 @dataclass(frozen=True)
 class HummingKernel:
-    """Multiplies on NVIDIA GPUs; see `gamma_vllm.kernels.choose.Kernel`. `dtype` is that of the activations."""
+    """Multiplies on NVIDIA GPUs; see `gamma_vllm.kernels.base.Kernel`. `dtype` is that of the activations."""
 
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
 
@@ -93,7 +77,7 @@ class HummingKernel:
         return None
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
-        return ("codes", "scale", "locks") if segment.symmetric else ("codes", "scale", "zero_point", "locks")
+        return ("packed", "scale", "locks") if segment.symmetric else ("packed", "scale", "zero_point", "locks")
 
     def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """humming's order of codes, scales and zero points, padded; and the locks of its stream-K scheduler."""
@@ -102,20 +86,20 @@ class HummingKernel:
         given, rows = standard_tensors(segment, tensors, self.dtype)
         schema, inputs = schema_of(segment)
         device = tensors["packed"].device
-        _config, packed = prepare_and_transform_humming_tensors(
+        _config, made = prepare_and_transform_humming_tensors(
             tensors=given,
             shape_n=rows,
             shape_k=segment.columns,
             weight_schema=schema,
             input_schema=inputs,
-            pad_n_to_multiple=_ROW_MULTIPLE,
-            pad_k_to_multiple=_COLUMN_MULTIPLE,
+            pad_n_to_multiple=HUMMING_ROWS,
+            pad_k_to_multiple=HUMMING_COLUMNS,
             has_bias=False,
             torch_dtype=self.dtype,
             device=device,
         )
-        kept = {"codes": packed["weight"], "scale": packed["weight_scale"], "locks": locks_of(device)}
-        return kept if segment.symmetric else kept | {"zero_point": packed["zero_point"]}
+        kept = {"packed": made["weight"], "scale": made["weight_scale"], "locks": locks_of(device)}
+        return kept if segment.symmetric else kept | {"zero_point": made["zero_point"]}
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         return self.layer([segment], [tensors], x)
@@ -135,7 +119,7 @@ def schema_of(segment: Segment) -> tuple[Any, Any]:
 def _schemas(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
     from humming.schema import BaseWeightSchema, HummingInputSchema
 
-    config = {"quant_method": "humming", "dtype": f"uint{num_bits}"}
+    config: dict[str, Any] = {"quant_method": "humming", "dtype": f"uint{num_bits}"}
     config |= {"group_size": group_size, "has_zero_point": asymmetric}
     return BaseWeightSchema.from_config(config), HummingInputSchema()
 
@@ -159,11 +143,7 @@ def standard_tensors(segment: Segment, tensors: dict[str, Tensor], dtype: torch.
 
 
 def _rows_with_zero_points(rows: int) -> int:
-    return _round_up(rows, 32)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return pad(rows, 32)
 
 
 def locks_of(device: torch.device) -> Tensor:
@@ -185,8 +165,8 @@ def layer_config(
         shape_k=columns,
         weight_schema=schema,
         input_schema=inputs,
-        pad_n_to_multiple=_ROW_MULTIPLE,
-        pad_k_to_multiple=_COLUMN_MULTIPLE,
+        pad_n_to_multiple=HUMMING_ROWS,
+        pad_k_to_multiple=HUMMING_COLUMNS,
         has_bias=False,
         torch_dtype=dtype,
         device=device,
@@ -258,7 +238,7 @@ def products_of(kinds: tuple[int, ...], columns: int, dtype: torch.dtype, device
 
 
 def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
-    """`x` `[..., columns]` times each segment (see `joined`), joined along the rows."""
+    """`x` `[..., columns]` times each segment (see `kinds_of`), joined along the rows."""
     from humming.ops import launch_kernel
 
     columns, total = x.shape[-1], sum(kinds[::4])

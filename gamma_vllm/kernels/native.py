@@ -1,8 +1,8 @@
-"""Our own kernels for CPUs: `native.cpp` for AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids), and
-`native_avx2.cpp` for AVX2, FMA and F16C (AMD from Zen 1, Intel from Haswell).
+"""Our own kernels for CPUs: `native_avx512.cpp` for AVX-512 VBMI and BF16 (AMD from Zen 4, Intel from Sapphire Rapids),
+and `native_avx2.cpp` for AVX2, FMA and F16C (AMD from Zen 1, Intel from Haswell).
 
 They read codes and scales as the checkpoint stores them, so nothing is repacked and nothing is larger in memory but the
-zero points, one byte each (`resident_bytes`). Few activations are multiplied code by code; many, as in prefill, with
+zero points, one byte each. In decode (gemv) a few activations are multiplied code by code; in prefill (gemm) many, with
 weights unpacked a piece at a time: in tiles of AMX where the CPU has them (Intel from Sapphire Rapids), else in
 registers. Tiles take three to 32 activations code by code too. With AVX2 codes and activations are multiplied as
 integers of 16 bits.
@@ -30,18 +30,17 @@ from torch import Tensor
 
 from allocator.contract.cpu import cpu_flags, why_missing
 from allocator.contract.packing import unpack_zero_points
-from gamma_vllm.kernels.in_turn import multiply_in_turn
-from gamma_vllm.kernels.joined import check_columns, kinds_of, split_kinds, tensors_of
-from gamma_vllm.kernels.library import define
+from gamma_vllm.kernels.base import check_columns, define, kinds_of, multiply_in_turn, split_kinds, tensors_of
+from gamma_vllm.kernels.self_test import failed_self_test
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
 
-__all__ = ["Isa", "NativeKernel", "build", "resident_bytes", "usable_isas"]
+__all__ = ["Isa", "NativeKernel", "build", "library", "usable_isas", "why_not_isa"]
 
 Isa = Literal["avx512", "avx2"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES: dict[Isa, str] = {"avx512": "native.cpp", "avx2": "native_avx2.cpp"}
+_SOURCES: dict[Isa, str] = {"avx512": "native_avx512.cpp", "avx2": "native_avx2.cpp"}
 _NEEDED: dict[Isa, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
@@ -50,21 +49,15 @@ _NEEDED: dict[Isa, tuple[str, ...]] = {
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp")
 _OPERATORS: dict[Isa, str] = {"avx512": "native_layer", "avx2": "native_avx2_layer"}
 
-_FEW_TOKENS = 24
-"""Up to so many activations in float16 or float32 are multiplied code by code, as native.cpp does in bfloat16."""
-_SPACE_WEIGHTS = 1 << 22
+_GEMV_TOKENS = 24
+"""Up to so many activations in float16 or float32 are multiplied by gemv, code by code."""
+SPACE_WEIGHTS = 1 << 22
 """Weights dequantized at a time for activations in float16 and float32; 16 MiB stay allocated for them."""
-
-
-def resident_bytes(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> int:
-    """Bytes of a segment after `pack`: `rows*columns*bits/8` codes, two bytes a scale, one byte a zero point."""
-    groups = rows * (columns // group_size)
-    return rows * columns * num_bits // 8 + groups * (2 if symmetric else 3)
 
 
 def usable_isas() -> tuple[Isa, ...]:
     """The instruction sets that there is a kernel for and that it has passed its self-test with, the best first."""
-    return tuple(isa for isa in _NEEDED if _why_not(isa) is None)
+    return tuple(isa for isa in _NEEDED if why_not_isa(isa) is None)
 
 
 def _best_isa() -> Isa:
@@ -73,7 +66,7 @@ def _best_isa() -> Isa:
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """Multiplies on CPUs; see `gamma_vllm.kernels.choose.Kernel`. Both instruction sets take the same tensors."""
+    """Multiplies on CPUs; see `gamma_vllm.kernels.base.Kernel`. Both instruction sets take the same tensors."""
 
     isa: Isa = field(default_factory=_best_isa)
 
@@ -87,27 +80,27 @@ class NativeKernel:
     @property
     def about(self) -> str:
         """What is used of the CPU, and why not more."""
-        return self.isa if self.isa == "avx512" else f"{self.isa}: {_why_not('avx512')}"
+        return self.isa if self.isa == "avx512" else f"{self.isa}: {why_not_isa('avx512')}"
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
         """None when one of the instruction sets will do, else what each lacks."""
         if device.type != "cpu":
             return f"it multiplies on CPUs, and the model is on {device}"
-        reasons = {isa: _why_not(isa) for isa in _NEEDED}
+        reasons = {isa: why_not_isa(isa) for isa in _NEEDED}
         if None in reasons.values():
             return None
         return "; ".join(f"{isa}: {reason}" for isa, reason in reasons.items())
 
     def tensor_names(self, segment: Segment) -> tuple[str, ...]:
-        return ("packed", "scale") if segment.symmetric else ("packed", "scale", "zeros")
+        return ("packed", "scale") if segment.symmetric else ("packed", "scale", "zero_point")
 
     def pack(self, segment: Segment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint's own codes and scales; zero points as bytes `[rows, groups]`."""
         kept = {"packed": tensors["packed"].contiguous(), "scale": tensors["scale"].contiguous()}
         if not segment.symmetric:
             zeros = unpack_zero_points(tensors["zero_point"], segment.num_bits, segment.rows)
-            kept["zeros"] = empty_weight("zeros", zeros.numel(), zeros.dtype).view(zeros.shape).copy_(zeros)
+            kept["zero_point"] = empty_weight("zero_point", zeros.numel(), zeros.dtype).view(zeros.shape).copy_(zeros)
         return kept
 
     def linear(self, segment: Segment, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -133,15 +126,15 @@ class NativeKernel:
 
 
 @functools.cache
-def _why_not(isa: Isa) -> str | None:
+def why_not_isa(isa: Isa) -> str | None:
+    """Why the kernel cannot run with an instruction set: what the CPU, a compiler or its self-test lacks; or None."""
     if (missing := why_missing(_NEEDED[isa])) is not None:
         return missing
     try:
-        _library(isa)
+        library(isa)
     except (OSError, RuntimeError) as error:
         return str(error)
-    error = _self_test(isa)
-    return None if error < 1e-3 else f"its self-test is off by {error:.3g} (relative)"
+    return failed_self_test(NativeKernel(isa), float32=1e-3, bfloat16=1e-2)  # sums of bfloat16 are rounded to it
 
 
 def build(isa: Isa) -> Path:
@@ -178,39 +171,16 @@ def build(isa: Isa) -> Path:
 
 
 @functools.cache
-def _library(isa: Isa) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(isa)))
+def library(isa: Isa) -> ctypes.CDLL:
+    """The functions of an instruction set, compiled if need be. Raises RuntimeError and OSError as `build` does."""
+    loaded = ctypes.CDLL(str(build(isa)))
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.gamma_multiply_few.argtypes = [pointer, pointer, number, pointer, number]
-    library.gamma_dequantize.argtypes = [pointer, pointer]
+    loaded.gamma_gemv.argtypes = [pointer, pointer, number, pointer, number]
+    loaded.gamma_dequantize.argtypes = [pointer, pointer]
     if isa == "avx512":
-        library.gamma_use_amx.argtypes, library.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
-        library.gamma_use_amx("amx_bf16" in cpu_flags())
-    return library
-
-
-def _self_test(isa: Isa) -> float:
-    """Relative error of a small product against the reference; one with many activations counts a tenth, as it rounds
-    to bfloat16."""
-    from gamma_vllm.kernels.torch_reference import TorchKernel
-
-    segment = Segment((0,), 3, 32, False, rows=48, columns=64)
-    with torch.device("cpu"):
-        tensors = {
-            "packed": (torch.arange(48 * 6) * 19088743).to(torch.int32).reshape(48, 6),
-            "scale": torch.linspace(0.5, 1.5, 96).to(torch.bfloat16).reshape(48, 2),
-            "zero_point": (torch.arange(10) * 76354972).to(torch.int32).reshape(5, 2),
-        }
-        few = torch.linspace(-1, 1, 3 * 64, dtype=torch.float32).reshape(3, 64)
-        many = torch.linspace(-1, 1, 40 * 64, dtype=torch.float32).reshape(40, 64).to(torch.bfloat16)
-    kernel, reference = NativeKernel(isa), TorchKernel()
-    packed = kernel.pack(segment, tensors)
-
-    def error(x: Tensor) -> float:
-        expected = reference.linear(segment, tensors, x.float())
-        return float((kernel.linear(segment, packed, x).float() - expected).norm() / expected.norm())
-
-    return max(error(few), error(many) / 10)
+        loaded.gamma_use_amx.argtypes, loaded.gamma_use_amx.restype = [ctypes.c_bool], ctypes.c_bool
+        loaded.gamma_use_amx("amx_bf16" in cpu_flags())
+    return loaded
 
 
 def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Isa) -> Tensor:
@@ -223,7 +193,7 @@ def _wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Isa) ->
         segments.append((weight, scale, zeros, rows, group_size, bits))
         total += rows
     flat = x.reshape(-1, x.shape[-1])
-    multiply = _few if flat.shape[0] <= _FEW_TOKENS else _dequantized
+    multiply = _gemv if flat.shape[0] <= _GEMV_TOKENS else _gemm
     return multiply(flat, segments, total, isa).to(x.dtype).view(*x.shape[:-1], total)
 
 
@@ -239,8 +209,8 @@ def _described(held: _Held, columns: int) -> "array[int]":
     return array("q", (weight.data_ptr(), scale.data_ptr(), zeros, bfloat16, rows, columns, group_size, bits))
 
 
-def _few(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
-    """Few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
+def _gemv(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
+    """Decode: a few activations `[tokens, columns]`, code by code: `[tokens, total]` in float32."""
     tokens, columns = x.shape
     parts = _as_bfloat16(x, isa)
     output = torch.empty(parts.shape[0], total, dtype=torch.float32)
@@ -253,18 +223,19 @@ def _few(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
             place[tokens:].zero_()
         else:
             described = _described(held, columns)
-            _library(isa).gamma_multiply_few(
+            library(isa).gamma_gemv(
                 described.buffer_info()[0], parts.data_ptr(), parts.shape[0], place.data_ptr(), total
             )
         start += rows
     return output.view(-1, tokens, total).sum(0) if tokens else output
 
 
-def _dequantized(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
-    """Many activations of another dtype: the weight dequantized to float32, and one product for as many rows as the
+def _gemm(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tensor:
+    """Prefill: many activations; the weight dequantized to float32, and one product for as many rows as the
     work space holds. `[tokens, total]` in float32."""
     tokens, columns = x.shape
-    x, space = x.float(), _work_space(columns)
+    x, held_rows = x.float(), max(SPACE_WEIGHTS // columns, 1)
+    space = work_space(max(SPACE_WEIGHTS, columns))[: held_rows * columns].view(held_rows, columns)
     output = x.new_empty(tokens, total)
     done = filled = 0
     for weight, scale, zero, rows, group_size, bits in segments:
@@ -277,7 +248,7 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tens
             else:
                 held = (weight[piece], scale[piece], zero[piece], count, group_size, bits)
                 described = _described(held, columns)
-                _library(isa).gamma_dequantize(described.buffer_info()[0], place.data_ptr())
+                library(isa).gamma_dequantize(described.buffer_info()[0], place.data_ptr())
             first += count
             filled += count
             if filled == space.shape[0] or done + filled == total:
@@ -286,15 +257,10 @@ def _dequantized(x: Tensor, segments: list[_Held], total: int, isa: Isa) -> Tens
     return output
 
 
-_space: list[Tensor] = []
-
-
-def _work_space(columns: int) -> Tensor:
-    """Rows of `columns` for dequantized weights, kept for the next call: fresh pages would cost more than unpacking."""
-    if not _space or _space[0].numel() < columns:
-        _space[:] = [torch.empty(max(_SPACE_WEIGHTS, columns), dtype=torch.float32)]
-    rows = _space[0].numel() // columns
-    return _space[0][: rows * columns].view(rows, columns)
+@functools.lru_cache(maxsize=1)
+def work_space(weights: int) -> Tensor:
+    """For dequantized weights, kept for the next call: fresh pages would cost more than unpacking."""
+    return torch.empty(weights, dtype=torch.float32)
 
 
 def _as_bfloat16(x: Tensor, isa: Isa) -> Tensor:
@@ -317,7 +283,7 @@ def _as_bfloat16(x: Tensor, isa: Isa) -> Tensor:
 def _fake_layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """By shape, `x` `[..., columns]` times each segment, joined along the rows.
 
-    tensors and kinds: see `joined`; tensors as `NativeKernel.pack` gives them.
+    tensors and kinds: see `tensors_of` and `kinds_of`; tensors as `NativeKernel.pack` gives them.
     """
     return x.new_empty((*x.shape[:-1], sum(kinds[::4])))
 

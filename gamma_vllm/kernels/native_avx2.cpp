@@ -1,5 +1,5 @@
-// native.cpp for CPUs with AVX2, FMA and F16C only: the same operators under names of their own, so that both libraries can be
-// in a process.
+// native_avx512.cpp for CPUs with AVX2, FMA and F16C only: the same operators under names of their own, so that both
+// libraries can be in a process.
 
 #include "native_avx2_dense.h"
 #include "native_avx2_gemm.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr long kFewTokens = 10;  // up to so many are faster code by code (measured, Zen 5, one core)
+constexpr long kGemvTokens = 10;  // up to so many are faster code by code, in gemv (measured, Zen 5, one core)
 
 // Calls work(std::integral_constant<int, bits>()).
 template <typename Work>
@@ -24,26 +24,26 @@ void with_bits(long bits, const Work& work) {
 }
 
 template <typename Out>
-void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
-    with_bits(w.bits, [&](auto bits) { multiply_few<bits()>(w, x, tokens, out, out_stride); });
+void gemv(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
+    with_bits(w.bits, [&](auto bits) { gemv<bits()>(w, x, tokens, out, out_stride); });
 }
 
 // Activations x [tokens, columns] times the segments: to their places in out [tokens, total].
 void multiply(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
     const long columns = parts[0].weight.columns;
-    const bool few = tokens <= kFewTokens;
+    const bool decodes = tokens <= kGemvTokens;
     thread_local AlignedSpace<int16_t> values;
     thread_local AlignedSpace<float> scales;
-    int16_t* const integers = few ? nullptr : values.of(tokens * columns);
-    float* const factors = few ? nullptr : scales.of(tokens * columns / kBlock);
+    int16_t* const integers = decodes ? nullptr : values.of(tokens * columns);
+    float* const factors = decodes ? nullptr : scales.of(tokens * columns / kBlock);
 #pragma omp parallel
     {
         long group_size = 0;  // of what the activations are quantized in
         for (const auto& [w, start] : parts) {
             if (w.bits == 16) {
                 multiply_dense(w, x, tokens, out + start, total);
-            } else if (few) {
-                multiply_few(w, x, tokens, out + start, total);
+            } else if (decodes) {
+                gemv(w, x, tokens, out + start, total);
             } else {
                 if (w.group_size != group_size) {
                     if (group_size) {
@@ -52,7 +52,7 @@ void multiply(const std::vector<Part>& parts, const uint16_t* x, long tokens, ui
                     group_size = w.group_size;
                     quantize(x, tokens, columns, group_size, integers, factors);
                 }
-                with_bits(w.bits, [&](auto bits) { multiply_many<bits()>(w, {integers, factors}, tokens, out + start, total); });
+                with_bits(w.bits, [&](auto bits) { gemm<bits()>(w, {integers, factors}, tokens, out + start, total); });
             }
         }
     }
@@ -81,9 +81,9 @@ STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
 }
 
 // x [tokens, columns] in bfloat16 to out [tokens, rows] in float32. 2 to 8 bits.
-extern "C" void gamma_multiply_few(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {
+extern "C" void gamma_gemv(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {
 #pragma omp parallel
-    multiply_few(*weight, x, tokens, out, out_stride);
+    gemv(*weight, x, tokens, out, out_stride);
 }
 
 // The whole weight as [rows, columns] in float32.

@@ -95,7 +95,7 @@ struct Codes {
         const uint8_t* const last = w.packed + w.rows * w.columns * BITS / 8 - 16;  // nothing behind the weight is read
         for (long k = begin; k < end;) {
             const long stop = std::min(end, (k / w.group_size + 1) * w.group_size);
-            const int zero = w.zeros ? w.zeros[row * w.groups() + k / w.group_size] : 1 << (BITS - 1);
+            const int zero = w.zero_point ? w.zero_point[row * w.groups() + k / w.group_size] : 1 << (BITS - 1);
             const __m256i zeros = _mm256_set1_epi16(int16_t(zero));
             for (; k < stop; k += kLanes, from += kBytes) {
                 if (from <= last) {

@@ -1,9 +1,8 @@
-// Products with many activations (prefill), for CPUs with AVX2: rows of the weight are unpacked into panels of integers
-// that stay in the second cache, and each panel is multiplied with all activations in tiles of registers.
+// gemm: products of many tokens' activations (prefill), for CPUs with AVX2. Rows of the weight are unpacked into
+// panels of integers that stay in the second cache, and each panel is multiplied with all activations in tiles of
+// registers.
 
 #pragma once
-
-#include <omp.h>
 
 #include "native_avx2_codes.h"
 
@@ -122,38 +121,28 @@ inline void multiply_tile(long tokens, const Weight& w, const int16_t* panel, co
 
 // x [tokens, columns] times the weight: out [tokens, rows] in bfloat16. Within a parallel region, by all.
 template <int BITS>
-void multiply_many(const Weight& w, const Quantized& x, long tokens, uint16_t* out, long out_stride) {
-    const long threads = omp_get_num_threads(), panel_size = w.columns * kPanelRows, groups = w.groups();
-    // Activations of a tile are read once a chunk; but each thread should have two chunks, or they finish apart.
-    const long fit = std::max(1L, kChunkBytes / long(panel_size * sizeof(int16_t)));
-    const long share = (w.rows / (2 * threads) + kPanelRows - 1) / kPanelRows;
-    const long panels = std::max(1L, std::min(fit, share)), chunk = panels * kPanelRows;
-    const long chunks = (w.rows + chunk - 1) / chunk;
-    // More threads than panels: each chunk is unpacked for some of the tokens.
-    const long tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    const long blocks = std::max(1L, std::min(threads / chunks, tiles / 4));
+void gemm(const Weight& w, const Quantized& x, long tokens, uint16_t* out, long out_stride) {
+    const long panel_size = w.columns * kPanelRows, groups = w.groups();
+    const long panels = panels_of_chunk(w.rows, kPanelRows, kChunkBytes / long(panel_size * sizeof(int16_t)));
     thread_local AlignedSpace<int16_t> values;
     thread_local AlignedSpace<float> numbers;
     int16_t* const held = values.of(panels * panel_size);
     float* const scales = numbers.of(panels * groups * kPanelRows);
     const Codes<BITS> codes;
-#pragma omp for schedule(static) nowait
-    for (long item = 0; item < chunks * blocks; item++) {
-        const long row = item / blocks * chunk, there = (std::min(w.rows - row, chunk) + kPanelRows - 1) / kPanelRows;
-        const long block = item % blocks;
-        for (long p = 0; p < there; p++) {
-            fill_panel(w, codes, row + p * kPanelRows, held + p * panel_size, scales + p * groups * kPanelRows);
-        }
-        for (long tile = block * tiles / blocks; tile < (block + 1) * tiles / blocks; tile++) {
-            const long first = tile * tokens / tiles, count = (tile + 1) * tokens / tiles - first;
-            for (long p = 0; p < there; p++) {
-                const long at = row + p * kPanelRows;
-                multiply_tile(count, w, held + p * panel_size, scales + p * groups * kPanelRows,
-                              x.values + first * w.columns, x.scales + first * groups, int(w.rows - at),
-                              out + first * out_stride + at, out_stride);
+    for_each_chunk(
+        w.rows, tokens, panels, kPanelRows, kTileTokens,
+        [&](long row, long end) {
+            for (long r = row; r < end; r += kPanelRows) {
+                fill_panel(w, codes, r, held + (r - row) * w.columns, scales + (r - row) * groups);
             }
-        }
-    }
+        },
+        [&](long row, long end, long first, long count) {
+            for (long r = row; r < end; r += kPanelRows) {
+                multiply_tile(count, w, held + (r - row) * w.columns, scales + (r - row) * groups,
+                              x.values + first * w.columns, x.scales + first * groups, int(w.rows - r),
+                              out + first * out_stride + r, out_stride);
+            }
+        });
 }
 
 }  // namespace

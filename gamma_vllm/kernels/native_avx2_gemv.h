@@ -1,5 +1,5 @@
-// Products with a few activations (decode), code by code, for CPUs with AVX2: what is summed over a group are integers, and
-// that sum is multiplied by the scales of the weight and of the activations.
+// gemv: products of a few tokens' activations (decode), code by code, for CPUs with AVX2. What is summed over a group
+// are integers, and that sum is multiplied by the scales of the weight and of the activations.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr long kAhead = 8192;  // bytes that are asked for ahead of their use
+constexpr long kPrefetchBytes = 8192;  // how far ahead of their use bytes are prefetched
 constexpr int kChunk = 8;      // groups whose scales are made ready at a time
 
 constexpr int codes_in_lane(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : 2; }
@@ -86,8 +86,8 @@ class Activations {
                 const float scale = quantize_group(x + k, group_size, plain + k);
                 __m256i sum = _mm256_setzero_si256();
                 for (long i = k; i < k + group_size; i += kLanes) {
-                    const __m256i some = _mm256_loadu_si256((const __m256i*)(plain + i));
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(some, _mm256_set1_epi16(1)));
+                    const __m256i next = _mm256_loadu_si256((const __m256i*)(plain + i));
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(next, _mm256_set1_epi16(1)));
                 }
                 floats[group] = scale;
                 floats[tokens * groups + group] = scale * sum_of_lanes(_mm256_cvtepi32_ps(sum));
@@ -113,8 +113,8 @@ class Activations {
 GAMMA_INNER void put(float* to, float value) { *to = value; }
 GAMMA_INNER void put(uint16_t* to, float value) { *to = value == value ? to_bf16(value) : 0x7FC0; }
 
-// Asks for `bytes` from an address that is used kAhead later.
-GAMMA_INNER void ask_for(const uint8_t* from, long bytes) {
+// Prefetches `bytes` from an address that is used kPrefetchBytes later.
+GAMMA_INNER void prefetch(const uint8_t* from, long bytes) {
     for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, _MM_HINT_T0);
 }
 
@@ -124,18 +124,18 @@ template <bool BOUNDED>
 GAMMA_INNER void read_scales(const Weight& w, long row, long group, __m256& scales, __m256& zeros) {
     const long at = row * w.groups() + group;
     const uint16_t* halves = w.scale + at;
-    const uint8_t* points = w.zeros + at;
+    const uint8_t* points = w.zero_point + at;
     alignas(16) uint16_t few_halves[8] = {0};
     alignas(8) uint8_t few_points[8] = {0};
     if (BOUNDED) {
         const long there = std::min(w.groups() - group, 8L);
         std::memcpy(few_halves, halves, there * sizeof(uint16_t));
         halves = few_halves;
-        if (w.zeros) std::memcpy(few_points, points, there);
+        if (w.zero_point) std::memcpy(few_points, points, there);
         points = few_points;
     }
     scales = widen(_mm_loadu_si128((const __m128i*)halves), w.scale_is_bf16);
-    if (w.zeros) {
+    if (w.zero_point) {
         zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)points)));
     } else {
         zeros = _mm256_set1_ps(float(1 << (w.bits - 1)));  // a symmetric module has its zero point in the middle
@@ -187,7 +187,7 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, long row, const Acti
             each<R * M>([&](int i) GAMMA_LAMBDA { sums[i / M][i % M] = _mm256_setzero_si256(); });
             for (const long stop = k + columns; k < stop; k += Of::kColumns) {
                 // In the order of memory, so that the caches' own prefetchers see one stream.
-                ask_for(begin + kAhead + k * R * BITS / 8, R * Of::kBytes);
+                prefetch(begin + kPrefetchBytes + k * R * BITS / 8, R * Of::kBytes);
                 __m256i lanes[R];
                 each<R>([&](int r) GAMMA_LAMBDA {
                     const long at = r * row_bytes + long(size_t(k) * BITS / 8);
@@ -248,9 +248,9 @@ void multiply_all(const Weight& w, const Step<BITS>& step, const Activations<BIT
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows], float32 or bfloat16. Within a parallel region, by
 // all.
 template <int BITS, typename Out>
-void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
+void gemv(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
     thread_local Activations<BITS> all;
-    ask_for(w.packed, kAhead);  // meanwhile the activations are made ready
+    prefetch(w.packed, kPrefetchBytes);  // meanwhile the activations are made ready
     all.prepare(x, tokens, w.columns, w.group_size);
     const Step<BITS> step;
     for (long token = 0; token < tokens;) {

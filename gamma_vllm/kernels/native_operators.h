@@ -21,7 +21,7 @@ struct Part {
 };
 
 // The segments of a layer, of which each is rows, group_size, num_bits, symmetric in `kinds` and has `weight` at 16 bits,
-// packed, scale and, if asymmetric, zeros in `tensors`.
+// packed, scale and, if asymmetric, zero_point in `tensors`.
 inline std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds, long columns) {
     STD_TORCH_CHECK(columns % kBlock == 0, "gamma::native_layer got ", columns, " columns, no multiple of ", kBlock);
     std::vector<Part> all(kinds.size() / 4);
@@ -43,7 +43,7 @@ inline std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const
         w.scale = (const uint16_t*)scale.const_data_ptr();
         w.scale_is_bf16 = scale.scalar_type() == torch::headeronly::ScalarType::BFloat16;
         w.group_size = group_size;
-        if (!kinds[4 * i + 3]) w.zeros = (const uint8_t*)take().const_data_ptr();
+        if (!kinds[4 * i + 3]) w.zero_point = (const uint8_t*)take().const_data_ptr();
     }
     return all;
 }
@@ -112,7 +112,7 @@ Tensor gather_rows(const Tensor& ids, const Tensor& packed, const Tensor& scale,
         Weight w = all;
         w.packed += row * columns * bits / 8;
         w.scale += row * groups;
-        w.zeros = words ? zeros.data() : nullptr;
+        w.zero_point = words ? zeros.data() : nullptr;
         dequantize(w, to + i * columns);
     }
     return output;

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import dequantize
-from gamma_vllm.kernels.in_turn import multiply_in_turn
-from gamma_vllm.kernels.library import define
+from gamma_vllm.kernels.base import define, multiply_in_turn
 from gamma_vllm.shards import Segment
 
 __all__ = ["BLOCK_ELEMENTS", "TorchKernel"]
@@ -20,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class TorchKernel:
-    """Multiplies with the checkpoint's own tensors; see `gamma_vllm.kernels.choose.Kernel`."""
+    """Multiplies with the checkpoint's own tensors; see `gamma_vllm.kernels.base.Kernel`."""
 
     name = "torch"
     about = ""

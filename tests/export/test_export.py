@@ -21,6 +21,7 @@ from allocator.model import model_digest, read_inventory
 from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.quantize import BankReader, make_servable
 from allocator.score import LearningSettings
+from allocator.solve.units import Rules
 
 LEARNING = LearningSettings(batch_tokens=128)
 
@@ -234,8 +235,10 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     candidates = CandidateSettings(quantizer="rtn", group_size=32, sequences=2, sequence_length=32)
-    learned = learn(model, tmp_path / "work", candidates, LearningSettings(method="uniform"))
-    manifest = solve_scores(learned.scores, SolveSettings(average_bits=6, pins={"*.layers.0.self_attn.q_proj": 16}))
+    learned = learn(model, tmp_path / "work", candidates, LearningSettings(draws=1, batch_tokens=128))
+    manifest = solve_scores(
+        learned.scores, SolveSettings(average_bits=6, rules=Rules(pins={"*.layers.0.self_attn.q_proj": 16}))
+    )
     assert manifest.dtype == "F16"
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.weight: a weight is too large for F16"):
         export(manifest, model, learned.bank_folder, tmp_path / "out")

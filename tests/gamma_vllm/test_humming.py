@@ -18,8 +18,8 @@ pytest.importorskip("vllm")
 from allocator.contract.packing import unpack_zero_points
 from gamma_vllm.kernels import humming as adapter
 from gamma_vllm.kernels.choose import choose_kernel
-from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
-from tests.gamma_vllm.test_kernels import make_segment, relative_error
+from gamma_vllm.kernels.humming import HummingKernel
+from tests.gamma_vllm.test_kernels import make_segment, planned_bytes, relative_error
 from tests.skips import lacking
 
 CUDA = torch.device("cuda")
@@ -95,7 +95,7 @@ def test_bytes_after_packing_are_known_ahead(device, num_bits, symmetric):
         packed = kernel.pack(segment, tensors)
         assert set(packed) == set(kernel.tensor_names(segment))
         held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
-        assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+        assert held == planned_bytes(segment, "humming")
 
 
 @needs_humming
@@ -133,7 +133,7 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
     held, expected = [], []
     for segment, tensors, weight in parts:
         held.append(kernel.pack(segment, tensors))
-        weights[held[-1]["codes"].data_ptr()] = weight
+        weights[held[-1]["packed"].data_ptr()] = weight
         expected.append(weight)
     dense = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     segments = [segment for segment, _, _ in parts] + [adapter.Segment((9,), 16, None, None, 24, 128)]

@@ -6,9 +6,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
+from allocator.contract.resident import segment_bytes
 from gamma_vllm.kernels import torch_reference
-from gamma_vllm.kernels.ark import ArkKernel, blob_bytes
+from gamma_vllm.kernels.ark import ArkKernel, planned_as
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.kernels.native import NativeKernel
@@ -33,6 +35,13 @@ def make_segment(rows, columns, num_bits, group_size, symmetric, scale_dtype=tor
         tensors["zero_point"] = pack_zero_points(draw(rows, groups), num_bits)
     weight = dequantize(tensors["packed"], tensors["scale"], tensors.get("zero_point"), num_bits)
     return Segment((0,), num_bits, group_size, symmetric, rows, columns), tensors, weight
+
+
+def planned_bytes(segment, kernel):
+    """What a plan says that a packed segment takes, by the formula for `kernel`."""
+    kind = {"num_bits": segment.num_bits, "group_size": segment.group_size, "symmetric": segment.symmetric}
+    module = ModuleFormat(shape=(segment.rows, segment.columns), **kind)
+    return segment_bytes(segment.rows, segment.columns, module, kernel)
 
 
 def relative_error(given, expected):
@@ -88,7 +97,7 @@ def test_bytes_of_a_blob_are_known_ahead(num_bits, symmetric):
     for rows, columns, group_size in ((1, 32, 32), (24, 128, 128), (25, 96, 32), (100, 256, 64), (1024, 384, 128)):
         segment, tensors, _ = make_segment(rows, columns, num_bits, group_size, symmetric)
         blob = ark.pack(segment, tensors)["blob"]
-        assert blob.nbytes == blob_bytes(rows, columns, num_bits, group_size, symmetric)
+        assert blob.nbytes == planned_bytes(segment, planned_as())
 
 
 @needs_ark

@@ -10,9 +10,9 @@ pytest.importorskip("vllm")
 
 from gamma_vllm.kernels import native
 from gamma_vllm.kernels.choose import choose_kernel
-from gamma_vllm.kernels.native import NativeKernel, resident_bytes, usable_isas
+from gamma_vllm.kernels.native import NativeKernel, usable_isas
 from gamma_vllm.shards import Segment
-from tests.gamma_vllm.test_kernels import CPU, WIDTHS, make_segment, relative_error
+from tests.gamma_vllm.test_kernels import CPU, WIDTHS, make_segment, planned_bytes, relative_error
 from tests.skips import lacking, lacking_kernel
 
 WHY_NOT = NativeKernel.why_not(CPU)
@@ -42,7 +42,7 @@ def test_products_are_those_of_the_dequantized_weight(kernel, num_bits, symmetri
     ):
         segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
         packed = kernel.pack(segment, tensors)
-        assert sum(t.nbytes for t in packed.values()) == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+        assert sum(t.nbytes for t in packed.values()) == planned_bytes(segment, "native")
         # Code by code, in fours, twos and ones; in panels or tiles, of which some are not full; dequantized.
         for tokens in (1, 2, 3, 7, 10, 16, 21, 33, 60, 90):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
@@ -55,13 +55,13 @@ def test_products_are_those_of_the_dequantized_weight(kernel, num_bits, symmetri
 
 @pytest.fixture(params=[False, True], ids=["registers", "tiles"])
 def amx(request):
-    """Many activations with AMX, which not all CPUs have, and without."""
+    """Prefill with AMX, which not all CPUs have, and without."""
     if "avx512" not in usable_isas():
         if request.param:
             pytest.skip(lacking("instruction", "this CPU has no AMX"))
         yield
         return
-    library = native._library("avx512")
+    library = native.library("avx512")
     seen = "amx_bf16" in native.cpu_flags()
     if library.gamma_use_amx(request.param and seen) != request.param:
         pytest.skip(lacking("instruction", "this CPU has no AMX"))
@@ -71,7 +71,7 @@ def amx(request):
 
 @needs_native
 @pytest.mark.parametrize(("rows", "columns"), [(600, 2176), (40, 5120), (1024, 1024)])
-def test_many_activations(amx, kernel, rows, columns):
+def test_products_in_prefill(amx, kernel, rows, columns):
     """More rows, columns and activations than stay in a cache at a time; several widths, none and all filling tiles."""
     parts = [
         make_segment(rows, columns, bits, 128, symmetric) for bits, symmetric in ((3, False), (8, True), (6, False))
@@ -141,8 +141,7 @@ def test_torch_compile_sees_one_operator(kernel):
 
 @needs_native
 def test_large_modules_are_dequantized_piece_by_piece(kernel, monkeypatch):
-    monkeypatch.setattr(native, "_SPACE_WEIGHTS", 128 * 7)
-    monkeypatch.setattr(native, "_space", [])
+    monkeypatch.setattr(native, "SPACE_WEIGHTS", 128 * 7)
     segment, tensors, weight = make_segment(50, 128, 6, 32, False)
     dense = Segment((1,), 16, None, None, 9, 128)
     parts = [kernel.pack(segment, tensors), {"weight": torch.randn(9, 128)}]
@@ -152,10 +151,10 @@ def test_large_modules_are_dequantized_piece_by_piece(kernel, monkeypatch):
 
 
 @needs_native
-def test_the_default_dtype_does_not_matter(kernel, monkeypatch):
+def test_the_default_dtype_does_not_matter(kernel):
     segment, tensors, weight = make_segment(48, 128, 3, 32, False)
     packed = kernel.pack(segment, tensors)
-    monkeypatch.setattr(native, "_space", [])
+    native.work_space.cache_clear()
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it makes a model
     try:
         for tokens in (3, 40):
@@ -189,8 +188,8 @@ def fresh(monkeypatch):
     monkeypatch.delenv("GAMMA_CPU_ISA", raising=False)
 
     def forget():
-        native._library.cache_clear()
-        native._why_not.cache_clear()
+        native.library.cache_clear()
+        native.why_not_isa.cache_clear()
 
     yield forget
     monkeypatch.undo()

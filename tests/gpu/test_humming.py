@@ -7,9 +7,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from gamma_vllm.kernels.choose import choose_kernel
-from gamma_vllm.kernels.humming import HummingKernel, resident_bytes
+from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.shards import Segment
-from tests.gamma_vllm.test_kernels import make_segment, relative_error
+from tests.gamma_vllm.test_kernels import make_segment, planned_bytes, relative_error
 from tests.skips import lacking
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -47,7 +47,7 @@ def test_products_are_those_of_the_dequantized_weight(shape, num_bits, dtype, sy
     segment, tensors, weight = make_segment(rows, columns, num_bits, group_size, symmetric)
     packed = kernel.pack(segment, on_gpu(tensors))
     held = sum(tensor.nbytes for name, tensor in packed.items() if name != "locks")
-    assert held == resident_bytes(rows, columns, num_bits, group_size, symmetric)
+    assert held == planned_bytes(segment, "humming")
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(CUDA, dtype)
         given = kernel.linear(segment, packed, x)

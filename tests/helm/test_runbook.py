@@ -52,7 +52,7 @@ def headroom(plan):
 def test_values_that_are_named_exist(alert):
     for quoted in re.findall(r"`([^`]+)`", ALERTS[alert]):
         path = quoted.partition(":")[0]
-        if not re.fullmatch(r"[a-z]\w*(\.\w+)*", path) or path in ("prepare", "vllm", "sidecar", "manifest"):
+        if not re.fullmatch(r"(?!gamma_)[a-z]\w*(\.\w+)*", path) or path in ("prepare", "vllm", "sidecar", "manifest"):
             continue
         at = {**VALUES, **{name: VALUES.get(name, {}) for name in FIELDS}}
         for step in path.split("."):

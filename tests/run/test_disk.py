@@ -10,12 +10,13 @@ import pytest
 
 from allocator.contract.errors import InputError
 from allocator.pipeline.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.run.progress import Standing, Tracker
 from allocator.score import LearningSettings
 from tests.skips import lacking
 
 CANDIDATES = CandidateSettings(quantizer="rtn", group_size=32, sequences=4, sequence_length=64)
 LEARNING = LearningSettings(batch_tokens=128, draws=2)
-QUICK = LearningSettings(method="uniform")
+QUICK = LearningSettings(batch_tokens=128, draws=1)
 
 Learnable = tuple[Path, CandidateSettings]
 
@@ -59,11 +60,11 @@ def test_what_is_said_to_be_needed_is_what_is_used(
             learn(folder, tmp_path / "work", candidates, LEARNING)
     needed, most = _needed(told), 0
 
-    def look(_what: str, _share: float) -> None:
+    def look(_standing: Standing) -> None:
         nonlocal most
         most = max(most, _used(tmp_path / "work"))
 
-    learn(folder, tmp_path / "work", candidates, LEARNING, look)
+    learn(folder, tmp_path / "work", candidates, LEARNING, Tracker(look))
     assert most <= needed < 1.2 * most
 
     # The source's weights are links in the bank: they take no room, and give none.
@@ -79,12 +80,12 @@ def test_what_is_said_to_be_needed_is_what_is_used(
 def test_learning_goes_on_when_a_full_disk_has_room_again(model: Learnable, disk: Path, tmp_path: Path) -> None:
     folder, candidates = model
 
-    def fill(what: str, share: float) -> None:
-        if what == "candidates" and share > 0.3 and not (disk / "ballast").exists():
+    def fill(standing: Standing) -> None:
+        if standing.step == "candidates" and standing.share > 0.3 and not (disk / "ballast").exists():
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
 
     with pytest.raises(InputError, match=r"work: its disk is full; make room .*What was finished is kept"):
-        learn(folder, disk / "work", candidates, QUICK, fill)
+        learn(folder, disk / "work", candidates, QUICK, Tracker(fill))
     assert [path for path in disk.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"] == []
     kept = sorted((disk / "work" / "bank").glob("model.layers.*"))
     assert kept
@@ -98,12 +99,12 @@ def test_an_export_goes_on_when_a_full_disk_has_room_again(model: Learnable, dis
     learned = learn(folder, tmp_path / "work", candidates, QUICK)
     manifest = solve_scores(learned.scores, SolveSettings(average_bits=6))
 
-    def fill(what: str, _share: float) -> None:
-        if what == "writing" and not (disk / "ballast").exists():
+    def fill(standing: Standing) -> None:
+        if standing.step == "writing" and not (disk / "ballast").exists():
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
 
     with pytest.raises(InputError, match=r"\.out\.partial: its disk is full; make room .*goes on from what is written"):
-        export(manifest, folder, learned.bank_folder, disk / "out", progress=fill)
+        export(manifest, folder, learned.bank_folder, disk / "out", progress=Tracker(fill))
     assert not (disk / "out").exists()
     with pytest.raises(InputError, match=r"has 0 bytes free, the checkpoint needs \d+; make room"):
         export(manifest, folder, learned.bank_folder, disk / "out")

@@ -31,7 +31,7 @@ def seen(
     monkeypatch.setattr("allocator.blocks.gradients._HEAD_TOKENS", 12)
     model = tiny_model(request.param)
     candidates = CandidateSettings(quantizer="gptq", group_size=32, sequences=4, sequence_length=32)
-    learned = learn(model, tmp_path / "work", candidates, LearningSettings(probes=1))
+    learned = learn(model, tmp_path / "work", candidates, LearningSettings(draws=1))
     stream, bank = BlockStream(read_inventory(model)), BankReader(learned.bank_folder)
     tokens = calibration_from_model(model, 8, 32, 0).token_ids
     hidden = HiddenStates(tmp_path / "states", 8, 32, 64)

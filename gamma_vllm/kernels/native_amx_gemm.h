@@ -1,6 +1,6 @@
-// Products with many activations on CPUs with AMX (Intel from Sapphire Rapids): tiles of 16 rows of the weight times 16
+// gemm on CPUs with AMX (Intel from Sapphire Rapids): tiles of 16 rows of the weight times 16
 // activations, 32 columns at a time. Rows are dequantized straight into tiles, without the transposing that registers
-// need (native_many.h); activations are put into the order of tiles once a layer.
+// need (native_avx512_gemm.h); activations are put into the order of tiles once a layer.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "native_many.h"
+#include "native_avx512_gemm.h"
 
 namespace {
 
@@ -137,13 +137,13 @@ inline void tile_activations(const uint16_t* x, long tokens, long columns, uint1
 #pragma omp for schedule(static)
     for (long i = 0; i < all; i++) {
         const long token = i / blocks * 16, k = i % blocks * kBlock, there = std::min(tokens - token, 16L);
-        alignas(64) uint16_t few[kTile];
+        alignas(64) uint16_t padded[kTile];
         const uint16_t* from = x + token * columns + k;
         long stride = columns;
         if (there < 16) {
-            std::memset(few, 0, sizeof(few));
-            for (long m = 0; m < there; m++) std::memcpy(few + m * kBlock, from + m * columns, 2 * kBlock);
-            from = few;
+            std::memset(padded, 0, sizeof(padded));
+            for (long m = 0; m < there; m++) std::memcpy(padded + m * kBlock, from + m * columns, 2 * kBlock);
+            from = padded;
             stride = kBlock;
         }
         transpose(from, stride, tiles + i * kTile, kBlock);
@@ -171,7 +171,7 @@ struct AmxSpace {
 // Tiles of `tokens` activations times the weight: out [tokens, rows]. Within a parallel region, by all.
 // fill(row, begin, end, to, step) gives columns [begin, end) of a row in bfloat16, each 32 of them `step` after the last.
 template <typename Fill>
-GAMMA_AMX void multiply_amx(const Weight& w, const Fill& fill, const uint16_t* tiles, long tokens, uint16_t* out,
+GAMMA_AMX void gemm_amx(const Weight& w, const Fill& fill, const uint16_t* tiles, long tokens, uint16_t* out,
                             long out_stride, AmxSpace& space) {
     const long tile_size = w.columns / kBlock * kTile, token_tiles = (tokens + 15) / 16;
     const long pairs = (w.rows + kPairRows - 1) / kPairRows, threads = omp_get_num_threads();
@@ -222,7 +222,7 @@ inline void configure_tiles() {}
 inline void release_tiles() {}
 inline void tile_activations(const uint16_t*, long, long, uint16_t*) {}
 template <typename Fill>
-void multiply_amx(const Weight&, const Fill&, const uint16_t*, long, uint16_t*, long, AmxSpace&) {}
+void gemm_amx(const Weight&, const Fill&, const uint16_t*, long, uint16_t*, long, AmxSpace&) {}
 
 #endif
 

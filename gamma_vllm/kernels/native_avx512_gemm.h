@@ -1,12 +1,10 @@
-// Products with many activations: rows of the weight are dequantized into panels that stay in the second cache, and each
-// panel is multiplied with all activations in tiles of registers. Panels are in bfloat16, which rounds each weight once,
-// as a dequantized checkpoint in bfloat16 does.
+// gemm: products of many tokens' activations (prefill). Rows of the weight are dequantized into panels that stay in
+// the second cache, and each panel is multiplied with all activations in tiles of registers. Panels are in bfloat16,
+// which rounds each weight once, as a dequantized checkpoint in bfloat16 does.
 
 #pragma once
 
-#include <omp.h>
-
-#include "native_weight.h"
+#include "native_avx512_codes.h"
 
 namespace {
 
@@ -15,7 +13,7 @@ constexpr int kPanelRows = 2 * kVector;    // a panel is [columns/2, kPanelRows,
 constexpr int kTileTokens = 12;            // 24 sums, 2 weights and an activation of the 32 registers
 constexpr int kGroup = 128;                // columns dequantized at a time; groups have at most so many
 constexpr long kChunkBytes = 384L << 10;   // of panels at a time, in a second cache of 1 MiB or more
-constexpr long kChunkRows = 4 * kPanelRows;
+constexpr long kChunkPanels = 4;
 
 // from [16 rows, 32 columns] to [16 pairs of columns, 16 rows, 2]; strides are in values of 16 bits.
 inline void transpose(const uint16_t* from, long stride, uint16_t* to, long to_stride) {
@@ -101,30 +99,22 @@ inline void multiply_tile(int tokens, const uint16_t* panel, const uint16_t* x, 
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows] in bfloat16. Within a parallel region, by all.
 // fill(row, begin, end, to, step) gives columns [begin, end) of a row in bfloat16, each 32 of them `step` after the last.
 template <typename Fill>
-void multiply_many(const Weight& w, const Fill& fill, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
-    const long threads = omp_get_num_threads(), panel_size = w.columns * kPanelRows;
-    // Activations of a tile are read once a chunk; but each thread should have two chunks, or they finish apart.
-    const long fit = std::max(1L, kChunkBytes / long(panel_size * sizeof(uint16_t))) * kPanelRows;
-    const long share = (w.rows / (2 * threads) + kPanelRows - 1) / kPanelRows * kPanelRows;
-    const long chunk = std::max<long>(kPanelRows, std::min({kChunkRows, fit, share}));
-    const long chunks = (w.rows + chunk - 1) / chunk;
-    // More threads than panels: each chunk is dequantized for some of the tokens.
-    const long tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    const long blocks = std::max(1L, std::min(threads / chunks, tiles / 4));
-    std::vector<uint16_t> space((chunk * w.columns) + kBlock);
-    uint16_t* const panels = (uint16_t*)((uintptr_t(space.data()) + 63) & ~uintptr_t(63));
-#pragma omp for schedule(static) nowait
-    for (long item = 0; item < chunks * blocks; item++) {
-        const long row = item / blocks * chunk, end = std::min(w.rows, row + chunk), block = item % blocks;
-        for (long r = row; r < end; r += kPanelRows) fill_panel(w, fill, r, panels + (r - row) * w.columns);
-        for (long tile = block * tiles / blocks; tile < (block + 1) * tiles / blocks; tile++) {
-            const long first = tile * tokens / tiles, count = (tile + 1) * tokens / tiles - first;
+void gemm(const Weight& w, const Fill& fill, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
+    const long panel_bytes = w.columns * kPanelRows * long(sizeof(uint16_t));
+    const long panels = panels_of_chunk(w.rows, kPanelRows, std::min(kChunkPanels, kChunkBytes / panel_bytes));
+    std::vector<uint16_t> space(panels * kPanelRows * w.columns + kBlock);
+    uint16_t* const held = (uint16_t*)((uintptr_t(space.data()) + 63) & ~uintptr_t(63));
+    for_each_chunk(
+        w.rows, tokens, panels, kPanelRows, kTileTokens,
+        [&](long row, long end) {
+            for (long r = row; r < end; r += kPanelRows) fill_panel(w, fill, r, held + (r - row) * w.columns);
+        },
+        [&](long row, long end, long first, long count) {
             for (long r = row; r < end; r += kPanelRows) {
-                multiply_tile(int(count), panels + (r - row) * w.columns, x + first * w.columns, w.columns,
-                              int(end - r), out + first * out_stride + r, out_stride);
+                multiply_tile(int(count), held + (r - row) * w.columns, x + first * w.columns, w.columns, int(end - r),
+                              out + first * out_stride + r, out_stride);
             }
-        }
-    }
+        });
 }
 
 }  // namespace

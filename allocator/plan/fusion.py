@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from allocator.contract.manifest import Manifest
+from allocator.contract.scores import Fusion
 from allocator.plan.schema import Plan
-from allocator.solve.units import Fusion
 
 __all__ = ["AskedFusion", "fusion_for", "fusion_price"]
 

@@ -2,30 +2,30 @@
 // BF16. Compiled by native.py on first use, against torch's stable interface: as Python, the operators would cost as much
 // as the products of a small layer.
 
-#include "native_amx_codes.h"
-#include "native_many.h"
+#include "native_amx_gemm_codes.h"
+#include "native_avx512_gemm.h"
 #include "native_operators.h"
 
 namespace {
 
-constexpr long kFewTokens = 16;  // up to so many are faster code by code (measured, Zen 5, one core)
-constexpr long kFewTokensBesideAmx = 2;  // Granite Rapids
+constexpr long kGemvTokens = 16;  // up to so many are faster code by code, in gemv (measured, Zen 5, one core)
+constexpr long kGemvTokensBesideAmx = 2;  // Granite Rapids
 
 bool use_amx = has_amx();
 
 template <typename Out>
-void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
+void gemv(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
     switch (w.bits) {
-        case 2: return multiply_few<2>(w, x, tokens, out, out_stride);
-        case 3: return multiply_few<3>(w, x, tokens, out, out_stride);
-        case 4: return multiply_few<4>(w, x, tokens, out, out_stride);
-        case 5: return multiply_few<5>(w, x, tokens, out, out_stride);
-        case 6: return multiply_few<6>(w, x, tokens, out, out_stride);
-        case 8: return multiply_few<8>(w, x, tokens, out, out_stride);
+        case 2: return gemv<2>(w, x, tokens, out, out_stride);
+        case 3: return gemv<3>(w, x, tokens, out, out_stride);
+        case 4: return gemv<4>(w, x, tokens, out, out_stride);
+        case 5: return gemv<5>(w, x, tokens, out, out_stride);
+        case 6: return gemv<6>(w, x, tokens, out, out_stride);
+        case 8: return gemv<8>(w, x, tokens, out, out_stride);
     }
 }
 
-// Calls work(fill), where fill(row, begin, end, to, step) is as multiply_many and multiply_amx want it.
+// Calls work(fill), where fill(row, begin, end, to, step) is as gemm and gemm_amx want it.
 template <typename Work>
 void with_fill(const Weight& w, const Work& work) {
     if (w.bits == 16) {
@@ -44,14 +44,14 @@ void with_fill(const Weight& w, const Work& work) {
 }
 
 // Several activations x [tokens, columns] times the segments `parts`: to their places in out [tokens, total].
-void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
+void gemm(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16_t* out, long total) {
     const long columns = parts[0].weight.columns;
     thread_local AlignedSpace<uint16_t> tiles;
     thread_local AlignedSpace<float> floats;
     uint16_t* const slab = use_amx ? tiles.of((std::min(tokens, kSlabTokens) + 15) / 16 * 16 * columns) : nullptr;
-    const bool some = use_amx && tokens <= kSomeTokens;
-    float* const sums = some ? floats.of(2 * kSomeTokens * columns / kBlock) : nullptr;
-    const auto by_codes = [some](const Weight& w) { return some && w.bits < 8; };
+    const bool codes_in_tiles = use_amx && tokens <= kGemmCodesTokens;
+    float* const sums = codes_in_tiles ? floats.of(2 * kGemmCodesTokens * columns / kBlock) : nullptr;
+    const auto by_codes = [codes_in_tiles](const Weight& w) { return codes_in_tiles && w.bits < 8; };
     const bool dequantizes = !std::all_of(parts.begin(), parts.end(), [&](const Part& p) { return by_codes(p.weight); });
 #pragma omp parallel
     {
@@ -65,18 +65,18 @@ void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long token
                     for (const auto& [w, start] : parts) {
                         if (by_codes(w)) continue;
                         uint16_t* const to = out + first * total + start;
-                        with_fill(w, [&](const auto& fill) { multiply_amx(w, fill, slab, count, to, total, space); });
+                        with_fill(w, [&](const auto& fill) { gemm_amx(w, fill, slab, count, to, total, space); });
                     }
 #pragma omp barrier
                 }
                 for (const auto& [w, start] : parts) {
-                    if (by_codes(w)) multiply_some(w, x, tokens, slab, sums, out + start, total, space);
+                    if (by_codes(w)) gemm_amx_codes(w, x, tokens, slab, sums, out + start, total, space);
                 }
             }
             release_tiles();
         } else {
             for (const auto& [w, start] : parts) {
-                with_fill(w, [&](const auto& fill) { multiply_many(w, fill, x, tokens, out + start, total); });
+                with_fill(w, [&](const auto& fill) { gemm(w, fill, x, tokens, out + start, total); });
             }
         }
     }
@@ -84,13 +84,13 @@ void multiply_many(const std::vector<Part>& parts, const uint16_t* x, long token
 
 Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
     const auto multiply = [](const std::vector<Part>& all, const uint16_t* x, long tokens, uint16_t* out, long total) {
-        const long most = use_amx ? kFewTokensBesideAmx : kFewTokens;
-        std::vector<Part> few, many;
-        for (const Part& part : all) (tokens <= most && part.weight.bits != 16 ? few : many).push_back(part);
-        if (!many.empty()) multiply_many(many, x, tokens, out, total);
-        if (!few.empty()) {
+        const long most = use_amx ? kGemvTokensBesideAmx : kGemvTokens;
+        std::vector<Part> for_gemv, for_gemm;
+        for (const Part& part : all) (tokens <= most && part.weight.bits != 16 ? for_gemv : for_gemm).push_back(part);
+        if (!for_gemm.empty()) gemm(for_gemm, x, tokens, out, total);
+        if (!for_gemv.empty()) {
 #pragma omp parallel
-            for (const auto& [weight, start] : few) multiply_few(weight, x, tokens, out + start, total);
+            for (const auto& [weight, start] : for_gemv) gemv(weight, x, tokens, out + start, total);
         }
     };
     return layer_of(x, tensors, kinds, multiply);
@@ -118,9 +118,9 @@ STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
 extern "C" bool gamma_use_amx(bool wanted) { return use_amx = wanted && has_amx(); }
 
 // x [tokens, columns] in bfloat16 to out [tokens, rows] in float32, exact but for sums. 2 to 8 bits.
-extern "C" void gamma_multiply_few(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {
+extern "C" void gamma_gemv(const Weight* weight, const uint16_t* x, long tokens, float* out, long out_stride) {
 #pragma omp parallel
-    multiply_few(*weight, x, tokens, out, out_stride);
+    gemv(*weight, x, tokens, out, out_stride);
 }
 
 // The whole weight as [rows, columns] in float32.

@@ -1,5 +1,5 @@
-// Products with a few activations, code by code: codes are exact in bfloat16, each group's sum in float32 is multiplied
-// by its scale, so nothing is rounded but the sums.
+// gemv: products of a few tokens' activations (decode), code by code. Codes are exact in bfloat16, each group's sum
+// in float32 is multiplied by its scale, so nothing is rounded but the sums.
 //
 // Up to 7 bits a code becomes the bfloat16 value 128 + code by writing it into the mantissa of 128; what that adds to a
 // group's sum is 128 times the sum of its activations, and is taken off. Where the mantissa of 7 bits has room, the next
@@ -8,12 +8,12 @@
 
 #pragma once
 
-#include "native_weight.h"
+#include "native_avx512_codes.h"
 
 namespace {
 
-constexpr int kMaxFew = 4;  // activations multiplied with one unpacked code; more would not stay in registers
-constexpr long kAhead = 16384;  // bytes that are asked for ahead of their use, half a microsecond or so
+constexpr int kGemvBatch = 4;  // activations multiplied with one unpacked code; more would not stay in registers
+constexpr long kPrefetchBytes = 16384;  // how far ahead of their use bytes are prefetched, half a microsecond or so
 
 // As many neighbouring codes as a lane of 16 bits holds, wherever in a byte they begin.
 constexpr int most_codes(int bits) { return bits == 2 ? 8 : bits <= 4 ? 4 : 2; }
@@ -217,8 +217,8 @@ GAMMA_INNER __m128 sums_of_lanes(const __m512* v) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Asks for `bytes` from an address that is used kAhead later.
-GAMMA_INNER void ask_for(const void* from, long bytes) {
+// Prefetches `bytes` from an address that is used kPrefetchBytes later.
+GAMMA_INNER void prefetch(const void* from, long bytes) {
     for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char*)from + at, _MM_HINT_T0);
 }
 
@@ -232,8 +232,8 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
     const uint16_t* const x = all.of(token);
     const float *const sums = all.sums_of(token), *const added = all.added_to(token);
     // They are few, but each would be waited for.
-    ask_for((const uint8_t*)(w.scale + row * groups) + kAhead / 8, 2 * R * groups);
-    if (w.zeros) ask_for(w.zeros + row * groups + kAhead / 8, R * groups);
+    prefetch((const uint8_t*)(w.scale + row * groups) + kPrefetchBytes / 8, 2 * R * groups);
+    if (w.zero_point) prefetch(w.zero_point + row * groups + kPrefetchBytes / 8, R * groups);
     __m512 total[R][M];
     for (int r = 0; r < R; r++) {
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
@@ -248,8 +248,8 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
             scale[r] = w.scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves);
             // A symmetric module has its zero point in the middle.
             __m512i zeros = _mm512_set1_epi32(1 << (BITS - 1));
-            if (w.zeros) {
-                zeros = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * groups + group));
+            if (w.zero_point) {
+                zeros = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero_point + (row + r) * groups + group));
             }
             const __m512 zero_points = _mm512_cvtepi32_ps(zeros);
             for (int m = 0; m < M; m++) {
@@ -261,7 +261,7 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         const int32_t(*of_lanes)[16] = order.lanes;
         for (const long end = std::min(w.columns, (group + 16) * w.group_size); k < end; k += kColumns, of_lanes++) {
             // In the order of memory, so that the caches' own prefetchers see one stream.
-            ask_for(begin + kAhead + k * R * BITS / 8, R * Step<BITS>::kBytes);
+            prefetch(begin + kPrefetchBytes + k * R * BITS / 8, R * Step<BITS>::kBytes);
             __m512i windows[R];
             __m512 part[R][M];
             for (int r = 0; r < R; r++) {
@@ -327,15 +327,15 @@ void multiply_all(const Weight& w, const Activations<BITS>& all, long token, Out
 // x [tokens, columns] in bfloat16 times the weight: out [tokens, rows], float32 or bfloat16. Within a parallel region,
 // by all.
 template <int BITS, typename Out>
-void multiply_few(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
-    ask_for(w.packed, kAhead);  // meanwhile the activations are made ready
+void gemv(const Weight& w, const uint16_t* x, long tokens, Out* out, long out_stride) {
+    prefetch(w.packed, kPrefetchBytes);  // meanwhile the activations are made ready
     const Activations<BITS> all(x, tokens, w.columns, w.group_size);
     for (long token = 0; token < tokens;) {
         Out* place = out + token * out_stride;
         const long left = tokens - token;
-        if (left >= kMaxFew) {
-            multiply_all<BITS, kMaxFew>(w, all, token, place, out_stride);
-            token += kMaxFew;
+        if (left >= kGemvBatch) {
+            multiply_all<BITS, kGemvBatch>(w, all, token, place, out_stride);
+            token += kGemvBatch;
         } else if (left >= 2) {
             multiply_all<BITS, 2>(w, all, token, place, out_stride);
             token += 2;

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import DEMO, succeeded  # noqa: E402
-from tests.e2e.foreign import write_compressed_tensors, write_dequantized, write_gptq  # noqa: E402
+from tests.e2e.other_formats import write_compressed_tensors, write_dequantized, write_gptq  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -25,7 +25,7 @@ def gptq_widths(name):
 
 @pytest.fixture(scope="module")
 def answers(serving, run_engines, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("foreign")
+    folder = tmp_path_factory.mktemp("other_formats")
     writers = {
         "compressed-tensors symmetric": lambda out: write_compressed_tensors(DEMO, out, widths, True),
         "compressed-tensors asymmetric": lambda out: write_compressed_tensors(DEMO, out, widths, False),

@@ -22,8 +22,8 @@ GAMMA_INNER void read_groups(const Weight& w, long first, long count, float* sca
     const __m256i halves = _mm256_maskz_loadu_epi16(there, w.scale + first);
     _mm512_store_ps(scales, w.scale_is_bf16 ? widen(halves) : _mm512_cvtph_ps(halves));
     __m512 shift = _mm512_setzero_ps();
-    if (w.zeros) {
-        const __m512i points = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + first));
+    if (w.zero_point) {
+        const __m512i points = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.zero_point + first));
         shift = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(1 << (w.bits - 1)), points));
     }
     _mm512_store_ps(shifts, shift);

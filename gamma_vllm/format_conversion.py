@@ -7,7 +7,7 @@ module has how many bits is what the declaration says, checked against the shape
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,9 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import pack_codes, pack_zero_points, unpack_zero_points
 from allocator.contract.safetensors_file import StoredTensor, read_folder_headers
-from gamma_vllm.bank import mappings
+from gamma_vllm.bank_loading import mappings
 
-__all__ = ["Foreign", "ForeignMapper", "is_foreign", "read_foreign"]
+__all__ = ["ConversionMapper", "OtherFormat", "is_convertible", "read_other_format"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _GPTQ_LIKE = ("auto-round", "gptq", "auto_gptq")
@@ -37,7 +37,7 @@ are stored less one."""
 
 
 @dataclass(frozen=True)
-class Foreign:
+class OtherFormat:
     """A checkpoint of another program: what it declares in our terms, and how its quantized modules are packed."""
 
     method: str
@@ -45,12 +45,12 @@ class Foreign:
     packings: Mapping[str, Packing]
 
 
-def is_foreign(quantization: Mapping[str, Any]) -> bool:
+def is_convertible(quantization: Mapping[str, Any]) -> bool:
     """Whether a quantization_config is of a method that can be served as if it were gamma's."""
     return quantization.get("quant_method") in (COMPRESSED_TENSORS, *_GPTQ_LIKE)
 
 
-def read_foreign(folder: Path, quantization: Mapping[str, Any]) -> Foreign:
+def read_other_format(folder: Path, quantization: Mapping[str, Any]) -> OtherFormat:
     """Raises ContractError naming the module that cannot be served, and why."""
     if not folder.is_dir():
         raise ContractError(
@@ -75,7 +75,7 @@ def read_foreign(folder: Path, quantization: Mapping[str, Any]) -> Foreign:
         dtype="F16" if scale.dtype == "F16" else "BF16",
         modules=modules,
     )
-    return Foreign(method, checkpoint, {name: packing for name, (_, packing) in found.items()})
+    return OtherFormat(method, checkpoint, {name: packing for name, (_, packing) in found.items()})
 
 
 def _compressed_tensors(
@@ -101,6 +101,7 @@ def _compressed_tensors(
                 "symmetric": bool(weights.get("symmetric", True)),
             },
         )
+        bits = module.num_bits
         words = {-(-columns // (32 // bits)): "padded", columns * bits // 32: "dense"}
         packing = words.get(packed.shape[1])
         if packing is None:
@@ -113,11 +114,12 @@ def _compressed_tensors(
 
 def _group_of(name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The config group of a module: by its name, by a pattern, or as one of a class of modules."""
-    for fits in (
+    ways: tuple[Callable[[str], bool], ...] = (
         lambda target: target == name,
         lambda target: target.startswith("re:") and re.match(target[3:], name) is not None,
         lambda target: target.isidentifier(),
-    ):
+    )
+    for fits in ways:
         for group in groups:
             if any(fits(target) for target in group.get("targets", [])):
                 return group
@@ -172,32 +174,32 @@ def _format(name: str, values: dict[str, Any]) -> ModuleFormat:
         raise ContractError(f"{name}: {explain(error)}") from None
 
 
-class ForeignMapper(WeightsMapper):
-    """A mapper of vLLM that also puts foreign tensors into our order before it maps the names."""
+class ConversionMapper(WeightsMapper):
+    """A mapper of vLLM that also puts tensors of other formats into our order before it maps the names."""
 
-    def __init__(self, foreign: Foreign | None = None, **names: Any):
+    def __init__(self, other_format: OtherFormat | None = None, **names: Any):
         super().__init__(**names)
-        self.foreign = foreign
+        self.other_format = other_format
 
-    def __or__(self, other: WeightsMapper) -> "ForeignMapper":
-        return ForeignMapper(self.foreign, **mappings(super().__or__(other)))
+    def __or__(self, other: WeightsMapper) -> "ConversionMapper":
+        return ConversionMapper(self.other_format, **mappings(super().__or__(other)))
 
-    def __ror__(self, other: WeightsMapper) -> "ForeignMapper":
-        return ForeignMapper(self.foreign, **mappings(WeightsMapper.__or__(other, self)))
+    def __ror__(self, other: WeightsMapper) -> "ConversionMapper":
+        return ConversionMapper(self.other_format, **mappings(WeightsMapper.__or__(other, self)))
 
     def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        return super().apply(_ours(self.foreign, weights) if self.foreign else weights)
+        return super().apply(_ours(self.other_format, weights) if self.other_format else weights)
 
 
-def _ours(foreign: Foreign, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _ours(other_format: OtherFormat, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The stream of a checkpoint of ours, given that of the other program."""
     for name, tensor in weights:
         module_name, _, part = name.rpartition(".")
-        packing = foreign.packings.get(module_name)
+        packing = other_format.packings.get(module_name)
         if packing is None or packing == "dense":
             yield name, tensor
             continue
-        module = foreign.checkpoint.modules[module_name]
+        module = other_format.checkpoint.modules[module_name]
         parts = _padded(module, part, tensor) if packing == "padded" else _transposed(module, part, tensor, packing)
         yield from ((f"{module_name}.{ours}", value) for ours, value in parts.items())
 

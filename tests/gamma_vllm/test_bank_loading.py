@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from vllm.model_executor.models.utils import WeightsMapper
 
 from allocator.contract.served_bank import ServedBank
-from gamma_vllm.bank import BankMapper
+from gamma_vllm.bank_loading import BankMapper
 from tests.gamma_vllm.layers import declare
 
 

@@ -1,26 +1,27 @@
-// Products with some activations on CPUs with AMX, code by code as in native_few.h: the rows in the tiles are codes, exact in
-// bfloat16, and each group's sums are multiplied by its scales. Dequantizing would take longer than the products.
+// gemm of up to kGemmCodesTokens tokens on CPUs with AMX, code by code as in native_avx512_gemv.h: the rows in the tiles are
+// codes, exact in bfloat16, and each group's sums are multiplied by its scales. Dequantizing would take longer than the
+// products.
 
 #pragma once
 
-#include "native_amx.h"
-#include "native_few.h"
+#include "native_amx_gemm.h"
+#include "native_avx512_gemv.h"
 
 namespace {
 
-constexpr long kSomeTokens = 32;  // more are as fast with dequantized weights (Granite Rapids)
+constexpr long kGemmCodesTokens = 32;  // more are as fast with dequantized weights (Granite Rapids)
 
 #ifdef GAMMA_AMX
 
 constexpr long kCodesColumns = 256;  // unpacked at a time, of 32 rows: a third of the first cache
 
-// Activations as multiply_codes wants them.
+// Activations as multiply_tiled_codes wants them.
 struct TiledActivations {
     const uint16_t* tiles;    // as tile_activations orders them, but each step's columns as the step wants them
     const float *sums, *off;  // [tokens/16, groups, 16]: each group's sum, and what its products are too large by
 };
 
-// Within a parallel region, by all. `floats` has room for 2 * kSomeTokens * groups.
+// Within a parallel region, by all. `floats` has room for 2 * kGemmCodesTokens * groups.
 template <typename Of>
 TiledActivations tile_for_codes(const uint16_t* x, long tokens, const Weight& w, uint16_t* tiles, float* floats) {
     constexpr long kStride = 128;
@@ -81,7 +82,7 @@ inline void add_group(const float* products, const float* scales, const float* s
 
 // `tokens` activations times the weight: out [tokens, rows]. Within a parallel region, by all.
 template <typename Of>
-GAMMA_AMX void multiply_codes(const Weight& w, const TiledActivations& x, long tokens, uint16_t* out, long out_stride,
+GAMMA_AMX void multiply_tiled_codes(const Weight& w, const TiledActivations& x, long tokens, uint16_t* out, long out_stride,
                               AmxSpace& space) {
     static const Of made;
     const Of step = made;
@@ -120,7 +121,7 @@ GAMMA_AMX void multiply_codes(const Weight& w, const TiledActivations& x, long t
                     const long at = (tile * groups + group) * 16;
                     for (long half = 0; half < 2; half++) {
                         const long table = 16 * half * padded + group;
-                        add_group(products + 512 * half + 256 * tile, scales + table, w.zeros ? shifts + table : nullptr,
+                        add_group(products + 512 * half + 256 * tile, scales + table, w.zero_point ? shifts + table : nullptr,
                                   padded, x.off + at, x.sums + at, totals + 512 * tile + 256 * half);
                     }
                 }
@@ -135,40 +136,40 @@ GAMMA_AMX void multiply_codes(const Weight& w, const TiledActivations& x, long t
 
 // x [tokens, columns] times the weight: out [tokens, rows]. Within a parallel region, by all.
 template <typename Of>
-void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
+void gemm_amx_codes(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
                    long out_stride, AmxSpace& space) {
     const TiledActivations ready = tile_for_codes<Of>(x, tokens, w, tiles, floats);
-    multiply_codes<Of>(w, ready, tokens, out, out_stride, space);
+    multiply_tiled_codes<Of>(w, ready, tokens, out, out_stride, space);
 #pragma omp barrier
 }
 
 // A step may not reach over the end of a group.
 template <int BITS>
-void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
+void gemm_amx_codes(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
                    long out_stride, AmxSpace& space) {
     constexpr int kMost = most_codes(BITS);
     switch (w.group_size) {
-        case 32: return multiply_some<Step<BITS, 1>>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 64: return multiply_some<Step<BITS, std::min(kMost, 2)>>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 128: return multiply_some<Step<BITS, std::min(kMost, 4)>>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 32: return gemm_amx_codes<Step<BITS, 1>>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 64: return gemm_amx_codes<Step<BITS, std::min(kMost, 2)>>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 128: return gemm_amx_codes<Step<BITS, std::min(kMost, 4)>>(w, x, tokens, tiles, floats, out, out_stride, space);
     }
 }
 
 // Of 2 to 6 bits.
-inline void multiply_some(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
+inline void gemm_amx_codes(const Weight& w, const uint16_t* x, long tokens, uint16_t* tiles, float* floats, uint16_t* out,
                           long out_stride, AmxSpace& space) {
     switch (w.bits) {
-        case 2: return multiply_some<2>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 3: return multiply_some<3>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 4: return multiply_some<4>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 5: return multiply_some<5>(w, x, tokens, tiles, floats, out, out_stride, space);
-        case 6: return multiply_some<6>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 2: return gemm_amx_codes<2>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 3: return gemm_amx_codes<3>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 4: return gemm_amx_codes<4>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 5: return gemm_amx_codes<5>(w, x, tokens, tiles, floats, out, out_stride, space);
+        case 6: return gemm_amx_codes<6>(w, x, tokens, tiles, floats, out, out_stride, space);
     }
 }
 
 #else
 
-inline void multiply_some(const Weight&, const uint16_t*, long, uint16_t*, float*, uint16_t*, long, AmxSpace&) {}
+inline void gemm_amx_codes(const Weight&, const uint16_t*, long, uint16_t*, float*, uint16_t*, long, AmxSpace&) {}
 
 #endif
 
