@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import Scores
-    from allocator.pipeline.sweep import SweepRequest, run_sweep
+    from allocator.pipeline.sweep import SweepSettings, run_sweep
     from allocator.report.differences import read_manifest
     from allocator.report.figures import check_figure_path, save_figure
     from allocator.report.pareto import (  # fmt: skip
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
     figures = [check_figure_path(path) for path in args.figure]
-    request = SweepRequest(
+    request = SweepSettings(
         lowest=args.lowest, highest=args.highest, points=args.points, rules=rules(args), fusion=args.fusion,
         relative_gap=args.relative_gap, gpus=_gpus(args), measure=_measure(args),
         manifests=[read_manifest(path) for path in args.manifest],

@@ -16,9 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from allocator.contract.digest import digest_json
 from allocator.contract.errors import ContractError
 
-__all__ = ["Digest", "Document", "Strict", "explain", "parse_json", "read_text_limited", "write_atomically"]
+__all__ = [
+    "DIGEST_PATTERN",
+    "Digest",
+    "Document",
+    "Strict",
+    "explain",
+    "parse_json",
+    "read_text_limited",
+    "write_atomically",
+]
 
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
+Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 
 
 class Strict(BaseModel):
@@ -89,7 +99,7 @@ class Document(Strict):
         envelope = {
             "schema": {"const": cls.SCHEMA},
             "schema_version": {"const": cls.VERSION},
-            "digest": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+            "digest": {"type": "string", "pattern": DIGEST_PATTERN},
         }
         schema["properties"] = envelope | schema["properties"]
         schema["required"] = [*envelope, *schema.get("required", [])]

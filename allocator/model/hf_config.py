@@ -59,7 +59,7 @@ def find_config(model: str, revision: str | None = None) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # The client would try again for half a minute where there is no network at all.
-    offline = not _resolves(constants.ENDPOINT)
+    offline = not resolves(constants.ENDPOINT)
     try:
         return _parsed(Path(hf_hub_download(model, _CONFIG_NAME, revision=revision, local_files_only=offline)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -92,7 +92,7 @@ def refuse_quantized(config: dict[str, Any], where: object) -> None:
             )
 
 
-def _resolves(address: str) -> bool:
+def resolves(address: str) -> bool:
     """Whether the host of a URL has an address; a proxy is believed to know it."""
     url = urlsplit(address)
     if url.scheme in getproxies() or url.hostname is None:

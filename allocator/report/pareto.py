@@ -11,7 +11,7 @@ from rich.text import Text
 from allocator.report.figures import new_figure
 from allocator.report.recorded import Recorded, recorded_row, recorded_table
 from allocator.report.tables import new_table
-from allocator.solve.many_budgets import SweepPoint, UniformPlan
+from allocator.solve.many_budgets import SolvedBudget, UniformPlan
 
 __all__ = [
     "SWEEP_COLUMNS",
@@ -41,7 +41,7 @@ class Mark:
 
     gpu: str
     budget_bytes: int
-    point: SweepPoint | None
+    point: SolvedBudget | None
     message: str
     price: float | None = None
 
@@ -53,7 +53,7 @@ class Sweep:
 
     model: str
     unit: str
-    points: list[SweepPoint]
+    points: list[SolvedBudget]
     uniform: list[UniformPlan]
     marks: list[Mark]
     measured: dict[str, float]
@@ -61,7 +61,7 @@ class Sweep:
     recorded: list[Recorded] = field(default_factory=list)
 
 
-def key_of_point(point: SweepPoint) -> str:
+def key_of_point(point: SolvedBudget) -> str:
     """The key of its measured loss in `Sweep.measured`."""
     return f"solved {point.budget_bytes}"
 
@@ -212,7 +212,7 @@ def _draw_marks(axes: Any, sweep: Sweep, limits: tuple[float, float], divisor: i
         )  # fmt: skip
 
 
-def _add_bits_axis(axes: Any, solved: Sequence[SweepPoint], divisor: int) -> None:
+def _add_bits_axis(axes: Any, solved: Sequence[SolvedBudget], divisor: int) -> None:
     """Average bits are a linear function of bytes: the two outermost points give it."""
     first, last = solved[0], solved[-1]
     if first.average_bits == last.average_bits:
@@ -225,7 +225,7 @@ def _add_bits_axis(axes: Any, solved: Sequence[SweepPoint], divisor: int) -> Non
     upper.set_xlabel("average bits a weight, scales and zero points included")
 
 
-def _row(sweep: Sweep, gpu: str, point: SweepPoint) -> dict[str, Any]:
+def _row(sweep: Sweep, gpu: str, point: SolvedBudget) -> dict[str, Any]:
     plan = point.uniform
     values = (
         gpu, point.budget_bytes, point.solution.tensor_bytes, point.average_bits, point.solution.objective,
@@ -236,7 +236,7 @@ def _row(sweep: Sweep, gpu: str, point: SweepPoint) -> dict[str, Any]:
     return dict(zip(SWEEP_COLUMNS, values, strict=True))
 
 
-def _cells(sweep: Sweep, gpu: str, point: SweepPoint, named: bool, divisor: int) -> list[str]:
+def _cells(sweep: Sweep, gpu: str, point: SolvedBudget, named: bool, divisor: int) -> list[str]:
     row = _row(sweep, gpu, point)
     cells = [gpu] if named else []
     cells += [] if sweep.measured else [f"{point.budget_bytes / divisor:.3f}"]

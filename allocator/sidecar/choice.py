@@ -1,6 +1,5 @@
 """Which model of the store, which budget, which assignment: an explicit choice always beats the automatic one."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,13 +18,11 @@ from allocator.plan.weights import residency_of
 from allocator.run.progress import Progress
 from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
-from allocator.sidecar.store import Entry, Store
+from allocator.sidecar.store import Entry, Store, is_digest
 from allocator.solve import Fusion, SolveSettings, solve_scores
 from allocator.solve.kv_cache_dtype import choose_kv_dtype
 
 __all__ = ["Selection", "choose", "find_entry"]
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def choose(settings: PrepareSettings, entry: Entry, store: Store, progress: Prog
             f"--kv-cache-dtype auto-choose shares out the GPU's memory, --budget {settings.budget} has shared it out; "
             "give --kv-cache-dtype auto or fp8, or --budget auto"
         )
-    reason = f"{'manifest' if _DIGEST.fullmatch(settings.budget) else 'budget'} {settings.budget} was asked for"
+    reason = f"{'manifest' if is_digest(settings.budget) else 'budget'} {settings.budget} was asked for"
     if device is None:
         manifest, price = _explicit(settings, fusion_for(settings.fusion, None), entry, store)
         _check_ranks(request, entry, manifest)
@@ -143,7 +140,7 @@ def _with_kv_cache(
 def _explicit(settings: PrepareSettings, fusion: Fusion, entry: Entry, store: Store) -> tuple[Manifest, str]:
     """The assignment that the budget names or asks for, and the price of tied fusion in words."""
     budget = settings.budget
-    if _DIGEST.fullmatch(budget):
+    if is_digest(budget):
         manifest = store.manifest(budget)
         if manifest is None:
             raise InputError(f"{store.url} has no manifest {budget}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 
+from allocator.contract.documents import DIGEST_PATTERN
 from allocator.sidecar.errors import ApiError, responses
 from allocator.sidecar.schemas import (
     Allocation,
@@ -33,12 +34,12 @@ router = APIRouter(prefix="/v1", tags=["assignments"])
 
 DigestPath = Annotated[
     str,
-    Path(pattern=r"^sha256:[0-9a-f]{64}$", description="a digest", examples=["sha256:" + "0" * 64]),
+    Path(pattern=DIGEST_PATTERN, description="a digest", examples=["sha256:" + "0" * 64]),
 ]
 Limit = Annotated[int, Query(ge=1, le=200, description="how many at once")]
 After = Annotated[
     str | None,
-    Query(pattern=r"^sha256:[0-9a-f]{64}$", description="the `next` of the part before, for the following one"),
+    Query(pattern=DIGEST_PATTERN, description="the `next` of the part before, for the following one"),
 ]
 _JSON = "application/json"
 _SOLVED = responses(401, 404, 408, 409, 413, 415, 422, 503)

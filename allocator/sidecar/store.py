@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
-from allocator.contract.documents import Digest, Document, Strict, parse_json
+from allocator.contract.documents import DIGEST_PATTERN, Digest, Document, Strict, parse_json
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
@@ -83,13 +83,17 @@ class Entry(Document):
     added: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(DIGEST_PATTERN)
 AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
 
 
 def hex_of(digest: str) -> str:
     """The part of a digest that names its object. Raises ValueError for anything that is no digest."""
-    if _DIGEST.fullmatch(digest) is None:
+    if not is_digest(digest):
         raise ValueError(f"{digest[:80]!r} is no digest")
     return digest.removeprefix("sha256:")
 
@@ -205,7 +209,7 @@ class Store:
     def measured(self, scores_digest: str) -> list[str]:
         """Digests of the manifests of some scores that say what was measured, sorted."""
         names = self.backend.names(f"measured/{hex_of(scores_digest)}")
-        return [digest for name in names if _DIGEST.fullmatch(digest := f"sha256:{name}")]
+        return [digest for name in names if is_digest(digest := f"sha256:{name}")]
 
     def _document(self, kind: type[AnyDocument], folder: str, digest: str) -> AnyDocument | None:
         path = f"{folder}/{hex_of(digest)}.json"

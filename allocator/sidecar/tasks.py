@@ -31,8 +31,7 @@ from allocator.sidecar.schemas import (
 from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, document_text
 from allocator.solve import SolveSettings, solve_scores
-from allocator.solve.many_budgets import UniformPlan, uniform_plans
-from allocator.solve.many_budgets import sweep as solve_sweep
+from allocator.solve.many_budgets import UniformPlan, solve_budgets, uniform_plans
 from allocator.solve.program import Program
 from allocator.solve.request import parse_amount
 from allocator.solve.units import Rules
@@ -141,7 +140,7 @@ def sweep(identity: str, request_json: str, scores_digest: str, name: str, measu
             budget_bytes=point.budget_bytes, tensor_bytes=point.solution.tensor_bytes, average_bits=point.average_bits,
             predicted_loss=point.solution.objective, bound=point.solution.bound,
         )
-        for point in solve_sweep(program, budgets, relative_gap=_SWEEP_GAP)
+        for point in solve_budgets(program, budgets, relative_gap=_SWEEP_GAP)
     ]  # fmt: skip
     uniform = {str(plan.num_bits): _uniform(plan) for plan in uniform_plans(scores)}
     result = SweepResult(

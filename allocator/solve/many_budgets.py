@@ -11,7 +11,15 @@ from allocator.solve.predicted import predicted_loss
 from allocator.solve.program import Program, SearchLimits, Solution
 from allocator.solve.request import average_bits_of, parse_amount
 
-__all__ = ["MOST_POINTS", "SweepPoint", "UniformPlan", "best_uniform", "spread_budgets", "sweep", "uniform_plans"]
+__all__ = [
+    "MOST_POINTS",
+    "SolvedBudget",
+    "UniformPlan",
+    "best_uniform",
+    "solve_budgets",
+    "spread_budgets",
+    "uniform_plans",
+]
 
 MOST_POINTS = 10_000
 
@@ -28,7 +36,7 @@ class UniformPlan:
 
 
 @dataclass(frozen=True)
-class SweepPoint:
+class SolvedBudget:
     """A budget, the best assignment in it, and the best uniform plan in it (None: not even the narrowest fits)."""
 
     budget_bytes: int
@@ -50,19 +58,19 @@ def spread_budgets(scores: Scores, lowest: str, highest: str, points: int) -> li
     return [low + (high - low) * i // (points - 1) for i in range(points)]
 
 
-def sweep(
+def solve_budgets(
     program: Program,
     budgets: Sequence[int],
     relative_gap: float = 0.0,
     progress: Progress = silent,
-) -> list[SweepPoint]:
+) -> list[SolvedBudget]:
     """Solve `program` at every budget in bytes. Raises InfeasibleBudgetError for one that no assignment fits."""
     plans = uniform_plans(program.scores)
     limits, points = SearchLimits(relative_gap=relative_gap), []
     for budget in progress.over(budgets, "solving", "budget"):
         solution = program.solve(budget, limits)
         bits = average_bits_of(program.scores, solution.tensor_bytes)
-        points.append(SweepPoint(budget, solution, bits, best_uniform(plans, budget)))
+        points.append(SolvedBudget(budget, solution, bits, best_uniform(plans, budget)))
     return points
 
 

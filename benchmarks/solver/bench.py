@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from allocator.solve import Program, SearchLimits, budget_for_average_bits, solve  # noqa: E402
 from allocator.solve.dynamic import MOST_STATES  # noqa: E402
-from allocator.solve.many_budgets import spread_budgets, sweep  # noqa: E402
+from allocator.solve.many_budgets import solve_budgets, spread_budgets  # noqa: E402
 from allocator.solve.units import NO_RULES  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from tests.drawn_scores import SENSITIVITIES, Shapes, draw_scores, qwen3_30b_a3b, qwen3_32b  # noqa: E402
@@ -67,7 +67,9 @@ def sweep_rows(model: str, shapes: Callable[[], Shapes], noise: float) -> list[d
         for seed in SEEDS:
             scores = draw_scores(shapes(), sensitivity, seed, noise)
             budgets = spread_budgets(scores, *SWEEP)
-            points, cpu_seconds, wall_seconds = timed(lambda s=scores, b=budgets: sweep(Program.of(s, NO_RULES), b))
+            points, cpu_seconds, wall_seconds = timed(
+                lambda s=scores, b=budgets: solve_budgets(Program.of(s, NO_RULES), b)
+            )
             cpu.append(cpu_seconds)
             wall.append(wall_seconds)
             gaps.append(max(p.solution.gap / p.solution.objective for p in points))

@@ -97,7 +97,7 @@ def test_hub_id_without_network_is_explained(capsys, monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
     from allocator.model import hf_config
 
-    monkeypatch.setattr(hf_config, "_resolves", lambda address: False)
+    monkeypatch.setattr(hf_config, "resolves", lambda address: False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert main(["plan", "nobody/no-model", "--gpu", "h100"]) == 2
     assert "its config.json cannot be downloaded" in capsys.readouterr().err

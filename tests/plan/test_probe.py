@@ -34,7 +34,7 @@ def record(device="NVIDIA GeForce RTX 4090", vllm="0.33.0", request=REQUEST, **c
 def folder(tmp_path, monkeypatch):
     """An empty cache, and an installed vLLM 0.33.0."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(probe_records, "_installed_vllm", lambda: "0.33.0")
+    monkeypatch.setattr(probe_records, "installed_vllm", lambda: "0.33.0")
     return probe_records.probe_folder()
 
 

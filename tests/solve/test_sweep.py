@@ -12,7 +12,7 @@ import pytest
 from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.layout import module_bytes
 from allocator.solve import Program, SearchLimits, budget_for_average_bits, solve
-from allocator.solve.many_budgets import best_uniform, spread_budgets, sweep, uniform_plans
+from allocator.solve.many_budgets import best_uniform, solve_budgets, spread_budgets, uniform_plans
 from allocator.solve.request import average_bits_of, parse_amount
 from allocator.solve.units import NO_RULES, Rules
 
@@ -22,7 +22,7 @@ def test_a_sweep_gives_what_single_solves_give(make_large):
     budgets = spread_budgets(scores, "2.6bits", "6 bits", 9)
     assert budgets[0] == budget_for_average_bits(scores, 2.6)
     assert budgets[-1] == budget_for_average_bits(scores, 6.0)
-    points = sweep(Program.of(scores, NO_RULES), budgets)
+    points = solve_budgets(Program.of(scores, NO_RULES), budgets)
     for budget, point in zip(budgets, points, strict=True):
         alone = solve(scores, budget)
         assert point.solution == alone
