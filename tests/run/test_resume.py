@@ -57,7 +57,7 @@ def test_a_killed_run_that_goes_on_ends_in_the_same_bytes(
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_gets_there(learned: Learned, tmp_path: Path) -> None:
     for _ in range(60):
-        code = gamma(*learned.command, "--out", tmp_path / "work", die_at=14)
+        code = gamma(*learned.command, "--out", tmp_path / "work", die_at=20)
         if code == ENDED:
             break
         assert code == KILLED
