@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from allocator.contract.errors import ContractError
+from allocator.pipeline import CandidateSettings, learn
 from allocator.pipeline.measure import MeasureSettings, TextSettings, measure_assignments
-from allocator.pipeline.pipeline import CandidateSettings, learn
 from allocator.score import LearningSettings
 from allocator.solve.many_budgets import uniform_plans
 
