@@ -159,7 +159,7 @@ def test_measured_swaps_rank_widths(learned: LearnResult, tiny_model: Callable[[
 
 
 def test_an_unknown_method_is_named(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"choose from gamma, relaxed, measured$"):
+    with pytest.raises(InputError, match=r"choose from gamma, relaxed, measured, uniform$"):
         learn(tiny_model("llama"), tmp_path, CANDIDATES, LearningSettings(method="guess"))
 
 

@@ -13,9 +13,11 @@ import pytest
 
 from allocator.contract.checkpoint import check_checkpoint
 from tests.programs import program
+from tests.skips import lacking
 from tests.waiting import wait_for
 
 from .conftest import gamma
+from .object_servers import PATH, missing
 from .serving import Running, running
 
 
@@ -150,8 +152,10 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path, comma
 
 def test_a_storage_that_does_not_answer_is_told_and_waited_for(tmp_path: Path) -> None:
     """No traceback, no 500: 503 with the address, not ready, a metric."""
-    pytest.importorskip("s3fs")
+    if lacks := missing("s3"):
+        pytest.skip(lacking("package", lacks))
     nobody = {
+        "PYTHONPATH": PATH,
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
