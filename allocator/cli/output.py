@@ -99,7 +99,7 @@ def _print_line(line: str) -> None:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Progress]:
-    """A bar a step; those of steps that ended stay as they were."""
+    """A bar a step; those of steps that ended stay, with what was done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -109,14 +109,22 @@ def _bars(console: Console) -> Iterator[Progress]:
     )
     with bars.Progress(*columns, console=console) as drawn:
         tasks: dict[tuple[int, str], Any] = {}
+        amounts: dict[Any, str] = {}  # of steps that have not ended
+
+        def end() -> None:
+            for ended, amount in amounts.items():
+                drawn.update(ended, completed=1.0, told=amount)
+                drawn.stop_task(ended)
+            amounts.clear()
 
         def draw(standing: Standing) -> None:
             key = standing.number, standing.step
             if key not in tasks:
-                for ended in tasks.values():
-                    drawn.stop_task(ended)
+                end()
                 tasks[key] = drawn.add_task(standing.step, total=1.0, told="")
             parts = [amount_done(standing)] if standing.unit else []
+            amounts[tasks[key]] = "".join(parts)
             drawn.update(tasks[key], completed=standing.share, told=", ".join([*parts, *left(standing)]))
 
         yield Tracker(draw)
+        end()
