@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _SEQUENCES, _LENGTH = 128, 2048
-_LEAST_TOKENS, _TOKENS_A_ROOT = 8192, 16
+_LEAST_TOKENS, _TOKENS_A_ROOT = 8192, 32
 _FEW_SEQUENCES, _SHORT = 32, 256
 
 FULL_FROM_PARAMETERS = (_SEQUENCES * _LENGTH // _TOKENS_A_ROOT) ** 2
@@ -43,8 +43,8 @@ def calibration_amount(
 ) -> tuple[int, int]:
     """Number and length of the calibration sequences for a model of so many `parameters` and `longest` positions.
 
-    Where neither is given: 16 tokens for each unit of the root of the parameters, at least 8,192 and at most 128
-    sequences of 2048, which every model from 0.27 billion parameters on has. The root follows the width of a model, and
+    Where neither is given: 32 tokens for each unit of the root of the parameters, at least 8,192 and at most 128
+    sequences of 2048, which every model from 67 million parameters on has. The root follows the width of a model, and
     the second moments of an input need so many tokens a feature. Fewer tokens come as 32 sequences of at least 256, so
     that they are of as many places. `docs/scale.md` has what that costs. A number that is given is kept, with 128 or
     2048 beside it; only a length that the model does not have is cut.

@@ -179,11 +179,11 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         "model's chat template renders; may be repeated; without it a model of up to 2 billion parameters writes "
         "its own, for a larger one the documentation and sources of Python are taken",
     )
-    text.add_argument("--sequences", type=int, help="default: 128; fewer for a model below 0.27 billion parameters")
+    text.add_argument("--sequences", type=int, help="default: 128; fewer for a model below 67 million parameters")
     text.add_argument(
         "--sequence-length",
         type=int,
-        help="at most what the model allows; default: 2048, less for a model below 0.27 billion parameters. Where "
+        help="at most what the model allows; default: 2048, less for a model below 67 million parameters. Where "
         "one of both is given, the other is 128 or 2048",
     )
     learning = parser.add_argument_group("learning")
