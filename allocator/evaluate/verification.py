@@ -68,7 +68,7 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     import torch
 
     from allocator.blocks import BlockStream
-    from allocator.calibration.sequences import calibration_from_text
+    from allocator.blocks.calibration import calibration_from_text
     from allocator.model import read_inventory
     from allocator.quantize import BankReader
 

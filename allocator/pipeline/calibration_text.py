@@ -1,6 +1,6 @@
 """The text that a model is calibrated on: what is given, else what the model writes, else that of Python."""
 
-from allocator.calibration.sequences import (
+from allocator.blocks.calibration import (
     Calibration,
     calibration_from_model,
     calibration_from_python,

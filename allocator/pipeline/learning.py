@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from allocator.blocks import BlockStream
+from allocator.blocks.calibration import FULL_FROM_PARAMETERS, Calibration
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.hf_model import open_config, open_tokenizer
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.calibration.calibration_run import CalibrationRun
-from allocator.calibration.sequences import FULL_FROM_PARAMETERS, Calibration
 from allocator.contract.bank import Bank, ModelReference
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat

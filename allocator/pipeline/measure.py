@@ -74,7 +74,7 @@ def measure_kv_losses(
 
     `work` is a work folder that may remember the model's digest.
     """
-    from allocator.calibration.sequences import calibration_from_model, calibration_from_text
+    from allocator.blocks.calibration import calibration_from_model, calibration_from_text
     from allocator.evaluate.fp8_kv_cache import measure_kv_cache
     from allocator.model import read_inventory
 

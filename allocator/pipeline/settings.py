@@ -39,7 +39,7 @@ class CandidateSettings:
 
     def amount(self, inventory: Inventory) -> tuple[int, int]:
         """Number and length of the calibration sequences: as they are given, else what the model's size asks for."""
-        from allocator.calibration.sequences import calibration_amount
+        from allocator.blocks.calibration import calibration_amount
 
         return calibration_amount(inventory.parameters, inventory.positions, self.sequences, self.sequence_length)
 

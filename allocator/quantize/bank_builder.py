@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.finite import require_finite
 from allocator.blocks.stream import state_step
 from allocator.blocks.tensors import read_rows, torch_dtype, write_safetensors
-from allocator.calibration.calibration_run import CalibrationRun
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
 from allocator.contract.digest import digest_file
 from allocator.contract.errors import InputError

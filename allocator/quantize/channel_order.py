@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.stream import state_step
-from allocator.calibration.calibration_run import CalibrationRun
 from allocator.contract.channel_blocks import CUT, REORDERED, ChannelBlocks, ChannelOrder
 from allocator.contract.layout import usable_group_size
 from allocator.run.process_group import ProcessGroup

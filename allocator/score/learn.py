@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.finite import require_finite
-from allocator.calibration.calibration_run import CalibrationRun
 from allocator.contract.errors import InputError
 from allocator.contract.scores import Scores
 from allocator.quantize.bank_reader import BankReader

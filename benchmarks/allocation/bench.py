@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.scores import Scores  # noqa: E402
 from allocator.evaluate import RefineSettings, refine  # noqa: E402

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from allocator.blocks.calibration import Calibration
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.calibration.calibration_run import CalibrationRun
-from allocator.calibration.sequences import Calibration
 from allocator.contract.scores import Scores
 from allocator.score import LearningSettings, learn_scores
 from benchmarks.allocation.laboratory import Laboratory

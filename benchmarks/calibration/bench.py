@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.blocks import BlockStream  # noqa: E402
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.evaluate import Student  # noqa: E402
 from allocator.model import Inventory, read_inventory  # noqa: E402

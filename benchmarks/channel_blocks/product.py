@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from allocator.blocks import BlockStream
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text
 from allocator.contract.scores import Scores
 from allocator.evaluate import Student
 from allocator.model import read_inventory

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from allocator.blocks import BlockStream
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text
+from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.calibration.calibration_run import CalibrationRun
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.bank import ModelReference
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.scores import Candidate, ScoredModule, Scores

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.calibration.sequences import calibration_from_model  # noqa: E402
+from allocator.blocks.calibration import calibration_from_model  # noqa: E402
 from allocator.contract.safetensors_file import read_folder_headers  # noqa: E402
 from allocator.evaluate import load_dequantized, measure_divergence  # noqa: E402
 from allocator.export import ExportSettings  # noqa: E402

@@ -15,9 +15,9 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from allocator.blocks import BlockStream  # noqa: E402
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.blocks.calibration.calibration_run import CalibrationRun  # noqa: E402
 from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
-from allocator.calibration.calibration_run import CalibrationRun  # noqa: E402
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.bank import ModelReference  # noqa: E402
 from allocator.evaluate import measure_divergence  # noqa: E402
 from allocator.model import CandidateFormats, model_digest, read_inventory  # noqa: E402

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from allocator.blocks import BlockStream  # noqa: E402
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.contract.errors import InfeasibleBudgetError  # noqa: E402
 from allocator.evaluate import Student  # noqa: E402
 from allocator.model import read_inventory  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 
-from allocator.calibration.sequences import calibration_amount
+from allocator.blocks.calibration import calibration_amount
 
 
 @pytest.mark.parametrize("parameters", [68_000_000, 1_100_000_000, 8_000_000_000, 32_000_000_000])

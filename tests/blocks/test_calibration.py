@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from allocator.calibration.files import sample_pieces
-from allocator.calibration.sequences import calibration_from_model, calibration_from_python, calibration_from_text
+from allocator.blocks.calibration import calibration_from_model, calibration_from_python, calibration_from_text
+from allocator.blocks.calibration.files import sample_pieces
 from allocator.contract.errors import InputError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -70,8 +70,8 @@ def test_the_model_writes_its_own_text_reproducibly(tiny_model: Callable[[str], 
 def test_of_a_large_file_a_sample_from_all_over_it_is_read(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("allocator.calibration.files.PIECE_CHARACTERS", 64)
-    monkeypatch.setattr("allocator.calibration.sequences._LEAST_PIECES", 16)
+    monkeypatch.setattr("allocator.blocks.calibration.files.PIECE_CHARACTERS", 64)
+    monkeypatch.setattr("allocator.blocks.calibration.sequences._LEAST_PIECES", 16)
     path = tmp_path / "large.txt"
     path.write_text("".join(chr(33 + i // 200) * 200 for i in range(0, 12_000, 200)))  # a letter a stretch
     calibration = calibration_from_text(tiny_model("llama"), [path], 8, 8, seed=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from allocator.calibration.files import pieces_of_files
+from allocator.blocks.calibration.files import pieces_of_files
 from allocator.contract.errors import InputError
 
 LINES = [f"This is line {i} of the text." for i in range(4)]

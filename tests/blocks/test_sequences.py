@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream
+from allocator.blocks.calibration import calibration_from_model, calibration_from_text
 from allocator.blocks.hf_model import open_config
-from allocator.calibration.sequences import calibration_from_model, calibration_from_text
 from allocator.contract.errors import InputError
 from allocator.model import read_inventory
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream
-from allocator.calibration.sequences import calibration_from_model
+from allocator.blocks.calibration import calibration_from_model
 from allocator.cli.main import main
 from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes

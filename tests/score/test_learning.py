@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream
+from allocator.blocks.calibration import calibration_from_model
 from allocator.blocks.gradients import fill_gradients
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.calibration.sequences import calibration_from_model
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS
 from allocator.contract.scores import Scores

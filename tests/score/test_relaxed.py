@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from allocator.blocks import BlockStream
+from allocator.blocks.calibration import calibration_from_model
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.calibration.sequences import calibration_from_model
 from allocator.model import read_inventory
 from allocator.pipeline import CandidateSettings, LearnResult, learn
 from allocator.quantize import BankReader

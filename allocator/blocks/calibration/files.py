@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from allocator.calibration.records import ALLOWED, Render, records_of, text_of
+from allocator.blocks.calibration.records import ALLOWED, Render, records_of, text_of
 from allocator.contract.errors import InputError
 
 __all__ = ["PIECE_CHARACTERS", "Piece", "pieces_of_files", "pieces_of_python", "sample_pieces"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from allocator.calibration.files import PIECE_CHARACTERS, Piece, pieces_of_files, pieces_of_python, sample_pieces
-from allocator.calibration.self_written import write_tokens
-from allocator.calibration.tokenizer import TextTokenizer
+from allocator.blocks.calibration.files import PIECE_CHARACTERS, Piece, pieces_of_files, pieces_of_python, sample_pieces
+from allocator.blocks.calibration.self_written import write_tokens
+from allocator.blocks.calibration.tokenizer import TextTokenizer
 from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 from allocator.model.context_length import cut_to

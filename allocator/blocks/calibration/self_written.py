@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocator.blocks.calibration.tokenizer import added_before
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hf_model import has_tokenizer, open_model, open_tokenizer
-from allocator.calibration.tokenizer import added_before
 from allocator.run.progress import Progress, silent
 
 __all__ = ["write_tokens"]

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from allocator.blocks.calibration import Calibration
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import BlockStream
-from allocator.calibration.sequences import Calibration
 from allocator.model import Inventory
 from allocator.run.journal import Journal
 from allocator.run.progress import Progress, silent
