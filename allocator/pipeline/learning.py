@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from allocator.blocks import BlockStream
-from allocator.blocks.calibration import FULL_FROM_PARAMETERS, Calibration
+from allocator.blocks.calibration import Calibration
 from allocator.blocks.calibration.calibration_run import CalibrationRun
+from allocator.blocks.calibration.sequences import FULL_FROM_PARAMETERS
 from allocator.blocks.hf_model import open_config, open_tokenizer
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.contract.bank import Bank, ModelReference
