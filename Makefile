@@ -15,7 +15,7 @@ AVX2_TESTS := $(addprefix tests/gamma_vllm/test_,kernels.py native.py linear.py 
 	tests/e2e/test_server.py::test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
+.PHONY: help setup architectures audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ bench-kernels: setup ## products of the CUDA kernels, layer by layer, beside bfl
 
 bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes; goes on where it stopped)
 	$(PYTHON) benchmarks/serving/bench.py
+
+architectures: setup ## allocator/model/architectures.json and docs/models.md anew, from transformers and vLLM (some minutes)
+	@$(PYTHON) -m allocator.blocks.discovery.table
+	@$(PYTHON) benchmarks/models/table.py
 
 test: lint test-tools ## all checks and all tests; what could not be tested is listed at the end
 	$(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -45,9 +45,16 @@ def build_skeleton(folder: Path, config: Any) -> Any:
         _explained(folder / "config.json", "transformers cannot build this model", "take that of the original model"),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+        except ValueError as error:
+            if "does not support an attention implementation" not in str(error):
+                raise
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
 
 
 def open_model(folder: Path, **options: Any) -> Any:

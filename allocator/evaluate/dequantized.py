@@ -20,14 +20,12 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises ContractError when the folder is not what it declares.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
     config = open_config(folder)
     del config.quantization_config
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = {}
     for name, module in declared.modules.items():
         if not module.quantized:
@@ -39,11 +37,15 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
     if declared.channel_blocks is not None:
         state = joined_pieces(state, declared.channel_blocks)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    # Through transformers' own loading: a checkpoint has names of its own, and experts one by one.
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, told = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    missing, unexpected = told["missing_keys"], told["unexpected_keys"]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise RuntimeError(f"{folder}: transformers wants {missing} and does not know {unexpected}")
-    model.tie_weights()
+        raise RuntimeError(f"{folder}: transformers wants {sorted(missing)} and does not know {sorted(unexpected)}")
     return model.eval().requires_grad_(False)
 
 

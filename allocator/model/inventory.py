@@ -22,6 +22,7 @@ from allocator.contract.resident import Split, kind_name
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
+from allocator.model.expert_stacks import unstacked
 from allocator.model.hf_config import read_config, refuse_quantized
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
@@ -29,6 +30,7 @@ __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MOST_SHOWN = 6
+_PREDICTING_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def read_inventory(folder: Path) -> Inventory:
     if shape.plan_only is not None:
         raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
     rules = architecture_of(config)[1]
-    stored = _with_prefix(_read_headers(folder), rules)
+    stored = unstacked(_with_prefix(_read_headers(folder), rules), shape)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
     head = stored.get(f"{rules.lm_head.name}.weight")
@@ -259,9 +261,11 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 def _refuse_more_blocks(folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int) -> None:
     rules = architecture_of(config)[1]
     pattern = re.compile(re.escape(rules.block).replace(r"\{i\}", r"(\d+)") + r"\.")
+    # Blocks for speculative decoding come after the others; they are copied.
+    more = next((config[key] for key in _PREDICTING_BLOCKS if isinstance(config.get(key), int)), 0)
     for name in stored:
         match = pattern.match(name)
-        if match and int(match[1]) >= blocks:
+        if match and int(match[1]) >= blocks + more:
             raise InputError(
                 f"{folder}: tensor {name} is of block {match[1]}, but {rules.block_count} in config.json is {blocks}"
             )
