@@ -14,10 +14,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from allocator.contract.channel_blocks import piece_name
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.modules import row_block_name
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.announce import announce
 from gamma_vllm.bank_loading import BankMapper, find_served_bank
@@ -189,10 +189,10 @@ class GammaConfig(QuantizationConfig):
         """The modules that vLLM joins into the layer `prefix`, piece by piece; empty if they are not cut."""
         parent, _, leaf = prefix.rpartition(".")
         whole = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
-        if self.checkpoint.channel_blocks is None or piece_name(whole[0], 0) not in self.modules:
+        if self.checkpoint.channel_blocks is None or row_block_name(whole[0], 0) not in self.modules:
             return []
         pieces = [
-            [piece_name(name, number) for name in whole] for number in range(self.checkpoint.channel_blocks.blocks)
+            [row_block_name(name, number) for name in whole] for number in range(self.checkpoint.channel_blocks.blocks)
         ]
         return [[self.modules[name] for name in names] for names in pieces]
 

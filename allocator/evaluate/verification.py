@@ -8,7 +8,8 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
-from allocator.contract.resident import Residency, is_in_block
+from allocator.contract.modules import is_in_block
+from allocator.contract.resident import Residency
 from allocator.contract.scores import Scores
 from allocator.evaluate.refinement import RefineSettings, refine
 from allocator.evaluate.student import Student

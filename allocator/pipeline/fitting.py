@@ -13,7 +13,7 @@ from allocator.contract.outputs import check_output_folder
 from allocator.contract.scores import Scores
 from allocator.evaluate import Student, verify
 from allocator.export import ExportReport, ExportSettings, check_target
-from allocator.model import Inventory, cut_unsorted, read_inventory
+from allocator.model import Inventory, read_inventory
 from allocator.pipeline.calibration_text import calibration_text
 from allocator.pipeline.exporting import export
 from allocator.pipeline.learning import LearnResult, compute_device, learn
@@ -130,7 +130,7 @@ def _check_budget(request: FitRequest, inventory: Inventory, plan: Plan | None) 
     Where the KV cache is still to be chosen, no plan is checked: another dtype may leave more.
     """
     candidates, budget = request.candidates, request.solving.budget
-    cut = cut_unsorted(inventory, candidates.channel_blocks)
+    cut = candidates.cut(inventory)
     low, high = candidates.formats.feasible_bytes(cut)
     if budget is not None and parse_average_bits(budget) is None and parse_budget(budget) < low:
         raise InfeasibleBudgetError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
-from allocator.contract.resident import kind_name
+from allocator.contract.modules import kind_name
 from allocator.contract.scores import Scores
 from allocator.model.shape import read_shape
 from allocator.plan import Device, Plan, PlannedWeights, PlanRequest, find_gpu, make_plan, memory_device
