@@ -20,7 +20,7 @@ __all__ = [
     "open_student",
     "refine_manifest",
     "uniform_assignments",
-    "verify",
+    "verify_against_uniform",
 ]
 
 
@@ -80,7 +80,7 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     return Student(stream, candidates, tokens)
 
 
-def verify(
+def verify_against_uniform(
     manifest: Manifest,
     scores: Scores,
     student: Student,

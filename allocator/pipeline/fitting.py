@@ -11,7 +11,7 @@ from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
 from allocator.contract.scores import Scores
-from allocator.evaluate import Student, verify
+from allocator.evaluate import Student, verify_against_uniform
 from allocator.export import ExportReport, ExportSettings, check_target
 from allocator.model import Inventory, read_inventory
 from allocator.pipeline.calibration_text import calibration_text
@@ -203,7 +203,7 @@ def _verified(
     bank = BankReader(learned.bank_folder)
     student = Student(BlockStream(bank.arranged(inventory), compute_device()), bank, text.token_ids)
     residency = None if plan is None else plan.residency
-    return verify(manifest, learned.scores, student, request.solving.rules, residency, progress)
+    return verify_against_uniform(manifest, learned.scores, student, request.solving.rules, residency, progress)
 
 
 def _price(manifest: Manifest, scores: Scores, settings: SolveSettings, plan: Plan | None) -> str:
