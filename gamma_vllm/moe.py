@@ -33,7 +33,7 @@ from gamma_vllm.linear import (
     register_held,
 )
 from gamma_vllm.parameters import FlatParameter
-from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
+from gamma_vllm.shards import PARTS, CheckpointModule, LayerGeometry, Segment, Shard, merge, plan_shards, windows
 
 __all__ = ["ExpertModules", "GammaMoEMethod"]
 
@@ -42,8 +42,8 @@ __all__ = ["ExpertModules", "GammaMoEMethod"]
 class ExpertModules:
     """The checkpoint's modules of one expert: gate and up (`w13`, one when the activation has no gate), and down."""
 
-    w13: tuple[Module, ...]
-    w2: Module
+    w13: tuple[CheckpointModule, ...]
+    w2: CheckpointModule
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class GammaMoEMethod(FusedMoEMethodBase):
         return {t.name[1:] for m in modules for t in module_tensors("", m.format, self.checkpoint_dtype)}
 
     def _plan(
-        self, layer: RoutedExperts, modules: tuple[Module, ...], columns: int, rows_each: int, *, rows: bool
+        self, layer: RoutedExperts, modules: tuple[CheckpointModule, ...], columns: int, rows_each: int, *, rows: bool
     ) -> list[Shard]:
         """The shards of one expert: `rows` says whether tensor parallelism cuts its rows (w13) or its columns (w2)."""
         ranks, rank = self.moe.tp_size, self.moe.tp_rank

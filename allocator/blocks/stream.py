@@ -75,8 +75,8 @@ class BlockStream:
         stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         # On meta: structure without memory.
         layer = as_stored(copy.deepcopy(self._skeleton.blocks[index]), stored)
-        if self.inventory.channels is not None:
-            cut_rows(layer, self.inventory.channels)
+        parents = self.inventory.parents(index)
+        cut_rows(layer, {name.removeprefix(prefix): [m.rows for m in of] for name, of in parents.items()})
         names = {name: self._skeleton.stored_as(index, name) for name in layer.state_dict()}
         state = {name: self.read(prefix + stored).float() for name, stored in names.items()}
         layer.load_state_dict(state, assign=True)

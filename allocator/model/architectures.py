@@ -23,11 +23,12 @@ from allocator.model.found_here import read_found
 
 __all__ = [
     "Architecture",
-    "Experts",
+    "ExpertKeys",
     "Linear",
     "NamedShape",
     "OtherTensor",
     "architecture_of",
+    "architecture_rules",
     "known_architectures",
     "table",
 ]
@@ -95,7 +96,7 @@ class LayerKinds(Strict):
     rest: str | None = None
 
 
-class Experts(Strict):
+class ExpertKeys(Strict):
     """A mixture of experts: config keys of how many there are, how many a token takes, and their size.
 
     `blocks` says which blocks have them: `all`, or the config key that says it (`decoder_sparse_step`,
@@ -127,7 +128,7 @@ class Architecture(Strict):
     layer_kinds: LayerKinds | None = None
     attention: Literal["grouped", "mla"] = "grouped"
     window: Literal["none", "every", "use_sliding_window", "pattern"] = "none"
-    experts: Experts | None = None
+    experts: ExpertKeys | None = None
     tied_by_default: bool = False
     text_config: bool = False
     length_is_stretched: bool = False

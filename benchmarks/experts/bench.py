@@ -27,7 +27,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noq
 from allocator.contract.layout import ModuleFormat, module_tensors  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod  # noqa: E402
-from gamma_vllm.shards import Module  # noqa: E402
+from gamma_vllm.shards import CheckpointModule  # noqa: E402
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, GROUP = 2048, 768, 16, 8, 128
 SEED, REPEATS = 0, 9
@@ -64,10 +64,10 @@ def make_layer(width) -> nn.Module:
         activation_situ_beta=None, activation_situ_linear_beta=None,
     )  # fmt: skip
 
-    def module(expert: int, part: str) -> Module:
+    def module(expert: int, part: str) -> CheckpointModule:
         shape = (HIDDEN, INTERMEDIATE) if part == "down" else (INTERMEDIATE, HIDDEN)
         form = ModuleFormat(shape=shape, num_bits=width(expert, part), group_size=GROUP, symmetric=True)
-        return Module(f"experts.{expert}.{part}_proj", form)
+        return CheckpointModule(f"experts.{expert}.{part}_proj", form)
 
     experts = [{part: module(i, part) for part in SHARD_IDS} for i in range(EXPERTS)]
     joined = [ExpertModules((e["gate"], e["up"]), e["down"]) for e in experts]

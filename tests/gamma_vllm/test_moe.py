@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from allocator.contract.errors import ContractError
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
-from gamma_vllm.shards import Module
+from gamma_vllm.shards import CheckpointModule
 from tests.gamma_vllm.layers import declare, stored_tensors
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 128, 4, 2
@@ -52,7 +52,7 @@ def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False):
         has_bias=False, is_act_and_mul=True, tp_rank=tp[0], tp_size=tp[1],
         activation_situ_beta=None, activation_situ_linear_beta=None,
     )  # fmt: skip
-    named = {key: Module(f"a.experts.{key[0]}.{key[1]}_proj", form) for key, form in declared.items()}
+    named = {key: CheckpointModule(f"a.experts.{key[0]}.{key[1]}_proj", form) for key, form in declared.items()}
     experts = [ExpertModules((named[i, "gate"], named[i, "up"]), named[i, "down"]) for i in range(EXPERTS)]
     layer.quant_method = GammaMoEMethod(layer, experts, "BF16")
     layer.quant_method.create_weights(layer, len(slots), HIDDEN, INTERMEDIATE // tp[1], torch.float32)
