@@ -41,6 +41,7 @@ _DRAFT_PREFIX = "draft_model."
 _USUAL_FUSION = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """For model classes that fuse these layers and have no `packed_modules_mapping` that says it (StableLM)."""
 
+_HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 """Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
 
@@ -219,6 +220,8 @@ class GammaConfig(QuantizationConfig):
             if self._embedding_module("").format.quantized:
                 return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
+        if not prefix:  # some models do not tell its name
+            prefix = next((name for name in self.modules if name.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME)
         return self._vocabulary(self._modules_of(prefix)[0], gathers=False, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:

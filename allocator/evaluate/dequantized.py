@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from allocator.blocks.hf_model import open_config
+from allocator.blocks.hf_model import model_class, open_config
 from allocator.blocks.tensors import read_tensor
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.modules import Rows
@@ -20,8 +20,6 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises ContractError when the folder is not what it declares.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
     config = open_config(folder)
@@ -38,8 +36,7 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     for original, modules in declared.parents.rows().items():
         state[f"{original}.weight"] = _joined([(state.pop(f"{name}.weight"), rows) for name, rows in modules.items()])
     # Through transformers' own loading: a checkpoint has names of its own, and experts one by one.
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, told = model_class.from_pretrained(
+    model, told = model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     missing, unexpected = told["missing_keys"], told["unexpected_keys"]

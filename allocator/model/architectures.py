@@ -114,7 +114,8 @@ class Architecture(Strict):
 
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
-    why the architecture can be planned and not learned. `text_config`: the language model's keys stand there.
+    why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
+    names of what is copied beside it begin with one of `beside`; its size is known from files only.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
     """
 
@@ -133,6 +134,7 @@ class Architecture(Strict):
     text_config: bool = False
     length_is_stretched: bool = False
     plan_only: str | None = None
+    beside: list[str] = Field(default_factory=list)
 
     def language(self, config: dict[str, Any]) -> dict[str, Any]:
         """The part of config.json that describes the language model."""

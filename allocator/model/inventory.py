@@ -112,9 +112,14 @@ class Inventory:
         return sum(module.parameters for module in self.modules)
 
     @property
+    def language(self) -> dict[str, Any]:
+        """The part of config.json that describes the language model."""
+        return architecture_of(self.config)[1].language(self.config)
+
+    @property
     def positions(self) -> int | None:
         """The longest sequence that the model was made for, None where config.json does not say."""
-        longest: int | None = self.config.get("max_position_embeddings")
+        longest: int | None = self.language.get("max_position_embeddings")
         return longest or None
 
     def sequence_length(self, wanted: int) -> int:
@@ -211,7 +216,8 @@ def read_inventory(folder: Path) -> Inventory:
     known: set[str] = set()
     for other in shape.others:
         for name in other.names():
-            _checked(folder, stored, name, other.shape, other.terms)
+            if not name.startswith(shape.beside):  # whose names differ from release to release
+                _checked(folder, stored, name, other.shape, other.terms)
             known.add(name)
 
     taken = {m.tensor.name for m in modules} | {t.name for t in dropped}
@@ -224,7 +230,7 @@ def read_inventory(folder: Path) -> Inventory:
         tied=shape.tied,
         modules=tuple(modules),
         others=others,
-        unknown=tuple(t.name for t in others if t.name not in known),
+        unknown=tuple(t.name for t in others if t.name not in known and not t.name.startswith(shape.beside)),
         dropped=dropped,
         blocks=shape.blocks,
         shape=shape,

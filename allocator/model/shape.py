@@ -110,7 +110,8 @@ class ExpertCounts:
 class ModelShape:
     """A model as config.json describes it. `dtype` is that of its 16-bit weights in a checkpoint.
 
-    `plan_only` says why it cannot be learned, None if it can.
+    `plan_only` says why it cannot be learned, None if it can. Tensors whose names begin with one of `beside` are copied
+    too; not all of them are among `others`.
     """
 
     architecture: str
@@ -129,6 +130,7 @@ class ModelShape:
     experts: ExpertCounts | None
     context: ContextLength
     plan_only: str | None
+    beside: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> int:
@@ -190,6 +192,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         experts=experts,
         context=context_length(language, rules.defaults, rules.length_is_stretched),
         plan_only=rules.plan_only,
+        beside=tuple(rules.beside),
     )
 
 

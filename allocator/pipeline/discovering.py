@@ -17,7 +17,7 @@ def discover(folder: Path) -> Path | None:
 
     Raises InputError saying what is missing for the model to be learned and served.
     """
-    from allocator.blocks.discovery.table import found_rules
+    from allocator.blocks.discovery.table import found_rules, found_wrapper, wrappers
     from allocator.blocks.discovery.vllm_source import vllm_version
 
     config = read_config(folder)
@@ -28,6 +28,7 @@ def discover(folder: Path) -> Path | None:
     if name in known_architectures():
         return None
     versions = {"transformers": version("transformers"), "vllm": vllm_version()}
-    path = keep_found(name, found_rules(name, config["model_type"]), versions)
+    rules = found_wrapper(name) if name in wrappers() else found_rules(name, config["model_type"])
+    path = keep_found(name, rules, versions)
     architecture_of(config)
     return path

@@ -159,7 +159,7 @@ def _prepared(
     check_room(folder, task.needed_bytes)
     inventory, formats, statistics = task.inventory, task.formats, task.quantizer.statistics
     progress.plan(learning_steps(inventory, formats, statistics, task.learning, task.tokens, bank is not None))
-    hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.config["hidden_size"])
+    hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.shape.hidden_size)
     run = CalibrationRun(BlockStream(inventory, compute_device()), calibration, hidden, progress, folder.journal)
     return in_order(run, task.candidates.cut(inventory), bank, task.candidates.group_size)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
-from tests.families import FAMILIES, NOT_SERVED, NOT_TRIED  # noqa: E402
+from tests.families import FAMILIES, NOT_SERVED, NOT_TRIED, WRAPPERS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 ELSEWHERE = (
@@ -44,7 +44,9 @@ What a **yes** means.
 
 *found* means that nothing is known to be missing and no test has tried it. Nothing of this page was tried on CUDA;
 Llama and Qwen3 were, elsewhere (`tests/gpu`). `gamma plan` refuses models with linear attention or chunked windows,
-whose cache it does not know yet.
+whose cache it does not know yet, and most multimodal ones, of which it knows the language model only. Of these the
+language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
+language model, which no test has tried: vLLM's CPU build needs torchvision for them.
 
 | architecture | inspect | learn | serve on CPU |
 |---|---|---|---|
@@ -53,10 +55,14 @@ whose cache it does not know yet.
 
 def backed() -> dict[str, str]:
     """Architecture -> what tests/families.py calls it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]: kind for kind in FAMILIES}
-    return {name if isinstance(name, str) else name[0]: kind for name, kind in names.items()}
+    whole = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]: kind for kind in WRAPPERS}
+    return {name if isinstance(name, str) else name[0]: kind for name, kind in names.items()} | whole
 
 
 def row(name: str, families: dict[str, str]) -> str:
@@ -66,7 +72,9 @@ def row(name: str, families: dict[str, str]) -> str:
     if all(linear.why_16 is not None for linear in rules.linears):
         return f"| {name} | yes | no: none of its modules can be quantized | |"
     state = "yes" if kind is not None or name in ELSEWHERE else "found"
-    serve = f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED else state
+    serve = (
+        f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
+    )
     return f"| {name} | yes | {state} | {serve} |"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from allocator.blocks.discovery.expressions import Expressions
-from allocator.blocks.discovery.table import TABLE, candidates, found_rules
+from allocator.blocks.discovery.table import TABLE, candidates, found_rules, found_wrapper, wrappers
 from allocator.contract.errors import InputError
 from allocator.model import read_inventory
 from allocator.pipeline.discovering import discover
@@ -45,8 +45,14 @@ def test_the_table_is_what_the_installed_libraries_tell(table: dict, architectur
     assert found_rules(architecture, candidates()[architecture]) == table["architectures"][architecture]
 
 
+def test_a_multimodal_model_has_the_rules_of_its_language_model(table: dict) -> None:
+    found = found_wrapper("Mistral3ForConditionalGeneration")
+    assert found == table["architectures"]["Mistral3ForConditionalGeneration"]
+    assert found["beside"] == ["multi_modal_projector.", "vision_tower."]
+
+
 def test_the_table_has_every_architecture_that_both_libraries_know(table: dict) -> None:
-    assert table["architectures"].keys() | table["refused"].keys() == candidates().keys()
+    assert table["architectures"].keys() | table["refused"].keys() == candidates().keys() | wrappers().keys()
 
 
 def test_a_size_is_told_by_the_keys_that_it_follows_from() -> None:

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
-from tests.families import FAMILIES, LIKE_OTHERS, NOT_SERVED, NOT_TRIED, make_family  # noqa: E402
+from tests.families import FAMILIES, LIKE_OTHERS, NOT_SERVED, NOT_TRIED, ONLY_BFLOAT16, make_family  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -35,7 +35,8 @@ def answers(tmp_path_factory, serving, run_engines):
         make_checkpoint(make_family(name, model), gamma, _groups_of_32)
         write_dequantized(gamma, plain)
         jobs.append({"name": f"{name} transformers", "model": str(plain), "steps": steps})
-        engine = {"kernel": "torch", "options": {"skip_tokenizer_init": True}}
+        dtype = "bfloat16" if name in ONLY_BFLOAT16 else "float32"
+        engine = {"kernel": "torch", "options": {"skip_tokenizer_init": True, "dtype": dtype}}
         jobs.append({"name": f"{name} vllm", "model": str(gamma), "steps": steps} | engine)
     results = run_engines(jobs, folder)
     return lambda name: succeeded(results[name])

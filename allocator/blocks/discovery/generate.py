@@ -54,17 +54,17 @@ class _Tensor:
     unless: str | None = None
 
 
-def find_architecture(model_type: str, architecture: str, served_as: str | None = None) -> Architecture:
+def find_architecture(model_type: str, architecture: str, inside_another: bool = False) -> Architecture:
     """The rules of the model class `architecture`, whose config class has `model_type`.
 
-    `served_as` is the architecture whose code in vLLM serves it, if that is another. Raises InputError saying what is
+    `inside_another`: its config is a part of that of a multimodal model. Raises InputError saying what is
     missing for it to be learned and served.
     """
-    served = served_model(served_as or architecture)
+    served = served_model(architecture)
     if served is None:
         raise InputError(f"{architecture}: vLLM has no model of this name, so nothing could serve it")
     try:
-        return _Finder(model_type, architecture, served).find()
+        return _Finder(model_type, architecture, served, inside_another).find()
     except InputError:
         raise
     except Exception as error:  # transformers has as many ways to fail as it has models
@@ -73,12 +73,12 @@ def find_architecture(model_type: str, architecture: str, served_as: str | None 
 
 
 class _Finder:
-    def __init__(self, model_type: str, architecture: str, served: ServedModel) -> None:
+    def __init__(self, model_type: str, architecture: str, served: ServedModel, inside_another: bool) -> None:
         import transformers
 
         self.architecture, self.served = architecture, served
         self.kind = config_class(model_type)
-        self.inside_another = model_type.endswith("_text")
+        self.inside_another = inside_another or model_type.endswith("_text")
         self.known = {key.name for key in fields(self.kind)}
         self.model_class = getattr(transformers, architecture, None)
         if self.model_class is None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from allocator.blocks.skeleton import decoder_blocks
 
-__all__ = ["BLOCKS", "PROBES", "Probe", "blocks_key", "config_class", "probe", "sizes_of"]
+__all__ = ["BLOCKS", "PROBES", "Probe", "blocks_key", "config_class", "probe", "probe_of", "sizes_of"]
 
 BLOCKS = 12
 """Enough for every kind of layer to occur, and the period of their pattern."""
@@ -101,7 +101,6 @@ def sizes_of(kind: Any) -> dict[str, tuple[int, ...]]:
 def probe(kind: Any, model_class: Any, values: Mapping[str, Any]) -> Probe:
     """The model of the config class `kind` with `values`. Raises whatever transformers does for values it refuses."""
     from transformers import AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
 
     given = {
         blocks_key(kind): BLOCKS, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0, "num_experts_per_tok": 2,
@@ -111,11 +110,18 @@ def probe(kind: Any, model_class: Any, values: Mapping[str, Any]) -> Probe:
     config = kind(**({k: v for k, v in given.items() if k in known} | dict(values)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
+    return probe_of(model, config)
+
+
+def probe_of(model: Any, config: Any) -> Probe:
+    """What the tensors of a model are called and how large they are."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     state = model.state_dict(keep_vars=True)
     stored = revert_weight_conversion(model, state)
     names = {id(tensor): name.removesuffix(".weight") for name, tensor in stored.items()}
     in_order = {name: place for place, name in enumerate(names[id(t)] for t in state.values() if id(t) in names)}
-    _, blocks = decoder_blocks(model)
+    _, blocks = decoder_blocks(model.get_decoder())
     first = next(name for name in (names.get(id(p)) for p in blocks[0].parameters()) if name is not None)
     match = re.match(r"(.*?)\.0\.", first)
     assert match is not None
@@ -129,7 +135,7 @@ def probe(kind: Any, model_class: Any, values: Mapping[str, Any]) -> Probe:
         block_prefix=match[1],
         embedding=names[id(model.get_input_embeddings().weight)],
         head=names[id(model.get_output_embeddings().weight)],
-        layer_kinds=_layer_kinds(config),
+        layer_kinds=_layer_kinds(config.get_text_config()),
     )
 
 

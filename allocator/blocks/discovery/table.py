@@ -13,10 +13,11 @@ from typing import Any
 
 from allocator.blocks.discovery.generate import find_architecture
 from allocator.blocks.discovery.vllm_source import served_architectures, vllm_version
+from allocator.blocks.discovery.wrappers import find_wrapper
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import InputError
 
-__all__ = ["TABLE", "candidates", "found_rules", "make_table", "written"]
+__all__ = ["TABLE", "candidates", "found_rules", "found_wrapper", "make_table", "wrappers", "written"]
 
 TABLE = Path(str(files("allocator.model").joinpath("architectures.json")))
 _KNOWN_BETTER: dict[str, dict[str, Any]] = {
@@ -43,12 +44,46 @@ def found_rules(architecture: str, model_type: str) -> dict[str, Any]:
     return rules | _KNOWN_BETTER.get(architecture, {})
 
 
+def wrappers() -> dict[str, tuple[str, str]]:
+    """Multimodal architecture -> the type of its config, and the type of that of its language model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    served, found = served_architectures(), {}
+    for model_type, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
+        if name not in served or not name.endswith("ForConditionalGeneration"):
+            continue
+        try:
+            config = CONFIG_MAPPING[model_type]()
+        except Exception:  # parts of it need packages that are not here
+            continue
+        if config.get_text_config() is not config and name not in found:
+            found[name] = model_type, config.get_text_config().model_type
+    return dict(sorted(found.items()))
+
+
+def found_wrapper(architecture: str) -> dict[str, Any]:
+    """The rules of a multimodal architecture as they stand in the table. Raises InputError."""
+    model_type, text_type = wrappers()[architecture]
+    names = [name for name, kind in candidates().items() if kind == text_type]
+    if not names:
+        raise InputError(f"{architecture}: its language model ({text_type}) is none that is known by itself")
+    text = find_architecture(text_type, names[0], inside_another=True)
+    rules = find_wrapper(model_type, architecture, text).model_dump(exclude_defaults=True, mode="json")
+    return rules | _KNOWN_BETTER.get(names[0], {})
+
+
 def make_table() -> dict[str, Any]:
     """The whole table. Takes some minutes."""
     rules, refused = {}, {}
     for name, model_type in candidates().items():
         try:
             rules[name] = found_rules(name, model_type)
+        except InputError as error:
+            refused[name] = str(error)
+    for name in wrappers():
+        try:
+            rules[name] = found_wrapper(name)
         except InputError as error:
             refused[name] = str(error)
     versions = {"transformers": version("transformers"), "vllm": vllm_version()}
