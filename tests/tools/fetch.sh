@@ -59,7 +59,7 @@ object_storage() {
 
 debian() {
     local wanted=() pair
-    for pair in chromium:chromium promtool:prometheus g++:g++ wrk:wrk; do
+    for pair in chromium:chromium promtool:prometheus g++:g++ wrk:wrk docker-registry:docker-registry; do
         command -v "${pair%%:*}" >/dev/null || wanted+=("${pair##*:}")
     done
     if [ ${#wanted[@]} -eq 0 ]; then return; fi
