@@ -121,6 +121,7 @@ def _options(settings: PrepareSettings) -> list[str]:
         "--gpu": settings.gpu,
         "--gpu-memory": settings.gpu_memory_bytes,
         "--tensor-parallel-size": settings.tensor_parallel_size,
+        "--pipeline-parallel-size": settings.pipeline_parallel_size,
         "--max-model-len": settings.max_model_len,
         "--max-num-seqs": settings.max_num_seqs,
         "--max-num-batched-tokens": settings.max_num_batched_tokens,

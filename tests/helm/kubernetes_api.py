@@ -42,6 +42,7 @@ RESOURCES = {
     "resource.k8s.io/v1": {"resourceclaimtemplates": "ResourceClaimTemplate"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "monitoring.coreos.com/v1": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
+    "leaderworkerset.x-k8s.io/v1": {"leaderworkersets": "LeaderWorkerSet"},
     "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
 }
 VERSION = "1.34"

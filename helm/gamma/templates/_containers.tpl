@@ -99,6 +99,8 @@ volumeMounts:
 {{- define "gamma.vllmContainer" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
+{{- /* Of several nodes the first answers for all. */}}
+{{- $answers := ne (default "" .role) "worker" -}}
 name: vllm
 {{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
 command: [vllm, serve]
@@ -109,8 +111,17 @@ args:
   - --config
   - {{ include "gamma.outFolder" . }}/vllm.yaml
   {{- end }}
+  {{- if gt (int64 $a.nodes) 1 }}
+  - --nnodes=$(LWS_GROUP_SIZE)
+  - --node-rank=$(LWS_WORKER_INDEX)
+  - --master-addr=$(LWS_LEADER_ADDRESS)
+  {{- end }}
+  {{- if $answers }}
   - --host=0.0.0.0
   - --port={{ int64 $values.vllm.port }}
+  {{- else }}
+  - --headless
+  {{- end }}
   {{- range concat $values.vllm.extraArgs $a.vllmArgs }}
   - {{ . | quote }}
   {{- end }}
@@ -125,6 +136,11 @@ env:
     value: /cache/triton
   - name: TORCHINDUCTOR_CACHE_DIR
     value: /cache/inductor
+  {{- if gt (int64 $a.nodes) 1 }}
+  - name: VLLM_HOST_IP
+    valueFrom:
+      fieldRef: {fieldPath: status.podIP}
+  {{- end }}
   {{- if $values.vllm.apiKeySecret }}
   - name: VLLM_API_KEY
     valueFrom:
@@ -141,6 +157,7 @@ env:
 envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- if $answers }}
 ports:
   - name: http
     containerPort: {{ int64 $values.vllm.port }}
@@ -159,6 +176,7 @@ readinessProbe:
   periodSeconds: {{ $values.vllm.readiness.periodSeconds }}
   timeoutSeconds: 5
   failureThreshold: {{ $values.vllm.readiness.failureThreshold }}
+{{- end }}
 lifecycle:
   preStop:
     exec:
