@@ -18,6 +18,7 @@ OPEN = {
 ONLY_FOR_TEST_POD = {"CKV_K8S_8", "CKV_K8S_9"}
 DIGEST = "sha256:" + "0" * 64
 IMAGES = {"images": {name: {"repository": f"r/{name}", "digest": DIGEST} for name in ("vllm", "sidecar")}}
+IMAGES |= {"router": {"image": {"repository": "r/router", "digest": DIGEST}}}
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ BY_SCHEMA = {
     "autoscaler": ("autoscaling.type", "vpa", "type"),
     "address of Prometheus": ("autoscaling.keda.serverAddress", "prometheus:9090", "serverAddress"),
     "toleration effect": ("tolerations", [{"key": "a", "effect": "Never"}], "tolerations"),
+    "policy of the router": ("router.policy", "prefix", "policy"),
     "scrape interval": ("monitoring.serviceMonitor.interval", "30 sec", "interval"),
     "label that is no text": ("podLabels", {"a": 1}, "podLabels"),
     "service type": ("service.type", "Ingress", "type"),
@@ -204,6 +205,7 @@ BY_CHECK = {
         {**allocation(), "gpuProfiles": {"l4": {"deviceClass": "gpu.nvidia.com"}}},
         "gpuProfiles.l4 has resource and deviceClass",
     ),
+    "router's ports": ({**allocation(), "router": {"metricsPort": 8000}}, "router.metricsPort are equal"),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},

@@ -22,6 +22,16 @@
 {apiVersion: {{ ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" $several }}, kind: {{ ternary "LeaderWorkerSet" "Deployment" $several }}, name: {{ include "gamma.allocationName" . }}}
 {{- end -}}
 
+{{/* dict root allocation -> name of the router in front of an allocation */}}
+{{- define "gamma.routerName" -}}
+{{- printf "%s-router" (include "gamma.allocationName" . | trunc 56 | trimSuffix "-") -}}
+{{- end -}}
+
+{{/* dict root allocation -> Service that clients ask */}}
+{{- define "gamma.frontName" -}}
+{{- ternary (include "gamma.routerName" .) (include "gamma.allocationName" .) (include "gamma.allocation" . | fromJson).router.enabled -}}
+{{- end -}}
+
 {{/* dict allocation domain -> host name under which clients ask for the allocation; empty if nothing says it */}}
 {{- define "gamma.host" -}}
 {{- if .allocation.host -}}
