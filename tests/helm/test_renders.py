@@ -280,6 +280,33 @@ def test_a_group_scales_and_rolls_like_others(helm4):
         assert group["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"] == {"maxSurge": 1, "maxUnavailable": 1}
 
 
+def test_checkpoints_and_graphs_stay_on_the_node(helm4):
+    """prepare makes room, vLLM runs with both locked, the sidecar too; nothing that grows lies beside the entries."""
+    spec = by_kind(render(helm4, EXAMPLES["node-cache"]), "Deployment")[0]["spec"]["template"]["spec"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "model"]
+    assert volume["hostPath"]["path"] == "/var/lib/gamma"
+    (prepare,), (vllm, sidecar) = spec["initContainers"], spec["containers"]
+    (folder,) = [a.partition("=")[2] for a in prepare["args"] if a.startswith("--out=")]
+    assert "--cache-limit=300GiB" in prepare["args"]
+    assert vllm["command"] == ["gamma", "cache", "run"]
+    assert f"--entry={folder}" in vllm["args"]
+    rest = vllm["args"][vllm["args"].index("--") + 1 :]
+    assert rest[:4] == ["vllm", "serve", "--config", f"{folder}/vllm.yaml"]
+    assert {"name": "model", "mountPath": "/model"} in vllm["volumeMounts"]
+    assert not [v for v in vllm["env"] if v["value"].startswith("/cache/vllm")]
+    assert f"--prepared={folder}" in sidecar["args"]
+    assert {"name": "HF_HOME", "value": "/cache/huggingface"} in prepare["env"]
+
+
+def test_another_image_compiles_anew(helm4):
+    def compiled(**image):
+        values = yaml.safe_load(EXAMPLES["node-cache"].read_text()) | {"images": {"vllm": image}}
+        vllm = by_kind(render(helm4, values), "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]
+        return vllm["args"][1]
+
+    assert compiled(tag="1") == compiled(tag="1") != compiled(tag="2")
+
+
 def test_another_claim_is_another_template(helm4):
     """Kubernetes refuses to change one, and pods that run keep theirs."""
 

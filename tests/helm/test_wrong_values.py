@@ -70,6 +70,7 @@ BY_SCHEMA = {
     "address of Prometheus": ("autoscaling.keda.serverAddress", "prometheus:9090", "serverAddress"),
     "toleration effect": ("tolerations", [{"key": "a", "effect": "Never"}], "tolerations"),
     "policy of the router": ("router.policy", "prefix", "policy"),
+    "size of the node cache": ("nodeCache.size", "500Gi", "size"),
     "scrape interval": ("monitoring.serviceMonitor.interval", "30 sec", "interval"),
     "label that is no text": ("podLabels", {"a": 1}, "podLabels"),
     "service type": ("service.type", "Ingress", "type"),
@@ -206,6 +207,18 @@ BY_CHECK = {
         "gpuProfiles.l4 has resource and deviceClass",
     ),
     "router's ports": ({**allocation(), "router": {"metricsPort": 8000}}, "router.metricsPort are equal"),
+    "two places for checkpoints": (
+        {**allocation(), "modelVolume": {"type": "pvc"}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "are two places for checkpoints",
+    ),
+    "node cache of a native sidecar": (
+        {**allocation(), "prepare": {"mode": "native"}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "nodeCache needs prepare.mode init",
+    ),
+    "node cache without a sidecar": (
+        {**allocation(), "sidecar": {"enabled": False}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "nodeCache needs sidecar.enabled",
+    ),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "x"}},
