@@ -23,10 +23,11 @@ from torch import Tensor
 
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
 from allocator.contract.resident import HUMMING_COLUMNS, HUMMING_ROWS, pad
-from gamma_vllm.kernels.base import check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.base import Activation, Stack, check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.humming_experts import Launch, launches_of, multiply_experts, wanted
 from gamma_vllm.shards import Segment
 
-__all__ = ["HummingKernel", "locks_of", "products_of", "schema_of", "standard_tensors"]
+__all__ = ["HummingKernel", "compute_config", "locks_of", "products_of", "schema_of", "schemas_of", "standard_tensors"]
 
 _LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 _LOCKS_A_PROCESSOR = 8
@@ -109,14 +110,28 @@ class HummingKernel:
         check_columns(segments, x)
         return torch.ops.gamma.humming_layer(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
 
+    def index_experts(self, stack: Stack) -> list[Launch] | None:
+        device = stack.tensors[next(iter(stack.tensors))].device
+        return launches_of(stack, device) if wanted() else None
+
+    def experts(
+        self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
+    ) -> Tensor | None:
+        """A launch for each width of w13, and of w2."""
+        if w13.index is None or w2.index is None:
+            return None
+        up = multiply_experts(w13, w13.index, x.contiguous(), ids, ids.shape[1])
+        products = multiply_experts(w2, w2.index, activation.apply(up), ids, 1)
+        return (products.view(*ids.shape, -1).to(torch.float32) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
 
 def schema_of(segment: Segment) -> tuple[Any, Any]:
     """humming's schemas of a segment's weight and of its activations, which are not quantized."""
-    return _schemas(segment.num_bits, segment.group_size or 0, segment.symmetric is False)
+    return schemas_of(segment.num_bits, segment.group_size or 0, segment.symmetric is False)
 
 
 @functools.cache
-def _schemas(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
+def schemas_of(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
     from humming.schema import BaseWeightSchema, HummingInputSchema
 
     config: dict[str, Any] = {"quant_method": "humming", "dtype": f"uint{num_bits}"}
@@ -159,7 +174,7 @@ def layer_config(
     """humming's description of one GEMM, which its kernels are compiled for."""
     from humming.transform import prepare_layer_config
 
-    schema, inputs = _schemas(num_bits, group_size, asymmetric)
+    schema, inputs = schemas_of(num_bits, group_size, asymmetric)
     return prepare_layer_config(
         shape_n=_rows_with_zero_points(rows) if asymmetric else rows,
         shape_k=columns,
@@ -174,7 +189,7 @@ def layer_config(
 
 
 @functools.cache
-def compute_config() -> str:
+def compute_config(gemm_type: str = "dense") -> str:
     """What vLLM's own settings ask of humming."""
     from vllm import envs
 
@@ -182,7 +197,7 @@ def compute_config() -> str:
         {
             "use_batch_invariant": bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
             "use_f16_accum": bool(getattr(envs, "VLLM_HUMMING_USE_F16_ACCUM", False)),
-            "gemm_type": "dense",
+            "gemm_type": gemm_type,
         }
     )
 
