@@ -299,8 +299,10 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
         for (int j = 0; j < 4; j++) four[j] = vectors[std::min(i + j, R * M - 1)];
         _mm_store_ps(of_rows + i, sums_of_lanes(four));
     }
-    for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r * M + m]);
+    for (int m = 0; m < M; m++) {
+        Out of_token[R];  // neighbours, so that they are rounded and stored together
+        for (int r = 0; r < R; r++) put(of_token + r, of_rows[r * M + m]);
+        std::memcpy(out + m * out_stride + row, of_token, sizeof(of_token));
     }
 }
 

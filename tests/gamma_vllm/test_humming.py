@@ -150,6 +150,31 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
         assert all(math.prod(c["locks"].shape) == 132 * 8 for c in calls)
     assert kernel.layer(segments, held, torch.zeros(2, 0, 128, dtype=torch.bfloat16)).shape == (2, 0, len(whole))
 
+    # Side by side: a stream for each product but one, forked from the first before that is launched, and all joined.
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    main, side = Stream("main"), [Stream(f"side {i}") for i in range(3)]
+    monkeypatch.setenv("GAMMA_HUMMING_SEGMENTS", "side-by-side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.append(stream.name)))
+    monkeypatch.setattr(adapter, "side_streams", lambda _device, count: side[:count])
+    assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+    assert events == [
+        *(text for i in range(3) for text in (f"side {i} waits for main", f"side {i}")),
+        *(f"main waits for side {i}" for i in range(3)),
+    ]
+    x = torch.randn(100, 128).to(torch.bfloat16)
+    events.clear()
+    assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+    assert not events  # many tokens fill the GPU one product after the other
+
 
 @needs_humming
 @pytest.mark.parametrize("asymmetric", [True, False])
