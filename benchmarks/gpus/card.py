@@ -35,7 +35,7 @@ class Step:
     Arguments may name OUT, the folder of results."""
 
     name: str
-    seconds: int
+    seconds: float
     command: tuple[str, ...]
     dry: tuple[str, ...] | None
 
@@ -73,8 +73,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         for step in STEPS:
-            print(f"{step.seconds:4d} s  {step.name:9s} python {' '.join(step.command)}")
-        print(f"{sum(step.seconds for step in STEPS):4d} s  of {LIMIT_SECONDS}")
+            print(f"{step.seconds:4.0f} s  {step.name:9s} python {' '.join(step.command)}")
+        print(f"{sum(step.seconds for step in STEPS):4.0f} s  of {LIMIT_SECONDS}")
         return
     if args.out is None:
         parser.error("--out FOLDER is needed")
