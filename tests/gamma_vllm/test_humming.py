@@ -284,3 +284,10 @@ def test_experts_of_a_width_are_one_launch(device, monkeypatch, parallel, local)
         assert relative_error(result, exact) < 1e-2
         if len(local) == 4:  # w13: three experts alone, gate and up of another; w2: two together, two alone
             assert sorted(launches) == sorted([1, 1, 1, 1, 1, 2, 1, 1])
+
+
+def test_an_unknown_way_to_multiply_experts_is_refused(monkeypatch):
+    assert not humming_experts.wanted()
+    monkeypatch.setenv("GAMMA_HUMMING_EXPERTS", "yes")
+    with pytest.raises(ValueError, match="GAMMA_HUMMING_EXPERTS='yes': expected alone or together"):
+        humming_experts.wanted()
