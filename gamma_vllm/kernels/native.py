@@ -159,6 +159,7 @@ class NativeKernel:
         self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
     ) -> Tensor | None:
         """One operator for each of the two weights, and one parallel region."""
+        check_columns(w13.segments[0], x)
         if x.dtype != torch.bfloat16 or w13.index is None or w2.index is None:
             return None
         ids = ids.contiguous()

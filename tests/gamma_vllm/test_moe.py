@@ -228,12 +228,14 @@ def test_how_many_threads_multiply_experts_is_not_seen(parallel, native_kernel):
         torch.set_num_threads(before)
 
 
-def test_an_expert_that_is_not_there_is_refused(parallel, native_kernel):
+def test_what_is_of_another_layer_is_refused(parallel, native_kernel):
     layer, _ = ready_layer()
     x, shares, ids = route(2)
     ids[1, 0] = EXPERTS
     with pytest.raises(RuntimeError, match="expert 4 of 4"):
         layer.quant_method.multiply(layer, x, shares, ids)
+    with pytest.raises(ValueError, match="32 activations for a weight of 64 columns"):
+        layer.quant_method.multiply(layer, x[:, :32], shares, ids)
 
 
 def test_gates_of_all_sizes(native_kernel):
