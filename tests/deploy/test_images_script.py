@@ -93,4 +93,3 @@ def test_a_bill_of_materials_is_written_for_each_image(tmp_path):
 def test_wrong_arguments_are_refused(tmp_path):
     assert "no image gamma-x; there are" in images(tmp_path, "gamma-x")[0].stderr
     assert "--push needs --registry" in images(tmp_path, "--push")[0].stderr
-
