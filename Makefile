@@ -35,7 +35,7 @@ bench-bank: setup ## from a new budget to a ready server: from the bank, against
 bench-cli: setup ## CPU time of commands that are asked often, over that of the imports they need
 	@$(PYTHON) benchmarks/cli/bench.py
 
-bench-experts: setup ## what widths of their own cost a layer of experts on CPU
+bench-experts: setup ## a layer of experts on CPU: widths against vLLM's own in bfloat16, and what widths of their own cost
 	@$(PYTHON) benchmarks/experts/bench.py
 
 bench-sidecar: setup ## the sidecar under load: cached allocations, fresh solves, overload, memory (needs wrk)

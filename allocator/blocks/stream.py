@@ -79,8 +79,8 @@ class BlockStream:
         stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         # On meta: structure without memory.
         layer = as_stored(copy.deepcopy(self._backbone.layers[index]), stored)
-        if self.inventory.channels is not None:
-            cut_rows(layer, self.inventory.channels)
+        parents = self.inventory.parents(index)
+        cut_rows(layer, {name.removeprefix(prefix): [m.rows for m in of] for name, of in parents.items()})
         state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.structure import Experts
-from allocator.contract.channel_blocks import CUT, REORDERED, parent_of, piece_name, piece_of
+from allocator.contract.channel_blocks import CUT, REORDERED
+from allocator.contract.modules import parent_of, row_block_name, row_block_of
 from allocator.quantize.candidates import BlockCandidates
 from allocator.run.progress import Progress, silent
 from allocator.score.objective import errors_along
@@ -207,7 +208,7 @@ _MLP = CUT[0].rpartition(".")[0]
 
 def measurable_piece(block: nn.Module, name: str) -> int | None:
     """The number of the piece that the module `name` is, if `errors_of_piece` holds for `block`."""
-    piece = piece_of(name)
+    piece = row_block_of(name)
     return piece[1] if piece is not None and type(block).__name__ in _ADDING else None
 
 
@@ -233,8 +234,8 @@ def errors_of_piece(
     """
     mlp: Any = block.get_submodule(_MLP)
     cut: Any = block.get_submodule(CUT[0])
-    gate, up = (F.linear(inputs, block.get_parameter(f"{piece_name(local, number)}.weight")) for local in CUT)
-    columns = cut.layout.channels(number, gate.shape[1])
+    gate, up = (F.linear(inputs, block.get_parameter(f"{row_block_name(local, number)}.weight")) for local in CUT)
+    columns = cut.places[number].numbers()
     channel_gradients = gradients @ block.get_parameter(f"{REORDERED}.weight")[:, columns]
     active = mlp.act_fn(gate)
     before = active * up

@@ -16,7 +16,7 @@ from allocator.plan.visible_gpus import device_of_visible, read_devices
 from allocator.plan.vllm_arguments import check_arguments, serving_options
 from allocator.plan.weights import residency_of
 from allocator.run.progress import Progress
-from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
+from allocator.sidecar.planning import find_device, plan_entry, solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Entry, Store, is_digest
 from allocator.solve import Fusion, SolveSettings, solve_scores
@@ -96,7 +96,7 @@ def _names(entry: Entry) -> set[str | None]:
 
 def _device(settings: PrepareSettings) -> Device | None:
     if settings.gpu_memory_bytes is not None or settings.gpu != "auto":
-        return device_of(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
+        return find_device(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
     visible = read_devices()
     return device_of_visible(visible, settings.tensor_parallel_size) if visible else None
 
