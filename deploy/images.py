@@ -54,7 +54,9 @@ class Engine:
         self.isolation = ["--isolation", "chroot"] if name == "buildah" and chroot else []
 
     def build(self, file: Path, tag: str, arguments: Sequence[str]) -> None:
-        _call(self.name, "build", *self.isolation, *arguments, "-f", str(file), "-t", tag, str(ROOT))
+        # The OCI format has no health check, which the Dockerfiles set.
+        form = [] if self.name == "docker" else ["--format", "docker"]
+        _call(self.name, "build", *form, *self.isolation, *arguments, "-f", str(file), "-t", tag, str(ROOT))
 
     def run(self, tag: str, *command: str, user: str | None = None) -> str:
         """What the command prints, run in a container of the image that is gone afterwards."""
