@@ -15,7 +15,7 @@ AVX2_TESTS := $(addprefix tests/gamma_vllm/test_,kernels.py native.py linear.py 
 	tests/e2e/test_server.py::test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-learning bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ test-avx2: setup ## what depends on the CPU, with instructions above AVX2 hidden
 
 test-versions: setup ## the plugin on older vLLM for CPU (VERSIONS="0.29.0 0.30.0 0.31.0"); five minutes each
 	@bash deploy/other_vllm.sh $(VERSIONS)
+
+images: ## build the images with docker, podman or buildah, and try them (IMAGES="gamma-sidecar", IMAGES_ARGS="--push ...")
+	@python3 deploy/images.py $(IMAGES) $(IMAGES_ARGS)
 
 audit: setup ## known vulnerabilities of the packages in the sidecar's image (asks PyPI for advisories)
 	@$(PYTHON) deploy/audit.py

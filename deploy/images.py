@@ -9,8 +9,8 @@ the project's version. Each image is tried before it is pushed: as its own user,
 is for, and the sidecar must answer. Exit status: 0 done, 1 an image failed, 2 no engine or a wrong argument.
 
 The bill of materials (CycloneDX) has the Python packages, by cyclonedx-py inside the image; packages of the
-distribution are those of the base image. --build-arg names base images, --engine-arg is for what a site needs besides
-(indexes, certificates).
+distribution are those of the base image. --build-arg names base images; --engine-arg and --run-arg are for
+what a site needs besides (indexes, certificates).
 """
 
 import argparse
@@ -54,16 +54,18 @@ class Engine:
         self.isolation = ["--isolation", "chroot"] if name == "buildah" and chroot else []
 
     def build(self, file: Path, tag: str, arguments: Sequence[str]) -> None:
-        _call(self.name, "build", *self.isolation, *arguments, "-f", str(file), "-t", tag, str(ROOT))
+        # The OCI format has no health check, which the Dockerfiles set.
+        form = [] if self.name == "docker" else ["--format", "docker"]
+        _call(self.name, "build", *form, *self.isolation, *arguments, "-f", str(file), "-t", tag, str(ROOT))
 
-    def run(self, tag: str, *command: str, user: str | None = None) -> str:
+    def run(self, tag: str, *command: str, user: str | None = None, more: Sequence[str] = ()) -> str:
         """What the command prints, run in a container of the image that is gone afterwards."""
         if self.name != "buildah":
-            options = ["--rm", *(["--user", user] if user else []), "--entrypoint", command[0]]
+            options = ["--rm", *(["--user", user] if user else []), *more, "--entrypoint", command[0]]
             return _call(self.name, "run", *options, tag, *command[1:], capture=True)
         container = _call("buildah", "from", tag, capture=True).split()[-1]
         try:
-            options = [*self.isolation, *(["--user", user] if user else [])]
+            options = [*self.isolation, *(["--user", user] if user else []), *more]
             return _call("buildah", "run", *options, container, "--", *command, capture=True)
         finally:
             _call("buildah", "rm", container, capture=True)
@@ -88,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="e.g. PYTHON_IMAGE=...@sha256:..."
     )
     parser.add_argument("--engine-arg", action="append", default=[], metavar="ARG", help="more for the engine's build")
+    parser.add_argument(
+        "--run-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="more for its run, where --sbom installs cyclonedx",
+    )
     parser.add_argument("--sbom", type=Path, metavar="DIR", help="write IMAGE-VERSION.cdx.json there")
     parser.add_argument("--push", action="store_true", help="to --registry, after all images were tried")
     args = parser.parse_args(arguments)
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine.build(ROOT / "deploy" / f"{image}.Dockerfile", tag, [*label, *given])
             _try(engine, image, tag, version)
             if args.sbom is not None:
-                _write_sbom(engine, tag, args.sbom / f"{image}-{version}.cdx.json")
+                _write_sbom(engine, tag, args.sbom / f"{image}-{version}.cdx.json", args.run_arg)
             tags.append(tag)
         for tag in tags if args.push else []:
             engine.push(tag)
@@ -131,14 +140,14 @@ def _try(engine: Engine, image: str, tag: str, version: str) -> None:
         engine.run(tag, "python3", "-c", code)
 
 
-def _write_sbom(engine: Engine, tag: str, path: Path) -> None:
+def _write_sbom(engine: Engine, tag: str, path: Path, more: Sequence[str]) -> None:
     """cyclonedx-py looks at the image's environment from one of its own, in a container that is thrown away."""
     script = f"""set -e
 python3 -m venv /tmp/sbom
 /tmp/sbom/bin/python -m pip install -q --disable-pip-version-check {CYCLONEDX} >&2
 /tmp/sbom/bin/cyclonedx-py environment --output-reproducible --sv 1.6 "$(command -v python3)"
 """
-    text = engine.run(tag, "sh", "-c", script, user="0")
+    text = engine.run(tag, "sh", "-c", script, user="0", more=more)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text[text.index("{") :], encoding="utf-8")
     print(f"images: {path}")

@@ -19,7 +19,7 @@ from allocator.cli.options import (
     solve_settings,
 )
 from allocator.cli.output import print_json, print_tables, show_progress
-from allocator.cli.planning import CHOOSE, add_device, add_probe, add_traffic, device_of, plan_request
+from allocator.cli.planning import CHOOSE, add_device, add_probe, add_traffic, device_of, plan_request, sequences_note
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         print_json(document | {"serve": done.serve})
     else:
         print_tables(*manifest_tables(done.manifest), export_table(done.report), *filter(None, [done.price]))
-        print_tables(*(_kv_line(option, done.plan) for option in done.kv_options), f"serve it: {done.serve}")
+        note = sequences_note(args, done.plan) if done.plan is not None and args.plan is None else ""
+        told = [*(_kv_line(option, done.plan) for option in done.kv_options), *filter(None, [note])]
+        print_tables(*told, f"serve it: {done.serve}")
 
 
 def _request(args: argparse.Namespace) -> "FitRequest":

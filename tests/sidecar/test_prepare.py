@@ -58,6 +58,27 @@ def test_options_come_from_the_environment_and_flags_win(tiny_store: Path, tmp_p
     assert "GAMMA_KV_CACHE_DTYPE" in wrong.stderr
 
 
+def test_memory_of_a_gpu_is_a_gpu_on_any_machine(tmp_path: Path) -> None:
+    """Its plan is one for CUDA, where one width a fused layer decodes faster; for a CPU one says --fusion free."""
+    publish_scores(tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    entry = find_entry(store, "Qwen3-32B")
+    asked = PrepareSettings(model="Qwen3-32B", gpu_memory_bytes=24 << 30, max_model_len=4096, max_num_seqs=1)
+
+    def widths_of(settings: PrepareSettings) -> tuple[set[int], str]:
+        """How many widths q, k and v of a block have, over all blocks; the reason."""
+        chosen = choose(settings, entry, store, silent)
+        bits = {name: form.num_bits for name, form in chosen.manifest.modules.items()}
+        blocks = [[bits[f"model.layers.{i}.self_attn.{part}_proj"] for part in "qkv"] for i in range(64)]
+        return {len(set(block)) for block in blocks}, chosen.reason
+
+    tied, reason = widths_of(asked)
+    assert tied == {1}
+    assert "one width a fused layer costs" in reason
+    free, _ = widths_of(asked.model_copy(update={"fusion": "free"}))
+    assert max(free) > 1
+
+
 def test_stages_on_other_nodes_are_counted(tmp_path: Path) -> None:
     """Two nodes hold what one cannot, and vLLM is told of both."""
     publish_scores(tmp_path / "store")
