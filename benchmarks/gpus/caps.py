@@ -64,7 +64,7 @@ def measure(
     share = f"{parse_budget(cap) / whole['device']['total_bytes']:.6f}"
     options = [*traffic, "--kernel", kernel, "--gpu-memory-utilization", share]
     plan = gamma("plan", str(model), *device, *options, "--probe", "none", "--json")
-    bits = plan["verdict"]["average_bits"]
+    bits = plan["verdict"].get("average_bits")
     if not bits:
         raise SystemExit(f"{cap}: {plan['verdict']['message']}")
     inventory = read_inventory(model)
