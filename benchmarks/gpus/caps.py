@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--kernel", default="humming")
     parser.add_argument("--device-memory", metavar="SIZE", help="of this device (default: what its driver reports)")
     parser.add_argument("--lora", action="store_true", help="with room for an adapter")
+    parser.add_argument("--enforce-eager", action="store_true", help="no graphs, which take most of a start")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    traffic = [*TRAFFIC, *(LORA if args.lora else [])]
+    traffic = [*TRAFFIC, *(LORA if args.lora else []), *(["--enforce-eager"] if args.enforce_eager else [])]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gamma-caps-") as folder:
         model = write_model(args.model, Path(folder) / args.model, weights=False)
@@ -63,7 +64,7 @@ def measure(
     share = f"{parse_budget(cap) / whole['device']['total_bytes']:.6f}"
     options = [*traffic, "--kernel", kernel, "--gpu-memory-utilization", share]
     plan = gamma("plan", str(model), *device, *options, "--probe", "none", "--json")
-    bits = plan["verdict"]["average_bits"]
+    bits = plan["verdict"].get("average_bits")
     if not bits:
         raise SystemExit(f"{cap}: {plan['verdict']['message']}")
     inventory = read_inventory(model)

@@ -31,8 +31,8 @@ _TAIL = 6000
 
 @dataclass(frozen=True)
 class Step:
-    """`seconds` are expected on an H100; twice as many end it. dry: what of it a CPU can try, None for nothing.
-    Arguments may name OUT, the folder of results."""
+    """`seconds` are expected on an H100, by guess until a card says; twice as many end it. dry: what of it a CPU can
+    try, None for nothing. Arguments may name OUT, the folder of results."""
 
     name: str
     seconds: float
@@ -44,20 +44,29 @@ _TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu")
 _PRODUCTS = ("benchmarks/kernels/bench.py", "--few", "OUT/products.rows.json")
 _SERVING = ("benchmarks/serving/bench.py",)
 _CAPS = ("benchmarks/gpus/caps.py",)
-_LORA = (*_CAPS, "--model", "Qwen3-0.6B", "--lora", "--out", "OUT/lora.rows.json")
-_ON_CPU = ("--kernel", "native", "--device-memory", "24GiB", "--caps", "3GiB")
-_CAPS_ON_CPU = (*_CAPS, "--model", "Qwen3-0.6B", *_ON_CPU, "--out", "OUT/caps.rows.json")
+_ON_CPU = ("--model", "Qwen3-0.6B", "--kernel", "native", "--device-memory", "24GiB", "--caps", "3GiB")
 _LEARNING = ("benchmarks/gpus/learning.py", "--out", "OUT/learning.rows.json")
 _KERNEL_TESTS, _ENGINE_TESTS = "tests/gpu/test_humming.py", "tests/gpu/test_engine.py"
 
+
+def _eager(name: str) -> tuple[str, ...]:
+    return ("--enforce-eager", "--out", f"OUT/{name}.rows.json")
+
+
 STEPS = (
-    Step("kernels", 60, (*_TESTS, _KERNEL_TESTS), (*_TESTS, "--collect-only", _KERNEL_TESTS)),
-    Step("engines", 80, (*_TESTS, _ENGINE_TESTS), (*_TESTS, "--collect-only", _ENGINE_TESTS)),
-    Step("products", 60, _PRODUCTS, ("benchmarks/kernels/bench.py", "--help")),
-    Step("servers", 120, (*_SERVING, "--only", "Qwen3-8B", "--rounds", "1"), (*_SERVING, "--help")),
-    Step("caps", 70, (*_CAPS, "--out", "OUT/caps.rows.json"), _CAPS_ON_CPU),
-    Step("learning", 30, _LEARNING, (*_LEARNING, "--sequences", "8")),
-    Step("lora", 20, (*_LORA, "--caps", "8GiB"), (*_LORA, *_ON_CPU)),
+    Step("kernels", 50, (*_TESTS, _KERNEL_TESTS), (*_TESTS, "--collect-only", _KERNEL_TESTS)),
+    Step("engines", 70, (*_TESTS, _ENGINE_TESTS), (*_TESTS, "--collect-only", _ENGINE_TESTS)),
+    Step("products", 45, _PRODUCTS, ("benchmarks/kernels/bench.py", "--help")),
+    Step("servers", 125, (*_SERVING, "--only", "Qwen3-8B", "--rounds", "1"), (*_SERVING, "--help")),
+    Step("caps", 70, (*_CAPS, "--caps", "24GiB", "--out", "OUT/caps.rows.json"), (*_CAPS, *_ON_CPU, *_eager("caps"))),
+    Step("caps-16", 35, (*_CAPS, "--caps", "16GiB", *_eager("caps-16")), None),
+    Step("learning", 25, _LEARNING, (*_LEARNING, "--sequences", "8")),
+    Step(
+        "lora",
+        20,
+        (*_CAPS, "--model", "Qwen3-0.6B", "--caps", "8GiB", "--lora", *_eager("lora")),
+        (*_CAPS, *_ON_CPU, "--lora", *_eager("lora")),
+    ),
     Step("answers", 35, (*_SERVING, "--only", "answers"), None),
 )
 """The order of issue and worth: what is right, how fast, how large, and the rest."""

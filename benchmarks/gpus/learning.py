@@ -37,6 +37,8 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gamma-learning-") as folder:
+        text = Path(folder) / "pages.txt"  # nothing was calibrated on them
+        text.write_text("\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))))
         for place, variables in (("gpu", {}), ("cpu", HIDDEN)):
             work, started = Path(folder) / place, time.monotonic()
             options = ["--sequences", args.sequences, "--sequence-length", "256"]
@@ -44,6 +46,7 @@ def main() -> None:
             row = {"place": place, "model": args.model.name, "seconds": round(time.monotonic() - started, 1)}
             chosen = work / "manifest.json"
             options = ["--average-bits", "3", "--verify", "--model", str(args.model), "--out", str(chosen)]
+            options += ["--text", str(text), "--text-sequences", "16", "--text-sequence-length", "128"]
             gamma(HIDDEN, "solve", str(work / "scores.json"), *options)
             rows.append(row | {"verification": json.loads(chosen.read_text()).get("verification")})
         pair = [Scores.read(Path(folder) / place / "scores.json") for place in ("gpu", "cpu")]
