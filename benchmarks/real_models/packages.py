@@ -8,9 +8,9 @@ from pathlib import Path
 from allocator.contract.errors import InputError
 from benchmarks.real_models.catalogue import CACHE
 
-__all__ = ["pip", "use_packages"]
+__all__ = ["installed", "pip", "use_packages"]
 
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+HERE = Path(__file__).parent
 
 
 def pip(*arguments: str) -> None:
@@ -22,16 +22,27 @@ def pip(*arguments: str) -> None:
         raise InputError(f"`pip {' '.join(arguments)}` failed: {lines[-1]}")
 
 
-def use_packages() -> Path:
-    """Make `requirements.txt` importable, here and in processes that are started from here; installs it once, without
-    dependencies (what they need is in .venv)."""
-    wanted = "".join(path.read_text() for path in sorted(REQUIREMENTS.parent.glob("requirements*.txt")))
-    folder = CACHE / "packages"
-    installed = folder / "installed.txt"
-    if not installed.exists() or installed.read_text() != wanted:
-        pip("install", "--no-deps", "--upgrade", "--target", str(folder), "-r", str(REQUIREMENTS))
-        installed.write_text(wanted)
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
+def installed(requirements: str, name: str) -> Path:
+    """A folder of packages `name` in the cache, filled once from a requirements file of this benchmark, without
+    dependencies (what the packages need beside each other is in .venv)."""
+    file = HERE / requirements
+    wanted = "".join(path.read_text() for path in [file, *(HERE / line[3:] for line in _included(file))])
+    folder = CACHE / name
+    stamp = folder / "installed.txt"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"packages of {requirements}", flush=True)
+        pip("install", "--no-deps", "--upgrade", "--target", str(folder), "-r", str(file))
+        stamp.write_text(wanted)
     return folder
+
+
+def _included(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if line.startswith("-r ")]
+
+
+def use_packages() -> None:
+    """Make `requirements.txt` importable, here and in processes that are started from here."""
+    folder = str(installed("requirements.txt", "packages"))
+    if folder not in sys.path:
+        sys.path.append(folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), folder]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.real_models.losses import Reference, TokenLosses, paired_interval
+from benchmarks.real_models.off_grid import rescaled
 from benchmarks.real_models.sizes import sizes_of
 
 
@@ -64,3 +65,30 @@ def test_layers_and_head_are_counted_alike_in_every_format() -> None:
     theirs = {"token_embd.weight": 110, "output_norm.weight": 7, "blk.0.ffn_up.weight": 53}
     theirs |= {"blk.0.attn_norm.weight": 7, "blk.0.attn_q.bias": 5}
     assert sizes_of(theirs, [200], 1, tied=True).layers_and_head_bytes == 163
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_rescaling_moves_weights_off_their_grid_and_keeps_the_predictions(
+    tiny_model: Callable[[str], Path], kind: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():  # gains and biases that matter, matrices on a grid of 16 steps
+        if parameter.dim() == 1:
+            parameter.data.normal_(1, 0.3, generator=generator)
+        elif ".layers." in name:
+            parameter.data = torch.randint(-8, 8, parameter.shape, generator=generator) / 32
+    tokens = torch.randint(320, (2, 24), generator=generator)
+    with torch.no_grad():
+        before = model(tokens).logits
+    on_grid = {n: w.clone() for n, w in model.state_dict().items()}
+    found = rescaled(dict(on_grid), model.config.to_dict())
+    model.load_state_dict(found)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, before, atol=1e-4, rtol=1e-4)
+    for name, weight in found.items():
+        if ".layers." in name and weight.dim() == 2:
+            ratios = [len(torch.unique((row / row.abs().max()).round(decimals=4))) for row in weight[:4, :32]]
+            assert min(ratios) > 16, name
