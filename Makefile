@@ -23,8 +23,8 @@ help: ## show these targets
 setup: ## make .venv with everything that the other targets need (nothing to do the second time)
 	@bash deploy/setup.sh
 
-demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it
-	@$(PYTHON) benchmarks/demo/run.py
+demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it (MODEL=smollm2: a real model, and its answer)
+	@$(PYTHON) benchmarks/demo/run.py $(MODEL)
 
 bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
 	@$(PYTHON) benchmarks/demo/bench.py

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import InputError
@@ -45,8 +46,19 @@ class Bench:
 
     @cached_property
     def references(self) -> dict[str, Reference]:
+        """The original on each text; its states are kept beside the rows."""
         original = self.load(self.folder)
-        return {text.name: Reference(original, text.token_ids) for text in self.texts}
+        return {text.name: self._reference(original, text) for text in self.texts}
+
+    def _reference(self, original: Any, text: Text) -> Reference:
+        path = self.work / f"original.{text.name}.{text.digest.removeprefix('sha256:')[:16]}.safetensors"
+        if path.exists():
+            return Reference(text.token_ids, load_file(path)["states"], original.lm_head)
+        reference = Reference.of(original, text.token_ids)
+        partial = path.with_suffix(".partial")
+        save_file({"states": reference.states}, partial)
+        partial.replace(path)
+        return reference
 
     @property
     def weights(self) -> int:

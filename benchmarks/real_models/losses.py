@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allocator.evaluate.divergence import kl_by_token, surprise_by_token
 
@@ -59,21 +59,25 @@ def paired_interval(ours: TokenLosses, theirs: TokenLosses, seed: int = 0) -> tu
 
 
 class Reference:
-    """The original model on `token_ids` (int64 `[S, T]`): its last hidden states are kept, predictions are made of them
-    again for every comparison."""
+    """The original model on `token_ids` (int64 `[S, T]`): its last hidden states `[S, T, D]` are kept, predictions are
+    made of them again for every comparison."""
 
-    def __init__(self, original: Any, token_ids: Tensor) -> None:
-        self.token_ids = token_ids
+    def __init__(self, token_ids: Tensor, states: Tensor, head: nn.Module) -> None:
+        self.token_ids, self.states, self._head = token_ids, states, head
+
+    @classmethod
+    def of(cls, original: Any, token_ids: Tensor) -> "Reference":
+        """Run the original, a causal language model, on the text."""
         with torch.inference_mode():
-            self._states = [_last_states(original, rows[None]) for rows in token_ids]
-        self._head = original.lm_head
+            states = torch.cat([_last_states(original, rows[None]) for rows in token_ids])
+        return cls(token_ids, states, original.lm_head)
 
     def losses(self, model: Any) -> TokenLosses:
         """What `model`, a causal language model of the same tokens, loses on the text."""
         kl, nll, same = [], [], []
         with torch.inference_mode():
-            for rows, states in zip(self.token_ids, self._states, strict=True):
-                theirs = self._head(states)[:, :-1].float().log_softmax(-1)
+            for rows, states in zip(self.token_ids, self.states, strict=True):
+                theirs = self._head(states[None, :-1]).float().log_softmax(-1)
                 ours = model.lm_head(_last_states(model, rows[None]))[:, :-1].float().log_softmax(-1)
                 kl.append(kl_by_token(theirs, ours))
                 nll.append(surprise_by_token(ours, rows[None]))

@@ -17,7 +17,7 @@ def test_a_model_against_itself_loses_nothing_and_agrees_everywhere(tiny_model: 
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
     tokens = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
-    reference = Reference(model, tokens)
+    reference = Reference.of(model, tokens)
     summary = reference.losses(model).summary()
     assert summary["kl"] == pytest.approx(0, abs=1e-6)
     assert summary["top1"] == 1
