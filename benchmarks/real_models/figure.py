@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter
+
 from allocator.report.figures import new_figure, save_figure
 
 __all__ = ["draw"]
@@ -15,9 +17,9 @@ _LOOK = {
     "llama.cpp, with importance matrix": ("#4e79a7", "D", "none"),
     "AutoRound": ("#59a14f", "^", "none"),
     "AutoRound AutoScheme": ("#59a14f", "P", "--"),
-    "the original in bfloat16": ("#333333", "x", "none"),
 }
 _LABELLED = ("llama.cpp", "AutoRound W")
+_DECIMAL = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
 _TEXTS = ("WikiText-2", "chat")
 
 
@@ -37,6 +39,8 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
                     name = row["row"].removeprefix("llama.cpp ").removeprefix("AutoRound ")
                     axes.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(_DECIMAL)
         axes.set(title=text, xlabel="MB of all tensors")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("KL(original || quantized), nats a token")

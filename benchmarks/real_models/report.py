@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_models.catalogue import real_models
 from benchmarks.real_models.cells import Bench
 from benchmarks.real_models.figure import draw
+from benchmarks.real_models.llama_cpp import FILE_TYPES
 from benchmarks.real_models.losses import paired_interval
 from benchmarks.record import claim, write_result
 
-__all__ = ["claims_of", "comparisons", "table", "write_report", "write_table"]
+__all__ = ["claims_of", "comparisons", "not_measured", "table", "write_report", "write_table"]
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = "WikiText-2"
@@ -26,9 +28,8 @@ def write_report(benches: Sequence[Bench], settings: dict[str, Any]) -> None:
     compared = [found for bench in benches for found in comparisons(bench)]
     titles = {bench.model.name: bench.model.title for bench in benches}
     text = table(rows, titles)
-    write_result(
-        "real_models", "make bench-real", [0], [*rows, *compared], claims_of(rows, compared), {"settings": settings}
-    )
+    more = {"settings": settings, "not_measured": not_measured(rows, settings["budgets"])}
+    write_result("real_models", "make bench-real", [0], [*rows, *compared], claims_of(rows, compared), more)
     write_table(ROOT / "README.md", text)
     for name, title in titles.items():
         draw([row for row in rows if row["model"] == name], title, ROOT / "docs" / "figures" / f"real-models-{name}")
@@ -37,6 +38,21 @@ def write_report(benches: Sequence[Bench], settings: dict[str, Any]) -> None:
 
 def _public(row: Row) -> Row:
     return {key: value for key, value in row.items() if key not in ("texts", "source")}
+
+
+def not_measured(rows: Sequence[Row], budgets: Sequence[float]) -> dict[str, Any]:
+    """By model the rows that the result should have and has not."""
+    wanted = [f"gamma {bits}" for bits in budgets]
+    wanted += [f"uniform {bits}{vocabulary}" for bits in (2, 3, 4) for vocabulary in ("", ", vocabulary at 8")]
+    wanted += [f"llama.cpp {file_type}" for file_type in FILE_TYPES]
+    wanted += [f"AutoRound W{bits}" for bits in (2, 3, 4)]
+    wanted += [f"AutoRound AutoScheme {bits}" for bits in budgets if bits >= 2.5]
+    wanted += ["the original in bfloat16"]
+    found: dict[str, Any] = {}
+    for model in real_models():
+        there = {row["row"] for row in rows if row["model"] == model.name}
+        found[model.name] = [name for name in wanted if name not in there] if there else "nothing yet"
+    return found
 
 
 def comparisons(bench: Bench) -> list[Row]:

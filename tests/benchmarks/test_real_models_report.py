@@ -15,7 +15,7 @@ from benchmarks.real_models.autoround import unpacked
 from benchmarks.real_models.cells import Bench, Quantized
 from benchmarks.real_models.losses import TokenLosses
 from benchmarks.real_models.process import NO_COST
-from benchmarks.real_models.report import claims_of, comparisons, table, write_table
+from benchmarks.real_models.report import claims_of, comparisons, not_measured, table, write_table
 from benchmarks.real_models.sizes import Sizes
 from benchmarks.real_models.texts import Text
 
@@ -95,6 +95,14 @@ def test_claims_are_of_what_was_measured_and_say_when_they_do_not_hold() -> None
         compared("gamma at the bytes of AutoRound AutoScheme 3.0", "AutoRound AutoScheme 3.0", 0.7),
     ])  # fmt: skip
     assert [(c["value"], c["holds"]) for c in found] == [(0.6, True), (1.1, False)]
+
+
+def test_what_was_not_measured_is_named() -> None:
+    rows = [row("gamma 2.5", 1.0) | {"model": "smollm2"}, row("llama.cpp Q2_K", 1.0) | {"model": "smollm2"}]
+    missing = not_measured(rows, [2.5, 3.0])
+    assert missing["gemma3"] == "nothing yet"
+    assert "gamma 3.0" in missing["smollm2"]
+    assert not {"gamma 2.5", "llama.cpp Q2_K"} & set(missing["smollm2"])
 
 
 def test_the_table_has_every_plan_and_beside_a_rival_what_gamma_loses_at_its_bytes(tmp_path: Path) -> None:
