@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,7 @@ class Ours:
         """The row of GAMMA's assignment for a budget of all tensors."""
         if self.scores.method != GAMMA:
             raise ValueError(f"{self.work}: the scores are those of {self.scores.method}")
+        more |= {"learned_on": list(self.amount)}
         return self._row(name, str(budget_bytes), NO_RULES, self.scores.digest, self._learned(), more)
 
     def floor(self) -> None:
@@ -148,13 +150,11 @@ class Ours:
         def make() -> Quantized:
             begun = time.process_time()
             manifest = solve_scores(self.scores, SolveSettings(budget=budget, rules=rules))
-            folder = self.bench.work / "checkpoint"
-            shutil.rmtree(folder, ignore_errors=True)
-            export(manifest, self.bench.folder, self.work / "bank", folder)
-            seconds = time.process_time() - begun
-            sizes = folder_sizes(self.bench, folder)
-            found = load_dequantized(folder)
-            shutil.rmtree(folder)
+            with tempfile.TemporaryDirectory(dir=self.bench.work) as place:
+                folder = Path(place) / "checkpoint"
+                export(manifest, self.bench.folder, self.work / "bank", folder)
+                seconds = time.process_time() - begun
+                sizes, found = folder_sizes(self.bench, folder), load_dequantized(folder)
             return Quantized(found, sizes, cost, {"solve_and_export_cpu_seconds": round(seconds, 2), **more})
 
         return self.bench.cell(name, make, source)
