@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 from allocator.contract.errors import GammaError  # noqa: E402
 from benchmarks.real_models.autoround import AutoRound  # noqa: E402
 from benchmarks.real_models.catalogue import RealModel, real_models  # noqa: E402
-from benchmarks.real_models.cells import Bench  # noqa: E402
+from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
+from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
 from benchmarks.real_models.ours import Ours  # noqa: E402
 from benchmarks.real_models.report import write_report  # noqa: E402
 
@@ -40,18 +41,24 @@ def estimate(models: list[RealModel]) -> str:
     )
 
 
+def rescalable(bench: Bench) -> bool:
+    return bench.inventory.config["model_type"] in RESCALABLE
+
+
 def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], only_uniform_scores: bool) -> None:
     """Every row of one model. The rivals' rows come first: GAMMA is asked for their bytes too."""
     ours.learn("uniform" if only_uniform_scores else "gamma")
     ours.floor()
     if "uniform" in rivals:
         ours.uniform()
-        if bench.inventory.config["model_type"] in ("llama", "qwen2"):
+        if rescalable(bench):
             ours.off_grid()
     if "llama.cpp" in rivals:
         llama = LlamaCpp(bench, ours.calibration())
         for file_type in FILE_TYPES:
             llama.row(file_type)
+        if rescalable(bench):
+            llama.off_grid()
     if "autoround" in rivals:
         AutoRound(bench, ours.calibration()).rows(bits)
     if only_uniform_scores:
@@ -63,7 +70,7 @@ def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], only_uni
         ours.gamma(f"gamma {wanted}", budget, bits=wanted, widest_uniform=ours.widest_uniform(budget))
     smallest = ours.scores.feasible_bytes()[0]
     for row in bench.rows():
-        if "rival" in row and row["tensor_bytes"] > smallest:
+        if "rival" in row and not row["row"].endswith(OFF_GRID) and row["tensor_bytes"] > smallest:
             ours.gamma(f"gamma at the bytes of {row['row']}", row["tensor_bytes"], beside=row["row"])
 
 

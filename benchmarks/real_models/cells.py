@@ -1,6 +1,7 @@
 """What one model's rows are measured with, and where they are kept: a run that is stopped goes on."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -15,11 +16,15 @@ from allocator.contract.errors import InputError
 from allocator.model import read_inventory
 from benchmarks.real_models.catalogue import RealModel
 from benchmarks.real_models.losses import Reference, TokenLosses
+from benchmarks.real_models.off_grid import write_rescaled
 from benchmarks.real_models.process import Cost
 from benchmarks.real_models.sizes import Sizes
 from benchmarks.real_models.texts import Text, texts_of
 
-__all__ = ["Bench", "Quantized"]
+__all__ = ["OFF_GRID", "Bench", "Quantized"]
+
+OFF_GRID = ", off the file's grid"
+"""Ends the name of a row that says whether the grid of the file decides a figure."""
 
 
 class Quantized:
@@ -34,7 +39,7 @@ class Bench:
 
     def __init__(self, model: RealModel, folder: Path, work: Path, wikitext: Path, sequences: int, length: int) -> None:
         self.model, self.folder, self.work = model, folder, work
-        self.text_settings = wikitext, sequences, length
+        self._text_settings = wikitext, sequences, length
         (work / "cells").mkdir(parents=True, exist_ok=True)
         self.inventory = read_inventory(folder)
 
@@ -42,7 +47,7 @@ class Bench:
     def texts(self) -> list[Text]:
         from transformers import AutoTokenizer
 
-        return texts_of(AutoTokenizer.from_pretrained(self.folder), *self.text_settings)
+        return texts_of(AutoTokenizer.from_pretrained(self.folder), *self._text_settings)
 
     @cached_property
     def references(self) -> dict[str, Reference]:
@@ -59,6 +64,23 @@ class Bench:
         save_file({"states": reference.states}, partial)
         partial.replace(path)
         return reference
+
+    @cached_property
+    def off_grid(self) -> "Bench":
+        """The like for the model with its weights off the grid of the file that they come from: a model of its own, so
+        that what it loses is measured against itself."""
+        folder = self.work / "off-grid" / "model"
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            write_rescaled(self.folder, folder)
+        other = Bench(self.model, folder, folder.parent, *self._text_settings)
+        other.texts = self.texts
+        return other
+
+    def take_off_grid(self, name: str) -> None:
+        """Make a row of `off_grid` one of this bench too."""
+        for path in [self.off_grid.path(name), *(self.off_grid.losses_path(name, text.name) for text in self.texts)]:
+            shutil.copy(path, self.work / "cells")
 
     @property
     def weights(self) -> int:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from allocator.contract.errors import InputError
-from benchmarks.real_models.cells import Bench, Quantized
+from benchmarks.real_models.cells import OFF_GRID, Bench, Quantized
 from benchmarks.real_models.packages import use_packages
 from benchmarks.real_models.process import run_command
 from benchmarks.real_models.sizes import sizes_of
@@ -39,8 +39,14 @@ class LlamaCpp:
         self.folder = bench.work / "llama.cpp"
         self.folder.mkdir(exist_ok=True)
 
-    def row(self, file_type: str) -> None:
-        self.bench.cell(f"llama.cpp {file_type}", lambda: self._quantized(file_type))
+    def row(self, file_type: str, suffix: str = "") -> None:
+        self.bench.cell(f"llama.cpp {file_type}{suffix}", lambda: self._quantized(file_type))
+
+    def off_grid(self, file_type: str = "Q4_K_M") -> None:
+        """The row of `file_type` for the model with its weights off the grid of the file that they come from."""
+        if not self.bench.path(f"llama.cpp {file_type}{OFF_GRID}").exists():
+            LlamaCpp(self.bench.off_grid, self.token_ids).row(file_type, OFF_GRID)
+            self.bench.take_off_grid(f"llama.cpp {file_type}{OFF_GRID}")
 
     def _quantized(self, file_type: str) -> Quantized:
         use_packages()

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from allocator.contract.errors import InputError
 
-__all__ = ["rescaled", "write_rescaled"]
+__all__ = ["RESCALABLE", "rescaled", "write_rescaled"]
+
+RESCALABLE = ("llama", "qwen2", "qwen3")
+"""Types of models."""
 
 _READ_NORM = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -26,9 +29,9 @@ _READ_NORM = {
 
 
 def rescaled(weights: dict[str, Tensor], config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Of a model of Llama's or Qwen2's kind: its weights by name in float32, rescaled. InputError for another."""
-    if config["model_type"] not in ("llama", "qwen2"):
-        raise InputError(f"models of type {config['model_type']} are not rescaled here; llama and qwen2 are")
+    """Of a model of one of the RESCALABLE types: its weights by name in float32, rescaled. InputError for another."""
+    if config["model_type"] not in RESCALABLE:
+        raise InputError(f"models of type {config['model_type']} are not rescaled here; {RESCALABLE} are")
     found = {name: weight.float() for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

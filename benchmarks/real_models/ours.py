@@ -1,7 +1,6 @@
 """Rows of GAMMA: learned once, solved and exported as the product does, measured from the exported checkpoint."""
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,8 +20,7 @@ from allocator.evaluate.verification import uniform_assignments
 from allocator.pipeline import export
 from allocator.solve import SolveSettings, budget_for_average_bits, solve_scores
 from allocator.solve.units import NO_RULES, Rules
-from benchmarks.real_models.cells import Bench, Quantized
-from benchmarks.real_models.off_grid import write_rescaled
+from benchmarks.real_models.cells import OFF_GRID, Bench, Quantized
 from benchmarks.real_models.process import NO_COST, Cost, run_gamma
 from benchmarks.real_models.sizes import Sizes, sizes_of
 
@@ -109,23 +107,13 @@ class Ours:
             self._uniform(f"uniform {bits}, vocabulary at {_VOCABULARY_BITS}", pins)
 
     def off_grid(self, bits: int = 4) -> None:
-        """The row of uniform `bits` for the same model with its weights off the grid of the file that they come from.
-
-        The file's grid decides no figure if the KL is that of the row with weights as they are.
-        """
-        name = f"uniform {bits}, off the file's grid"
-        if self.bench.path(name).exists():
-            return
-        folder = self.bench.work / "off-grid" / "model"
-        if not folder.exists():
-            folder.parent.mkdir(exist_ok=True)
-            write_rescaled(self.bench.folder, folder)
-        other = Bench(self.bench.model, folder, folder.parent, *self.bench.text_settings)
-        ours = Ours(other, self.text, self.amount)
-        ours.learn("uniform", "--widths", f"{bits},16")
-        ours._uniform(name, {"*": bits})
-        for path in other.path(name).parent.glob(f"{other.path(name).stem}*"):
-            shutil.copy(path, self.bench.path(name).parent)
+        """The row of uniform `bits` for the model with its weights off the grid of the file that they come from."""
+        name = f"uniform {bits}{OFF_GRID}"
+        if not self.bench.path(name).exists():
+            ours = Ours(self.bench.off_grid, self.text, self.amount)
+            ours.learn("uniform", "--widths", f"{bits},16")
+            ours._uniform(name, {"*": bits})
+            self.bench.take_off_grid(name)
 
     def widest_uniform(self, budget_bytes: int) -> str | None:
         """The row of the widest uniform plan of so many bytes, measured now if it is new; None if none fits."""

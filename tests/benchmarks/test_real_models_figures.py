@@ -67,7 +67,7 @@ def test_layers_and_head_are_counted_alike_in_every_format() -> None:
     assert sizes_of(theirs, [200], 1, tied=True).layers_and_head_bytes == 163
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_rescaling_moves_weights_off_their_grid_and_keeps_the_predictions(
     tiny_model: Callable[[str], Path], kind: str
 ) -> None:

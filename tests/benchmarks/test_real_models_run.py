@@ -37,10 +37,14 @@ def test_a_model_is_learned_once_and_its_rows_keep_their_budgets(
         assert row["bits_per_weight"] == pytest.approx(bits, abs=0.2)
         assert row["cpu_seconds"] > 1
     ours.floor()
+    ours.off_grid()
     rows = {row["row"]: row for row in bench.rows()}
     assert rows["the original in bfloat16"]["WikiText-2"]["kl"] < rows["gamma 4.5"]["WikiText-2"]["kl"]
     assert rows["gamma 4.5"]["chat"]["kl"] < rows["gamma 3.5"]["chat"]["kl"]
     assert rows["gamma 3.5"]["widest_uniform"] == "uniform 3"
+    moved = rows["uniform 4, off the file's grid"]
+    assert moved["tensor_bytes"] == rows["uniform 4"]["tensor_bytes"]
+    assert moved["chat"]["kl"] == pytest.approx(rows["uniform 4"]["chat"]["kl"], rel=0.5), "random weights have no grid"
     compared = comparisons(bench)
     assert {(c["row"], c["against"]) for c in compared} == {("gamma 3.5", "uniform 3"), ("gamma 4.5", "uniform 4")}
     assert claims_of(list(rows.values()), compared)[0]["holds"]
