@@ -14,10 +14,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from allocator.contract.channel_blocks import piece_name
 from allocator.contract.checkpoint import CheckpointConfig, check_checkpoint
 from allocator.contract.errors import ContractError
 from allocator.contract.manifest import MANIFEST_NAME, Manifest
+from allocator.contract.modules import row_block_name
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.announce import announce
 from gamma_vllm.bank_loading import BankMapper, find_served_bank
@@ -27,7 +27,7 @@ from gamma_vllm.format_conversion import ConversionMapper, OtherFormat, is_conve
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
-from gamma_vllm.shards import Module
+from gamma_vllm.shards import CheckpointModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,7 @@ class GammaConfig(QuantizationConfig):
         super().__init__()
         self.checkpoint: CheckpointConfig
         self.manifest: Manifest | None = None
-        self.modules: dict[str, Module] = {}
+        self.modules: dict[str, CheckpointModule] = {}
         self.served: ServedBank | None = None
         self.declaration: dict[str, Any] | None = None
         self.other_format: OtherFormat | None = None
@@ -65,7 +65,7 @@ class GammaConfig(QuantizationConfig):
 
     def _set(self, checkpoint: CheckpointConfig) -> None:
         self.checkpoint = checkpoint
-        self.modules = {name: Module(name, module) for name, module in checkpoint.modules.items()}
+        self.modules = {name: CheckpointModule(name, module) for name, module in checkpoint.modules.items()}
 
     def __repr__(self) -> str:
         return f"GammaConfig({len(self.modules)} modules, manifest {self.checkpoint.manifest_digest})"
@@ -170,7 +170,7 @@ class GammaConfig(QuantizationConfig):
         root = prefix.partition(".")[0] + "."
         return any(f"{name}.".startswith(root) for name in self.modules)
 
-    def _modules_of(self, prefix: str) -> list[Module]:
+    def _modules_of(self, prefix: str) -> list[CheckpointModule]:
         """The checkpoint's modules that vLLM joins into the layer `prefix`, in its order."""
         if prefix in self.modules:
             return [self.modules[prefix]]
@@ -185,14 +185,14 @@ class GammaConfig(QuantizationConfig):
             )
         return [self.modules[name] for name in names]
 
-    def _pieces_of(self, prefix: str) -> list[list[Module]]:
+    def _pieces_of(self, prefix: str) -> list[list[CheckpointModule]]:
         """The modules that vLLM joins into the layer `prefix`, piece by piece; empty if they are not cut."""
         parent, _, leaf = prefix.rpartition(".")
         whole = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
-        if self.checkpoint.channel_blocks is None or piece_name(whole[0], 0) not in self.modules:
+        if self.checkpoint.channel_blocks is None or row_block_name(whole[0], 0) not in self.modules:
             return []
         pieces = [
-            [piece_name(name, number) for name in whole] for number in range(self.checkpoint.channel_blocks.blocks)
+            [row_block_name(name, number) for name in whole] for number in range(self.checkpoint.channel_blocks.blocks)
         ]
         return [[self.modules[name] for name in names] for names in pieces]
 
@@ -220,7 +220,7 @@ class GammaConfig(QuantizationConfig):
         module = self._embedding_module(prefix)
         return self._vocabulary(module, gathers=True, multiplies=self.ties_embeddings)
 
-    def _embedding_module(self, prefix: str) -> Module:
+    def _embedding_module(self, prefix: str) -> CheckpointModule:
         if prefix:
             return self._modules_of(prefix)[0]
         # Llama does not say which of its modules this is.
@@ -233,7 +233,7 @@ class GammaConfig(QuantizationConfig):
             )
         return modules[0]
 
-    def _vocabulary(self, module: Module, *, gathers: bool, multiplies: bool) -> QuantizeMethodBase:
+    def _vocabulary(self, module: CheckpointModule, *, gathers: bool, multiplies: bool) -> QuantizeMethodBase:
         if not module.format.quantized:
             return UnquantizedEmbeddingMethod()
         return GammaVocabularyMethod(module, self.checkpoint.dtype, gathers=gathers, multiplies=multiplies)

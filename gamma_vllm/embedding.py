@@ -19,7 +19,7 @@ from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.kernels.base import define
 from gamma_vllm.kernels.native import NativeKernel
 from gamma_vllm.linear import GammaLinearMethod, parameter_name, register_held
-from gamma_vllm.shards import Module, Segment, plan_vocabulary
+from gamma_vllm.shards import CheckpointModule, Segment, plan_vocabulary
 
 __all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
 
@@ -27,7 +27,7 @@ __all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
 class GammaVocabularyMethod(GammaLinearMethod):
     """A quantized embedding (`gathers`), lm_head (`multiplies`), or both in one. The vocabulary is padded by vLLM."""
 
-    def __init__(self, module: Module, checkpoint_dtype: Dtype16, *, gathers: bool, multiplies: bool):
+    def __init__(self, module: CheckpointModule, checkpoint_dtype: Dtype16, *, gathers: bool, multiplies: bool):
         super().__init__([module], checkpoint_dtype)
         self.gathers = gathers
         self.multiplies = multiplies

@@ -13,7 +13,7 @@ from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.kernels.base import Kernel
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.parameters import FlatParameter, join_zero_points
-from gamma_vllm.shards import PARTS, LayerGeometry, Module, Segment, Shard, merge, plan_shards, windows
+from gamma_vllm.shards import PARTS, CheckpointModule, LayerGeometry, Segment, Shard, merge, plan_shards, windows
 
 __all__ = [
     "GammaLinearMethod",
@@ -44,7 +44,7 @@ class GammaLinearMethod(LinearMethodBase):
     The parameters bring their own weight loader, so the class needs no place in vLLM's list for loader v2.
     """
 
-    def __init__(self, modules: list[Module], checkpoint_dtype: Dtype16):
+    def __init__(self, modules: list[CheckpointModule], checkpoint_dtype: Dtype16):
         self.modules = modules
         self.checkpoint_dtype = checkpoint_dtype
         self.kernel: Kernel

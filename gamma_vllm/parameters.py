@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
 from gamma_vllm.memory import empty_weight
-from gamma_vllm.shards import Module, Shard, Window
+from gamma_vllm.shards import CheckpointModule, Shard, Window
 
 __all__ = ["FlatParameter", "join_zero_points", "load_flat", "slice_tensor"]
 
@@ -116,7 +116,7 @@ def _filled(part: Tensor, target: Tensor) -> Tensor:
     return part if not missing else torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
 
 
-def _check_shape(module: Module, part: str, tensor: Tensor) -> None:
+def _check_shape(module: CheckpointModule, part: str, tensor: Tensor) -> None:
     whole = Shard(module, 0, module.format.shape[0], 0, module.format.shape[1])
     expected = (2,) if part == "weight_shape" else whole.shape(part)
     if tuple(tensor.shape) != expected:

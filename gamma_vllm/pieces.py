@@ -19,7 +19,7 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
 from gamma_vllm.compatibility import layer_prefix
 from gamma_vllm.linear import GammaLinearMethod
-from gamma_vllm.shards import Module
+from gamma_vllm.shards import CheckpointModule
 
 __all__ = ["GammaPiecesMethod"]
 
@@ -30,7 +30,7 @@ class GammaPiecesMethod(LinearMethodBase):
     modules: of each piece, those that vLLM joins (gate and up), in its order.
     """
 
-    def __init__(self, modules: Sequence[Sequence[Module]], layout: ChannelBlocks, checkpoint_dtype: Dtype16):
+    def __init__(self, modules: Sequence[Sequence[CheckpointModule]], layout: ChannelBlocks, checkpoint_dtype: Dtype16):
         self.layout = layout
         self.joined = len(modules[0])
         self.pieces = [GammaLinearMethod(list(of_piece), checkpoint_dtype) for of_piece in modules]

@@ -13,8 +13,8 @@ from allocator.contract.layout import PACK_UNIT, ModuleFormat
 
 __all__ = [
     "PARTS",
+    "CheckpointModule",
     "LayerGeometry",
-    "Module",
     "Segment",
     "Shard",
     "Window",
@@ -29,7 +29,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "
 
 
 @dataclass(frozen=True)
-class Module:
+class CheckpointModule:
     """A module of the checkpoint: its name there (vLLM may know it by another) and how it is stored."""
 
     name: str
@@ -71,7 +71,7 @@ class LayerGeometry:
 class Shard:
     """Rows and columns of one checkpoint module that one rank holds."""
 
-    module: Module
+    module: CheckpointModule
     row_start: int
     rows: int
     column_start: int
@@ -135,7 +135,7 @@ class Segment:
         return self.num_bits != 16
 
 
-def plan_shards(modules: Sequence[Module], geometry: LayerGeometry) -> list[Shard]:
+def plan_shards(modules: Sequence[CheckpointModule], geometry: LayerGeometry) -> list[Shard]:
     """The shard table of a layer made of checkpoint `modules`, in vLLM's order of output rows.
 
     Usually there is one module a shard. With fewer modules than shards a module covers several neighbouring ones
@@ -171,7 +171,7 @@ def plan_shards(modules: Sequence[Module], geometry: LayerGeometry) -> list[Shar
     return shards
 
 
-def plan_vocabulary(module: Module, vocabulary: int, hidden_size: int, row_start: int, rows: int) -> Shard:
+def plan_vocabulary(module: CheckpointModule, vocabulary: int, hidden_size: int, row_start: int, rows: int) -> Shard:
     """The rows of an embedding or lm_head `[vocabulary, hidden_size]` on one rank.
 
     vLLM pads the vocabulary, so `row_start + rows` may lie past the last row: what is not in the checkpoint is
@@ -185,7 +185,7 @@ def plan_vocabulary(module: Module, vocabulary: int, hidden_size: int, row_start
     return Shard(module, min(row_start, vocabulary), rows, 0, hidden_size)
 
 
-def _shard(module: Module, offset: int, index: int, geometry: LayerGeometry) -> Shard:
+def _shard(module: CheckpointModule, offset: int, index: int, geometry: LayerGeometry) -> Shard:
     rows = geometry.output_partition_sizes[index]
     row_start = offset
     if geometry.splits_rows:

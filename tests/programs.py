@@ -9,14 +9,16 @@ import pytest
 
 from tests.skips import lacking
 
-__all__ = ["GGUF", "OBJECT_STORAGE", "program"]
+__all__ = ["GGUF", "OBJECT_STORAGE", "VLLM_ROUTER", "program"]
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 TOOLS = Path(os.environ.get("GAMMA_TOOLS") or _CACHE / "gamma-tools")
 OBJECT_STORAGE = TOOLS / f"object-storage-{sys.implementation.cache_tag}"
 """A folder of packages for this Python."""
+VLLM_ROUTER = TOOLS / f"vllm-router-{sys.implementation.cache_tag}"
+"""Likewise."""
 GGUF = TOOLS / f"gguf-{sys.implementation.cache_tag}"
-"""The like, to read and write GGUF files."""
+"""Likewise, to read and write GGUF files."""
 
 
 def program(name: str) -> str:

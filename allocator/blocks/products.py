@@ -4,11 +4,15 @@ torch multiplies float32 matrices on CPU by MKL, which on processors that are no
 torch has too, takes AVX-512 there and is twice as fast. Sums are rounded in another order, no more.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["linear"]
+__all__ = ["FastProducts", "linear"]
 
 _WORTH_IT = 1 << 16
 """Multiplications below which the way to oneDNN costs more than it saves."""
@@ -30,3 +34,26 @@ def _has_onednn(inputs: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
+
+
+class FastProducts(TorchFunctionMode):
+    """A context in which products with weights that take no gradient are those of `linear`, on the way back too."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and not args[1].requires_grad:
+            return _Linear.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(gradients[0], weight.T), None, None

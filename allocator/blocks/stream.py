@@ -79,8 +79,8 @@ class BlockStream:
         stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         # On meta: structure without memory.
         layer = as_stored(copy.deepcopy(self._backbone.layers[index]), stored)
-        if self.inventory.channels is not None:
-            cut_rows(layer, self.inventory.channels)
+        parents = self.inventory.parents(index)
+        cut_rows(layer, {name.removeprefix(prefix): [m.rows for m in of] for name, of in parents.items()})
         state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
@@ -184,13 +184,16 @@ class BlockStream:
         norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()}, assign=True)
         return norm.eval().requires_grad_(False)
 
+    def head_weight(self) -> Tensor:
+        """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model."""
+        return self.read(f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight").float()
+
     def head(self) -> nn.Module:
         """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`.
 
         The parameter `HEAD_WEIGHT` of it is the lm_head's.
         """
-        name = f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight"
-        weight = self.read(name).float()
+        weight = self.head_weight()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
         parts = OrderedDict(norm=self.norm(), lm_head=head)

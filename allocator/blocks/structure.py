@@ -5,13 +5,13 @@ have one tensor an expert and matrix, and Mixtral's says `block_sparse_moe`. Can
 the block is rebuilt to have those as parameters, and computes the same.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from allocator.contract.channel_blocks import CUT, ChannelBlocks
+from allocator.contract.modules import Rows
 
 __all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows"]
 
@@ -32,33 +32,34 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
     return layer
 
 
-def cut_rows(model: nn.Module, layout: ChannelBlocks) -> None:
-    """Put `RowBlocks` in the place of the linear modules of `model` that are cut into channel blocks (in place)."""
+def cut_rows(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> None:
+    """Put `RowBlocks` in the place of the modules of `model` that are cut (in place): those, by name, of whose `rows`
+    several modules are made."""
     for name, module in list(model.named_modules()):
-        if f".{name}".endswith(tuple(f".{local}" for local in CUT)) and isinstance(module, nn.Linear):
-            model.set_submodule(name, RowBlocks(module, layout))
+        if isinstance(module, nn.Linear) and len(rows.get(name, ())) > 1:
+            model.set_submodule(name, RowBlocks(module, rows[name]))
 
 
 class RowBlocks(nn.Module):
-    """A linear module in pieces `rows.0`, `rows.1`, ...: blocks of its output channels (see `contract.channels`).
+    """A linear module in modules `rows.0`, `rows.1`, ...: each has some of its output rows, `places`.
 
-    `linear` gives sizes, dtype and device; its weight is not taken over.
+    All of them have as many runs, and a run of one stands beside those of the others. `linear` gives sizes, dtype and
+    device; its weight is not taken over.
     """
 
-    def __init__(self, linear: nn.Linear, layout: ChannelBlocks) -> None:
+    def __init__(self, linear: nn.Linear, places: Sequence[Rows]) -> None:
         super().__init__()
-        width = linear.out_features // layout.blocks
         weight = linear.weight
-        self.layout = layout
+        self.places = places
         self.rows = nn.ModuleList(
-            nn.Linear(linear.in_features, width, bias=False, device=weight.device, dtype=weight.dtype)
-            for _ in range(layout.blocks)
+            nn.Linear(linear.in_features, len(rows), bias=False, device=weight.device, dtype=weight.dtype)
+            for rows in places
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, the channels in the order of the layout."""
-        pieces = torch.stack([piece(x).unflatten(-1, (self.layout.chunks, -1)) for piece in self.rows], -2)
-        return pieces.flatten(-3)
+        """`[..., in_features]` to `[..., out_features]`."""
+        runs = self.places[0].runs
+        return torch.cat([block(x).unflatten(-1, (runs, -1)) for block in self.rows], -1).flatten(-2)
 
 
 def _rename_mlp(layer: nn.Module, name: str) -> None:

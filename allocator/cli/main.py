@@ -32,6 +32,7 @@ VERBS = {
     "verify": "check that a checkpoint is what it declares",
     "store": "fill and list a store that the sidecar and prepare read",
     "prepare": "from a store and a GPU to a checkpoint and the arguments of vllm, for init containers",
+    "cache": "a folder of a node in which checkpoints and compiled graphs outlive their pods",
     "sidecar": "serve the allocation API and its console",
     "remote": "ask a running sidecar: models, plans, allocations, checkpoints",
     "warmup": "compile ahead what the kernels of a checkpoint need",

@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> None:
 
     manifest = solved(settings)
     if args.verify:
-        from allocator.evaluate import verify
+        from allocator.evaluate import verify_against_uniform
 
         residency = None if plan is None else plan.residency
         with show_progress(args.progress) as progress:
             student = measure_student(args, args.scores, progress)
-            manifest = verify(manifest, scores, student, rules(args), residency, progress)
+            manifest = verify_against_uniform(manifest, scores, student, rules(args), residency, progress)
     if args.out is not None:
         manifest.write(args.out)
     if args.json:

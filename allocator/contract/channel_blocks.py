@@ -16,47 +16,20 @@ import binascii
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
+from allocator.contract.modules import Rows, original_shapes, parent_of, row_block_of
 
-__all__ = [
-    "CUT",
-    "REORDERED",
-    "ChannelBlocks",
-    "ChannelOrder",
-    "check_pieces",
-    "parent_of",
-    "piece_name",
-    "piece_of",
-    "whole_shapes",
-]
+__all__ = ["CUT", "REORDERED", "ChannelBlocks", "ChannelOrder", "Parents"]
 
 CUT = ("mlp.gate_proj", "mlp.up_proj")
 """The modules of a block that are cut into pieces, by their names inside it."""
 REORDERED = "mlp.down_proj"
 """The module whose columns stand in the order of the channels."""
-
-_ROWS = ".rows."
-
-
-def piece_name(module: str, number: int) -> str:
-    """The name of piece `number` of `module`."""
-    return f"{module}{_ROWS}{number}"
-
-
-def piece_of(name: str) -> tuple[str, int] | None:
-    """The module that `name` is a piece of, and its number; None if it is a whole module."""
-    parent, found, number = name.rpartition(_ROWS)
-    return (parent, int(number)) if found and number.isdecimal() else None
-
-
-def parent_of(name: str) -> str:
-    """The module of the original model that `name` is, or is a piece of."""
-    piece = piece_of(name)
-    return name if piece is None else piece[0]
 
 
 class ChannelBlocks(Strict):
@@ -75,46 +48,79 @@ class ChannelBlocks(Strict):
                 "in gamma learn"
             )
 
-    def channels(self, piece: int, width: int) -> list[int]:
+    def rows_of(self, piece: int, width: int) -> Rows:
         """Where the rows of piece `piece`, which has `width` of them, stand among all channels of the layout."""
         share = width // self.chunks
-        return [(chunk * self.blocks + piece) * share + row for chunk in range(self.chunks) for row in range(share)]
+        return Rows(piece * share, share, self.chunks, self.blocks * share)
 
 
-def check_pieces(shapes: Mapping[str, tuple[int, int]], layout: ChannelBlocks | None) -> None:
-    """Raises ValueError unless the modules, by name, are whole without a `layout`, and with one have all the pieces
-    that it says: as many, of one shape, in both of the modules that are cut."""
-    pieces: dict[str, dict[int, tuple[int, int]]] = {}
-    for name, shape in shapes.items():
-        piece = piece_of(name)
-        if piece is not None:
-            pieces.setdefault(piece[0], {})[piece[1]] = shape
-    if layout is None:
-        if pieces:
-            raise ValueError(f"{next(iter(pieces))}: cut into pieces, but there are no channel_blocks")
-        return
-    if not pieces:
-        raise ValueError(f"channel_blocks say {layout.blocks} pieces, but no module is cut")
-    for parent, found in pieces.items():
-        mlp = _mlp(parent, CUT)
-        if not mlp or parent in shapes or sorted(found) != list(range(layout.blocks)) or len({*found.values()}) > 1:
-            raise ValueError(f"{parent}: has pieces {sorted(found)}, channel_blocks say {layout.blocks} of one shape")
-        rows = found[0][0]
-        if rows % layout.chunks:
-            raise ValueError(f"{parent}: pieces of {rows} rows cannot be laid out in {layout.chunks} chunks")
-        down = shapes.get(f"{mlp}.{REORDERED.rpartition('.')[2]}")
-        others = [pieces.get(f"{mlp}.{local.rpartition('.')[2]}", {}).get(0) for local in CUT]
-        if others[0] != others[1] or down is None or down[1] != rows * layout.blocks:
-            raise ValueError(f"{mlp}: {', '.join(CUT)} and {REORDERED} are not cut into the same channels")
+@dataclass(frozen=True)
+class Parents:
+    """The original model's modules, of which those of a document are rows.
 
+    shapes: by name of the document's modules. layout: how they are cut, None where each is a whole one.
+    """
 
-def whole_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The shapes of the original modules, given those of modules and pieces by name."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, (rows, columns) in shapes.items():
-        parent = parent_of(name)
-        found[parent] = found.get(parent, (0, 0))[0] + rows, columns
-    return found
+    shapes: Mapping[str, tuple[int, int]]
+    layout: ChannelBlocks | None
+
+    @property
+    def granularity(self) -> str:
+        """For people."""
+        return "whole modules" if self.layout is None else f"{self.layout.blocks} channel blocks"
+
+    def rows(self) -> dict[str, dict[str, Rows]]:
+        """By name of an original module the modules that it became, by name, each with its rows of it, first rows
+        first: whoever wrote the document may have sorted the names, 10 before 2."""
+        found: dict[str, dict[str, Rows]] = {}
+        for name, (count, _) in self.shapes.items():
+            piece = row_block_of(name)
+            rows = Rows(0, count) if piece is None or self.layout is None else self.layout.rows_of(piece[1], count)
+            found.setdefault(parent_of(name), {})[name] = rows
+        return {parent: dict(sorted(of.items(), key=lambda item: item[1].first)) for parent, of in found.items()}
+
+    def original_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the original modules."""
+        return original_shapes(self.shapes)
+
+    def check_ranks(self, tensor_parallel_size: int) -> None:
+        """Raises InputError unless every rank can have its share of each module's rows."""
+        if self.layout is not None:
+            self.layout.check_ranks(tensor_parallel_size)
+
+    def check(self) -> None:
+        """Raises ValueError unless the modules are whole without a `layout`, and with one have all the pieces that it
+        says: as many, of one shape, in both of the modules that are cut."""
+        pieces: dict[str, dict[int, tuple[int, int]]] = {}
+        for name, shape in self.shapes.items():
+            piece = row_block_of(name)
+            if piece is not None:
+                pieces.setdefault(piece[0], {})[piece[1]] = shape
+        layout = self.layout
+        if layout is None:
+            if pieces:
+                raise ValueError(f"{next(iter(pieces))}: cut into pieces, but there are no channel_blocks")
+            return
+        if not pieces:
+            raise ValueError(f"channel_blocks say {layout.blocks} pieces, but no module is cut")
+        for parent, found in pieces.items():
+            mlp = _mlp(parent, CUT)
+            if (
+                not mlp
+                or parent in self.shapes
+                or sorted(found) != list(range(layout.blocks))
+                or len({*found.values()}) > 1
+            ):
+                raise ValueError(
+                    f"{parent}: has pieces {sorted(found)}, channel_blocks say {layout.blocks} of one shape"
+                )
+            rows = found[0][0]
+            if rows % layout.chunks:
+                raise ValueError(f"{parent}: pieces of {rows} rows cannot be laid out in {layout.chunks} chunks")
+            down = self.shapes.get(f"{mlp}.{REORDERED.rpartition('.')[2]}")
+            others = [pieces.get(f"{mlp}.{local.rpartition('.')[2]}", {}).get(0) for local in CUT]
+            if others[0] != others[1] or down is None or down[1] != rows * layout.blocks:
+                raise ValueError(f"{mlp}: {', '.join(CUT)} and {REORDERED} are not cut into the same channels")
 
 
 class ChannelOrder(ChannelBlocks):
@@ -155,11 +161,11 @@ class ChannelOrder(ChannelBlocks):
 
     def rows(self, name: str) -> "array[int] | None":
         """The rows of the original module that piece `name` has; None for a whole module."""
-        piece = piece_of(name)
+        piece = row_block_of(name)
         if piece is None or (mlp := _mlp(piece[0], CUT)) not in self.orders:
             return None
         order = self.order(mlp)
-        return array("I", (order[at] for at in self.channels(piece[1], len(order) // self.blocks)))
+        return array("I", (order[at] for at in self.rows_of(piece[1], len(order) // self.blocks).numbers()))
 
     def columns(self, name: str) -> "array[int] | None":
         """The columns of the original module in the order of module `name`; None where they stand as they stood."""

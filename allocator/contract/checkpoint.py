@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from allocator.contract import compressed_tensors
-from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
+from allocator.contract.channel_blocks import ChannelBlocks, Parents
 from allocator.contract.documents import Digest, Document, Strict, explain, parse_json, read_text_limited
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, ModuleFormat, module_tensors
@@ -44,9 +44,14 @@ class CheckpointConfig(Strict):
     modules: dict[str, ModuleFormat]
 
     @model_validator(mode="after")
-    def _pieces_are_whole(self) -> "CheckpointConfig":
-        check_pieces({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
+    def _originals_are_whole(self) -> "CheckpointConfig":
+        self.parents.check()
         return self
+
+    @property
+    def parents(self) -> Parents:
+        """The original model's modules, of which those here are rows."""
+        return Parents({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str = "quantization_config") -> Self:

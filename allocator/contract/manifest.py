@@ -1,13 +1,15 @@
 """The manifest: one width for every module, the budget it fits, the solver's proof, and where all of it came from."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
-from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
+from allocator.contract.channel_blocks import ChannelBlocks, Parents
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
+from allocator.contract.scores import Scores
 
 __all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "Refinement", "Verification", "average_bits"]
 
@@ -98,10 +100,36 @@ class Manifest(Document):
     verification: Verification | None = None
     refinement: Refinement | None = None
 
+    @classmethod
+    def of_scores(
+        cls, scores: Scores, assignment: Mapping[str, ModuleFormat], budget: Budget, proof: Proof
+    ) -> "Manifest":
+        """The manifest of an assignment of the scores' modules, in their order."""
+        sizes = {name: module_bytes(assignment[name]) for name in scores.modules}
+        return cls(
+            model=scores.model,
+            bank_digest=scores.bank_digest,
+            scores_digest=scores.digest,
+            method=scores.method,
+            dtype=scores.dtype,
+            channel_blocks=scores.channel_blocks,
+            budget=budget,
+            tensor_bytes=scores.other_bytes + sum(sizes.values()),
+            other_bytes=scores.other_bytes,
+            module_bytes=sizes,
+            modules={name: assignment[name] for name in scores.modules},
+            proof=proof,
+        )
+
     @model_validator(mode="after")
-    def _pieces_are_whole(self) -> "Manifest":
-        check_pieces({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
+    def _originals_are_whole(self) -> "Manifest":
+        self.parents.check()
         return self
+
+    @property
+    def parents(self) -> Parents:
+        """The original model's modules, of which those here are rows."""
+        return Parents({name: module.shape for name, module in self.modules.items()}, self.channel_blocks)
 
     @model_validator(mode="after")
     def _bytes_add_up(self) -> "Manifest":

@@ -22,10 +22,10 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from allocator.contract.channel_blocks import parent_of, piece_name, piece_of
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat
+from allocator.contract.modules import kind_name, layer_name
 
 __all__ = [
     "ARK_ROWS",
@@ -39,8 +39,6 @@ __all__ = [
     "Residency",
     "Split",
     "Stage",
-    "is_in_block",
-    "kind_name",
     "pad",
     "rank_shape",
     "resident_bytes",
@@ -339,32 +337,19 @@ class Residency(Strict):
     def _layers(self, names: Iterable[str]) -> list[list[str]]:
         layers: dict[str, list[str]] = {}
         for name in names:
-            whole, piece = parent_of(name), piece_of(name)
-            fused = self.fused.get(kind_name(whole))
-            layer = name if fused is None else whole.rpartition(".")[0] + "+" + fused
-            # Pieces of one number are packed together, as if they were a layer of their own.
-            layers.setdefault(layer if piece is None else piece_name(layer, piece[1]), []).append(name)
+            fused = self.fused.get(kind_name(name))
+            layers.setdefault(name if fused is None else layer_name(name, fused), []).append(name)
         order = {kind: place for place, kind in enumerate(self.fused)}
-        return [sorted(layer, key=lambda n: order.get(kind_name(parent_of(n)), 0)) for layer in layers.values()]
+        return [sorted(layer, key=lambda n: order.get(kind_name(n), 0)) for layer in layers.values()]
 
     def _split(self, name: str) -> Split:
-        split = self.splits.get(kind_name(parent_of(name)))
+        split = self.splits.get(kind_name(name))
         if split is None:
             raise InputError(f"{name}: the plan has no such module; it is of another model")
         return split
 
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-
-
-def is_in_block(name: str) -> bool:
-    """Whether the module is one of a decoder block: embedding and lm_head have no number in their names."""
-    return _NUMBER.search(name) is not None
-
-
-def kind_name(name: str) -> str:
-    """The name with every number between dots as `*`: `model.layers.3.mlp.up_proj` is `model.layers.*.mlp.up_proj`."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _kind(module: ModuleFormat) -> tuple[int, int | None, bool | None]:

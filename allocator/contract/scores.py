@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from allocator.contract.bank import ModelReference
-from allocator.contract.channel_blocks import ChannelBlocks, check_pieces
+from allocator.contract.channel_blocks import ChannelBlocks, Parents
 from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 
@@ -118,11 +118,15 @@ class Scores(Document):
     interactions: Interactions | None = None
 
     @model_validator(mode="after")
-    def _pieces_are_whole(self) -> "Scores":
-        check_pieces(
-            {name: module.candidates[0].format.shape for name, module in self.modules.items()}, self.channel_blocks
-        )
+    def _originals_are_whole(self) -> "Scores":
+        self.parents.check()
         return self
+
+    @property
+    def parents(self) -> Parents:
+        """The original model's modules, of which those here are rows."""
+        shapes = {name: module.candidates[0].format.shape for name, module in self.modules.items()}
+        return Parents(shapes, self.channel_blocks)
 
     @model_validator(mode="after")
     def _a_number_for_each_pair(self) -> "Scores":

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 from allocator.contract.bank import BANK_NAME, Bank, candidate_tensors
-from allocator.contract.channel_blocks import parent_of, whole_shapes
 from allocator.contract.digest import digest_file
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import ContractError
@@ -34,13 +33,10 @@ class ServedBank:
 
     @cached_property
     def _made_of(self) -> dict[str, list[str]]:
-        made: dict[str, list[str]] = {}
-        for name in self.manifest.modules:
-            made.setdefault(parent_of(name), []).append(name)
-        return made
+        return {original: list(modules) for original, modules in self.manifest.parents.rows().items()}
 
     def made_of(self, module: str) -> list[str]:
-        """The manifest's modules that module `module` of the source becomes: itself, or its pieces; none for others."""
+        """The manifest's modules that module `module` of the source becomes; none for others."""
         return self._made_of.get(module, [])
 
     def file(self, name: str) -> Path:
@@ -111,7 +107,7 @@ def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
 
 def _check_source(folder: Path, source: tuple[dict[str, StoredTensor], set[str]], manifest: Manifest) -> frozenset[str]:
     tensors, indexed = source
-    shapes = whole_shapes({name: module.shape for name, module in manifest.modules.items()})
+    shapes = manifest.parents.original_shapes()
     weights = {f"{name}.weight": name for name in shapes}
     for tensor_name, name in weights.items():
         found, shape = tensors.get(tensor_name), shapes[name]

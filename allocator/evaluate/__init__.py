@@ -5,7 +5,7 @@ from allocator.evaluate.divergence import Divergence, measure_divergence
 from allocator.evaluate.refinement import Refined, RefineSettings, refine
 from allocator.evaluate.student import Losses, Student
 from allocator.evaluate.student_gradients import StudentGradients, measure_gradients
-from allocator.evaluate.verification import open_student, refine_manifest, uniform_assignments, verify
+from allocator.evaluate.verification import open_student, refine_manifest, uniform_assignments, verify_against_uniform
 
 __all__ = [
     "Divergence",
@@ -21,5 +21,5 @@ __all__ = [
     "refine",
     "refine_manifest",
     "uniform_assignments",
-    "verify",
+    "verify_against_uniform",
 ]

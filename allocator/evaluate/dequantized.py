@@ -7,8 +7,8 @@ import torch
 
 from allocator.blocks.hf_model import open_config
 from allocator.blocks.tensors import read_tensor
-from allocator.contract.channel_blocks import ChannelBlocks, parent_of, piece_of
 from allocator.contract.checkpoint import check_checkpoint
+from allocator.contract.modules import Rows
 from allocator.contract.packing import dequantize
 from allocator.contract.safetensors_file import read_folder_headers
 
@@ -37,8 +37,8 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"), module.num_bits
         ).to(dtype)
     state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
-    if declared.channel_blocks is not None:
-        state = joined_pieces(state, declared.channel_blocks)
+    for original, modules in declared.parents.rows().items():
+        state[f"{original}.weight"] = _joined([(state.pop(f"{name}.weight"), rows) for name, rows in modules.items()])
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
@@ -47,20 +47,13 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def joined_pieces(weights: dict[str, torch.Tensor], layout: ChannelBlocks) -> dict[str, torch.Tensor]:
-    """`weights`, by tensor name, with the pieces of a module as one `[N, K]`, rows in the order of the layout."""
-    whole: dict[str, torch.Tensor] = {}
-    for tensor_name, weight in weights.items():
-        name, _, kind = tensor_name.rpartition(".")
-        piece = piece_of(name)
-        if piece is None:
-            whole[tensor_name] = weight
-            continue
-        rows, columns = weight.shape
-        of_parent = f"{parent_of(name)}.{kind}"
-        if of_parent not in whole:
-            whole[of_parent] = weight.new_empty(rows * layout.blocks, columns)
-        whole[of_parent][layout.channels(piece[1], rows)] = weight
+def _joined(parts: list[tuple[torch.Tensor, Rows]]) -> torch.Tensor:
+    """One weight `[N, K]` of weights `[n, K]` and their rows of it."""
+    if len(parts) == 1:
+        return parts[0][0]
+    whole = parts[0][0].new_empty(sum(len(rows) for _, rows in parts), parts[0][0].shape[1])
+    for weight, rows in parts:
+        whole[rows.numbers()] = weight
     return whole
 
 

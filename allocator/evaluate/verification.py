@@ -8,7 +8,8 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat, module_bytes
 from allocator.contract.manifest import Manifest, Refinement, Verification
-from allocator.contract.resident import Residency, is_in_block
+from allocator.contract.modules import is_in_block
+from allocator.contract.resident import Residency
 from allocator.contract.scores import Scores
 from allocator.evaluate.refinement import RefineSettings, refine
 from allocator.evaluate.student import Student
@@ -19,7 +20,7 @@ __all__ = [
     "open_student",
     "refine_manifest",
     "uniform_assignments",
-    "verify",
+    "verify_against_uniform",
 ]
 
 
@@ -79,7 +80,7 @@ def open_student(model: Path, bank: Path, texts: list[Path], sequences: int, len
     return Student(stream, candidates, tokens)
 
 
-def verify(
+def verify_against_uniform(
     manifest: Manifest,
     scores: Scores,
     student: Student,

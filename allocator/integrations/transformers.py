@@ -115,8 +115,7 @@ class GammaHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
         checkpoint = self.quantization_config.checkpoint
-        if checkpoint.channel_blocks is not None:
-            cut_rows(model, checkpoint.channel_blocks)
+        cut_rows(model, {name: list(of.values()) for name, of in checkpoint.parents.rows().items()})
         modules = dict(model.named_modules())
         for name, module in checkpoint.modules.items():
             if not module.quantized:

@@ -1,7 +1,7 @@
 """What is in a model, read from config.json and the safetensors headers: no weights, no torch."""
 
 from allocator.model.candidate_formats import CandidateFormats
-from allocator.model.channel_cuts import ArrangedTensor, channel_layout, cut_unsorted, with_channel_blocks
+from allocator.model.channel_cuts import ArrangedTensor, channel_layout, cut_unsorted, in_channel_order
 from allocator.model.hf_config import find_config
 from allocator.model.identity import DIGEST_CACHE_NAME, cached_model_digest, model_digest
 from allocator.model.inventory import Inventory, Module, read_inventory
@@ -23,9 +23,9 @@ __all__ = [
     "copy_whole",
     "cut_unsorted",
     "find_config",
+    "in_channel_order",
     "model_digest",
     "read_inventory",
     "read_shape",
     "side_files",
-    "with_channel_blocks",
 ]

@@ -16,7 +16,15 @@ from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
 
-__all__ = ["Architecture", "Experts", "Linear", "NamedShape", "OtherTensor", "architecture_of", "known_architectures"]
+__all__ = [
+    "Architecture",
+    "ExpertKeys",
+    "Linear",
+    "NamedShape",
+    "OtherTensor",
+    "architecture_of",
+    "known_architectures",
+]
 
 _OPERATION = re.compile(r"([*/]?)([a-z_.]+[0-9]?)")
 
@@ -65,7 +73,7 @@ class OtherTensor(Strict):
     when: str | None = None
 
 
-class Experts(Strict):
+class ExpertKeys(Strict):
     """A mixture of experts: config keys of how many there are, how many a token takes, and their size.
 
     `blocks` says which blocks have them: `all`, or the config key that says it (`decoder_sparse_step`,
@@ -96,7 +104,7 @@ class Architecture(Strict):
     defaults: dict[str, int | str]
     attention: Literal["grouped", "mla"] = "grouped"
     window: Literal["none", "every", "use_sliding_window", "pattern"] = "none"
-    experts: Experts | None = None
+    experts: ExpertKeys | None = None
     tied_by_default: bool = False
     text_config: bool = False
     length_is_stretched: bool = False

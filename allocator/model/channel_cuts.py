@@ -7,12 +7,13 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from allocator.contract.channel_blocks import CUT, REORDERED, ChannelBlocks, ChannelOrder, piece_name
+from allocator.contract.channel_blocks import CUT, REORDERED, ChannelBlocks, ChannelOrder
 from allocator.contract.errors import InputError
+from allocator.contract.modules import row_block_name
 from allocator.contract.safetensors_file import StoredTensor
 from allocator.model.inventory import Inventory, Module
 
-__all__ = ["ArrangedTensor", "channel_layout", "cut_unsorted", "with_channel_blocks"]
+__all__ = ["ArrangedTensor", "channel_layout", "cut_unsorted", "in_channel_order"]
 
 _MOST_CHUNKS = 8
 """Channels are laid out for at most so many ranks: more than eight GPUs seldom share one layer."""
@@ -77,11 +78,13 @@ def channel_layout(inventory: Inventory, blocks: int) -> ChannelBlocks:
     return ChannelBlocks(blocks=blocks, chunks=chunks)
 
 
-def with_channel_blocks(inventory: Inventory, order: ChannelOrder) -> Inventory:
-    """The same model with its channels in `order`: it computes the same.
+def in_channel_order(inventory: Inventory, order: ChannelOrder | None) -> Inventory:
+    """The same model with its channels in `order`, and cut into its pieces; itself for None. It computes the same.
 
     Raises InputError when the order is of another model.
     """
+    if order is None:
+        return inventory
     mlps = _gated_mlps(inventory)
     sizes = {name: gate.shape[0] for name, (gate, _, _) in mlps.items()}
     given = {name: len(order.order(name)) for name in order.orders}
@@ -100,7 +103,7 @@ def cut_unsorted(inventory: Inventory, blocks: int | None) -> Inventory:
         return inventory
     layout = channel_layout(inventory, blocks)
     orders = {name: ChannelOrder.text(range(gate.shape[0])) for name, (gate, _, _) in _gated_mlps(inventory).items()}
-    return with_channel_blocks(inventory, ChannelOrder(blocks=blocks, chunks=layout.chunks, orders=orders))
+    return in_channel_order(inventory, ChannelOrder(blocks=blocks, chunks=layout.chunks, orders=orders))
 
 
 def _arranged(module: Module, order: ChannelOrder) -> Iterator[Module]:
@@ -113,10 +116,11 @@ def _arranged(module: Module, order: ChannelOrder) -> Iterator[Module]:
         return
     shape = (module.shape[0] // order.blocks, module.shape[1])
     for number in range(order.blocks):
-        name = piece_name(module.name, number)
-        fused = None if module.fused_group is None else piece_name(module.fused_group, number)
+        name = row_block_name(module.name, number)
+        fused = None if module.fused_group is None else row_block_name(module.fused_group, number)
         tensor = _view(module.tensor, name, shape, rows=order.rows(name))
-        yield replace(module, name=name, shape=shape, fused_group=fused, tensor=tensor)
+        rows = order.rows_of(number, shape[0])
+        yield replace(module, name=name, shape=shape, fused_group=fused, tensor=tensor, rows=rows)
 
 
 def _view(

@@ -18,7 +18,8 @@ from allocator.contract.layout import (
     module_bytes,
     usable_group_size,
 )
-from allocator.contract.resident import Split, kind_name
+from allocator.contract.modules import Rows, kind_name
+from allocator.contract.resident import Split
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
@@ -37,6 +38,7 @@ class Module:
 
     `fused_group` is the full name of the vLLM layer that this module becomes a part of. `why_16` says why the
     module can only be stored at 16 bits; None if it can be quantized. `split` says how tensor parallelism cuts it.
+    `parent` is the module of the original model of which this one is the rows `rows`: usually itself and all.
     """
 
     name: str
@@ -47,7 +49,9 @@ class Module:
     fused_group: str | None
     tensor: StoredTensor
     why_16: str | None
-    split: Split = "column"
+    split: Split
+    parent: str
+    rows: Rows
 
     @property
     def parameters(self) -> int:
@@ -91,6 +95,14 @@ class Inventory:
     def block_prefix(self, index: int) -> str:
         """What the names of block `index` begin with, the dot included."""
         return architecture_of(self.config)[1].block.replace("{i}", str(index)) + "."
+
+    def parents(self, block: int) -> dict[str, list[Module]]:
+        """The modules of decoder block `block` by the module of the original model that they are rows of."""
+        found: dict[str, list[Module]] = {}
+        for module in self.modules:
+            if module.block == block:
+                found.setdefault(module.parent, []).append(module)
+        return found
 
     @property
     def parameters(self) -> int:
@@ -285,6 +297,8 @@ def _module(folder: Path, stored: dict[str, StoredTensor], kind: ModuleKind, blo
         tensor=tensor,
         why_16=kind.why_16,
         split=kind.split,
+        parent=name,
+        rows=Rows(0, kind.shape[0]),
     )
 
 

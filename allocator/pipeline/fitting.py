@@ -11,9 +11,9 @@ from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.manifest import Manifest
 from allocator.contract.outputs import check_output_folder
 from allocator.contract.scores import Scores
-from allocator.evaluate import Student, verify
+from allocator.evaluate import Student, verify_against_uniform
 from allocator.export import ExportReport, ExportSettings, check_target
-from allocator.model import Inventory, cut_unsorted, read_inventory
+from allocator.model import Inventory, read_inventory
 from allocator.pipeline.calibration_text import calibration_text
 from allocator.pipeline.exporting import export
 from allocator.pipeline.learning import LearnResult, compute_device, learn
@@ -130,7 +130,7 @@ def _check_budget(request: FitRequest, inventory: Inventory, plan: Plan | None) 
     Where the KV cache is still to be chosen, no plan is checked: another dtype may leave more.
     """
     candidates, budget = request.candidates, request.solving.budget
-    cut = cut_unsorted(inventory, candidates.channel_blocks)
+    cut = candidates.cut(inventory)
     low, high = candidates.formats.feasible_bytes(cut)
     if budget is not None and parse_average_bits(budget) is None and parse_budget(budget) < low:
         raise InfeasibleBudgetError(
@@ -203,7 +203,7 @@ def _verified(
     bank = BankReader(learned.bank_folder)
     student = Student(BlockStream(bank.arranged(inventory), compute_device()), bank, text.token_ids)
     residency = None if plan is None else plan.residency
-    return verify(manifest, learned.scores, student, request.solving.rules, residency, progress)
+    return verify_against_uniform(manifest, learned.scores, student, request.solving.rules, residency, progress)
 
 
 def _price(manifest: Manifest, scores: Scores, settings: SolveSettings, plan: Plan | None) -> str:

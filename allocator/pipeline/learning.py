@@ -17,12 +17,12 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.outputs import check_output_folder, naming_lack_of_room
 from allocator.contract.scores import Scores
-from allocator.model import Inventory, channel_layout, cut_unsorted, read_inventory, with_channel_blocks
+from allocator.model import Inventory, read_inventory
 from allocator.pipeline.calibration_text import calibration_text, told_amount
 from allocator.pipeline.model_folder import digest_of_model
 from allocator.pipeline.room import bank_bytes, check_room, learning_bytes
 from allocator.pipeline.settings import CandidateSettings
-from allocator.quantize import BankReader, Quantizer, build_bank, find_channel_order, get_quantizer, make_servable
+from allocator.quantize import BankReader, Quantizer, build_bank, get_quantizer, in_order, make_servable
 from allocator.run.process_group import process_group_from_environment
 from allocator.run.progress import Progress, silent
 from allocator.run.work_folder import Resume, RunFingerprint, WorkFolder, versions
@@ -98,7 +98,7 @@ def _checked(model: Path, candidates: CandidateSettings, learning: LearningSetti
     for line in inventory.told():
         _LOG.warning("%s: %s", model, line)
     quantizer = get_quantizer(candidates.quantizer)
-    formats = candidates.formats.of(cut_unsorted(inventory, candidates.channel_blocks))
+    formats = candidates.formats.of(candidates.cut(inventory))
     if not any(formats.values()):
         raise InputError(f"{model}: nothing can be quantized; `gamma inspect` shows why")
     open_config(model)
@@ -155,16 +155,13 @@ def _fingerprint(task: _Task, reference: ModelReference, calibration: Calibratio
 def _prepared(
     task: _Task, folder: WorkFolder, calibration: Calibration, bank: Bank | None, progress: Progress
 ) -> CalibrationRun:
-    """The model on its text, with its channels in the order of the bank, or in one that is found now."""
+    """The model on its text, its modules as the candidates are of them."""
     check_room(folder, task.needed_bytes)
     inventory, formats, statistics = task.inventory, task.formats, task.quantizer.statistics
     progress.plan(learning_steps(inventory, formats, statistics, task.learning, task.tokens, bank is not None))
     hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.config["hidden_size"])
     run = CalibrationRun(BlockStream(inventory, compute_device()), calibration, hidden, progress, folder.journal)
-    order, blocks = None if bank is None else bank.channel_order, task.candidates.channel_blocks
-    if order is None and blocks is not None:
-        order = find_channel_order(run, channel_layout(inventory, blocks), task.candidates.group_size)
-    return run if order is None else run.of(with_channel_blocks(inventory, order))
+    return in_order(run, task.candidates.cut(inventory), bank, task.candidates.group_size)
 
 
 def _scored(task: _Task, run: CalibrationRun, folder: WorkFolder) -> Scores:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.contract.layout import WIDTHS
-from allocator.model import CandidateFormats, Inventory
+from allocator.model import CandidateFormats, Inventory, cut_unsorted
 
 __all__ = ["CandidateSettings"]
 
@@ -32,6 +32,10 @@ class CandidateSettings:
     @property
     def formats(self) -> CandidateFormats:
         return CandidateFormats(self.widths, self.group_size, self.symmetric)
+
+    def cut(self, inventory: Inventory) -> Inventory:
+        """The model with the modules that are asked for, before they are sorted: for names, shapes and bytes."""
+        return cut_unsorted(inventory, self.channel_blocks)
 
     @property
     def amount_is_given(self) -> bool:

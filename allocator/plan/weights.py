@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from allocator.contract.channel_blocks import ChannelBlocks, whole_shapes
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
-from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage, kind_name
+from allocator.contract.modules import kind_name, original_shapes
+from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage
 from allocator.model.hf_config import find_config, refuse_quantized
 from allocator.model.shape import ModelShape, ModuleKind, OtherKind, read_shape
 from allocator.plan.kv_cache import stage_layers
@@ -103,7 +103,7 @@ def check_formats(shape: ModelShape, formats: Mapping[str, ModuleFormat]) -> Non
         for block in kind.blocks or (0,):
             for expert in range(kind.experts or 1):
                 expected[_numbered(kind, block, expert)] = kind.shape
-    found = whole_shapes({name: form.shape for name, form in formats.items()})
+    found = original_shapes({name: form.shape for name, form in formats.items()})
     if odd := sorted(expected.keys() ^ found.keys()):
         where = "config.json has no such module" if odd[0] in found else "the checkpoint has no entry"
         raise InputError(f"{odd[0]}: {where}; it belongs to another model")
@@ -166,30 +166,33 @@ def _elements(other: OtherKind, ranks: Ranks, heads: Heads) -> int:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """`formats` and `channel_blocks` are those of a checkpoint, None for a model at 16 bits."""
+    """A model at 16 bits, or a `checkpoint` of ours."""
 
     name: str
     shape: ModelShape
-    formats: dict[str, ModuleFormat] | None
-    channel_blocks: ChannelBlocks | None = None
+    checkpoint: CheckpointConfig | None
+
+    @property
+    def formats(self) -> dict[str, ModuleFormat] | None:
+        """Those of the checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.modules
 
     def check_ranks(self, tensor_parallel_size: int) -> None:
         """Raises InputError for a checkpoint that vLLM cannot split so."""
-        if self.channel_blocks is not None:
-            self.channel_blocks.check_ranks(tensor_parallel_size)
+        if self.checkpoint is not None:
+            self.checkpoint.parents.check_ranks(tensor_parallel_size)
 
 
 def read_model(model: str, revision: str | None = None) -> PlannedModel:
     """From config.json alone: of a folder, a file, or a hub id. Raises InputError, also for other quantized models."""
     config = dict(find_config(model, revision))
     quantized = config.get("quantization_config")
-    formats = channel_blocks = None
+    checkpoint = None
     if isinstance(quantized, dict) and quantized.get("quant_method") == CheckpointConfig.QUANT_METHOD:
         checkpoint = CheckpointConfig.parse(config.pop("quantization_config"))
-        formats, channel_blocks = dict(checkpoint.modules), checkpoint.channel_blocks
     refuse_quantized(config, model)
     name = model.rstrip("/") if not Path(model).exists() else Path(model).resolve().name
-    return PlannedModel(name, read_shape(config), formats, channel_blocks)
+    return PlannedModel(name, read_shape(config), checkpoint)
 
 
 class WarmupSegment(Strict):

@@ -15,7 +15,7 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, dequantize_rows
 from allocator.contract.safetensors_file import INDEX_NAME, copy_renamed, read_header
-from allocator.model import Inventory, carry, copy_whole, with_channel_blocks
+from allocator.model import Inventory, carry, copy_whole, in_channel_order
 
 __all__ = [
     "BankReader",
@@ -48,9 +48,8 @@ class BankReader:
                 raise ContractError(f"{folder / module.file}: {name}: unknown tensor {sorted(extra)[0]}")
 
     def arranged(self, inventory: Inventory) -> Inventory:
-        """The model as the bank's modules are of it: cut into channel blocks, in their order, if they are."""
-        order = self.bank.channel_order
-        return inventory if order is None else with_channel_blocks(inventory, order)
+        """The model as the bank's modules are of it."""
+        return in_channel_order(inventory, self.bank.channel_order)
 
     def formats(self, name: str) -> list[ModuleFormat]:
         """The candidates of module `name`: the stored ones, and last the source at 16 bits."""

@@ -14,13 +14,24 @@ from torch import Tensor, nn
 
 from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.stream import state_step
+from allocator.contract.bank import Bank
 from allocator.contract.channel_blocks import CUT, REORDERED, ChannelBlocks, ChannelOrder
 from allocator.contract.layout import usable_group_size
+from allocator.model import Inventory, in_channel_order
 from allocator.run.process_group import ProcessGroup
 
-__all__ = ["find_channel_order"]
+__all__ = ["find_channel_order", "in_order"]
 
 _TOKENS = 512
+
+
+def in_order(run: CalibrationRun, cut: Inventory, bank: Bank | None, group_size: int) -> CalibrationRun:
+    """`run`, which is on the model as it is stored, on the modules that `cut` has, their channels in the order of
+    `bank`; without one in an order that is found now (see `find_channel_order`)."""
+    if cut.channels is None:
+        return run
+    order = find_channel_order(run, cut.channels.layout, group_size) if bank is None else bank.channel_order
+    return run.of(in_channel_order(run.inventory, order))
 
 
 def find_channel_order(run: CalibrationRun, layout: ChannelBlocks, group_size: int) -> ChannelOrder:
@@ -60,7 +71,7 @@ def laid_out(losses: Tensor, layout: ChannelBlocks) -> Tensor:
     width = len(ranked) // layout.blocks
     order = torch.empty_like(ranked)
     for piece in range(layout.blocks):
-        order[layout.channels(piece, width)] = ranked[piece * width : (piece + 1) * width]
+        order[layout.rows_of(piece, width).numbers()] = ranked[piece * width : (piece + 1) * width]
     return order
 
 

@@ -222,12 +222,11 @@ def _same_model(before: Manifest, after: Manifest) -> None:
 
 
 def _same_modules(before: Manifest, after: Manifest) -> None:
-    if before.channel_blocks != after.channel_blocks:
-        cut = [
-            f"{m.channel_blocks.blocks} channel blocks" if m.channel_blocks else "whole modules"
-            for m in (before, after)
-        ]
-        raise ContractError(f"the manifests are of {cut[0]} and of {cut[1]}; compare manifests of one granularity")
+    if before.parents.layout != after.parents.layout:
+        raise ContractError(
+            f"the manifests are of {before.parents.granularity} and of {after.parents.granularity}; "
+            "compare manifests of one granularity"
+        )
     odd = sorted(before.modules.keys() ^ after.modules.keys())
     if odd:
         raise ContractError(

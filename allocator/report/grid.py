@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from allocator.contract.channel_blocks import piece_of
+from allocator.contract.modules import parent_of, row_block_of
 
 __all__ = ["Grid", "grid_of", "kind_of", "local_name", "short_kind", "short_name"]
 
 _BLOCK_NUMBER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
-_PIECE_NUMBER = re.compile(r"\.rows\.\d+$")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """cells: block -> kind of module -> the values of its modules (several where a block has experts or modules are
-    cut into channel blocks), in model order; outside: values of modules that stand in no block, by name."""
+    """cells: block -> kind of module -> the values of its modules (several where a block has experts, or modules of
+    some of their rows), in model order; outside: values of modules that stand in no block, by name."""
 
     kinds: list[str]
     cells: dict[int, dict[str, list[int]]]
@@ -50,17 +49,17 @@ def local_name(name: str) -> str:
 
 
 def kind_of(local: str) -> str:
-    """The local name without the number of the expert (`mlp.experts.5.up_proj` -> `mlp.experts.up_proj`) or of the
-    channel block (`mlp.up_proj.rows.3` -> `mlp.up_proj`)."""
-    return _PIECE_NUMBER.sub("", _EXPERT_NUMBER.sub(".experts.", f".{local}")[1:])
+    """The local name of the parent without the number of the expert: `mlp.experts.5.up_proj` -> `mlp.experts.up_proj`,
+    `mlp.up_proj.rows.3` -> `mlp.up_proj`."""
+    return _EXPERT_NUMBER.sub(".experts.", f".{parent_of(local)}")[1:]
 
 
 def short_name(local: str) -> str:
     """The last part of a name, without what all have in common: `self_attn.q_proj` -> `q`, `up_proj.rows.3` ->
     `up.3`."""
-    piece = piece_of(local)
-    if piece is not None:
-        return f"{short_name(piece[0])}.{piece[1]}"
+    block = row_block_of(local)
+    if block is not None:
+        return f"{short_name(block[0])}.{block[1]}"
     return local.rsplit(".", 1)[-1].removesuffix("_proj")
 
 

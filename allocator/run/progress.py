@@ -17,7 +17,7 @@ from pydantic import Field
 
 from allocator.contract.documents import Strict
 
-__all__ = ["PlannedStep", "Progress", "Standing", "Tracker", "resident_bytes", "silent"]
+__all__ = ["PlannedStep", "Progress", "Standing", "Tracker", "resident_set_bytes", "silent"]
 
 Item = TypeVar("Item")
 
@@ -185,7 +185,7 @@ class Tracker(Progress):
                 step_seconds=round(now - step.start, 1),
                 step_left_seconds=None if left is None else round(left, 1),
                 left_seconds=self._left(left),
-                resident_bytes=resident_bytes(),
+                resident_bytes=resident_set_bytes(),
             )
 
     def _left(self, of_step: float | None) -> float | None:
@@ -259,7 +259,7 @@ class _Step:
         return max(speed * (self.total - self.done) - min(now - self._last, speed), 0.0)
 
 
-def resident_bytes() -> int:
+def resident_set_bytes() -> int:
     """Memory of this process that is in RAM; where that cannot be read, the most it ever was."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:

@@ -45,7 +45,7 @@ def learning_steps(
         quantized = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in inside)
         steps.append(PlannedStep("candidates", forward + quantized))
         if embedding and statistics != "none":
-            steps += [PlannedStep(GRADIENTS_STEP, 2 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
+            steps += [PlannedStep(GRADIENTS_STEP, 3 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
         if outside:
             of_outside = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in outside)
             steps.append(PlannedStep(VOCABULARY_STEP, of_outside))
@@ -56,7 +56,7 @@ def learning_steps(
         by_block[m.block] = by_block.get(m.block, 0.0) + _product(inventory, m, tokens)
     swaps = sum(_swap(inventory, m, tokens, by_block) * len(formats[m.name]) for m in inside)
     steps += [
-        PlannedStep(GRADIENTS_STEP, (1 + settings.draws) * head),
+        PlannedStep(GRADIENTS_STEP, 3 * head),  # the logits, and the two terms of the gradients of all draws
         PlannedStep("measuring", swaps + (1 + settings.draws) * forward),
     ]
     if outside:
@@ -84,8 +84,8 @@ def _share(inventory: Inventory, module: Module) -> float:
 
 
 def _swap(inventory: Inventory, module: Module, tokens: int, by_block: dict[int | None, float]) -> float:
-    """An expert is measured alone, every other module by a pass through its block."""
-    return _product(inventory, module, tokens) if ".experts." in module.name else by_block[module.block]
+    """An expert is measured alone, every other module by what lies behind it: about half of the block."""
+    return _product(inventory, module, tokens) if ".experts." in module.name else by_block[module.block] / 2
 
 
 def _quantization(module: Module, widths: int, statistics: Statistics, tokens: int) -> float:

@@ -10,7 +10,6 @@ from allocator import __version__
 from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.digest import digest_bytes, digest_json
 from allocator.contract.errors import GammaError
-from allocator.sidecar.catalogue import Catalogue
 from allocator.sidecar.dispatch import Task
 from allocator.sidecar.errors import ApiError, of_gamma_error
 from allocator.sidecar.metrics import Metrics
@@ -26,6 +25,7 @@ from allocator.sidecar.schemas import (
 )
 from allocator.sidecar.solved import Solved
 from allocator.sidecar.store import Entry, Store, hex_of
+from allocator.sidecar.store_entries import StoreEntries
 
 __all__ = ["Allocations", "Memory"]
 
@@ -66,15 +66,15 @@ class Allocations:
     """Answers requests; solves only what neither memory nor the store has, and each request once at a time."""
 
     def __init__(
-        self, store: Store, catalogue: Catalogue, pool: SolverPool, metrics: Metrics, memory_bytes: int
+        self, store: Store, entries: StoreEntries, pool: SolverPool, metrics: Metrics, memory_bytes: int
     ) -> None:
-        self._store, self._catalogue, self._pool, self._metrics = store, catalogue, pool, metrics
+        self._store, self._entries, self._pool, self._metrics = store, entries, pool, metrics
         self._memory = Memory(memory_bytes)  # keys say what they are of: an id of one kind finds none of another
         self._flying: dict[str, asyncio.Task[bytes]] = {}
 
     async def allocate(self, request: AllocationRequest, persist: bool) -> bytes:
         """The JSON of the allocation. `persist`: also into the store. Raises ApiError and GammaError."""
-        entry = await self._catalogue.find(request.model)
+        entry = await self._entries.find(request.model)
         request = _in_bytes(request)
         identity = _identity("allocation", request.model_dump(mode="json"), entry)
         known = self._memory.get(f"allocation {identity}")
@@ -114,7 +114,7 @@ class Allocations:
 
     async def fit(self, request: FitRequest) -> bytes:
         """The JSON of a `Fit`. Raises ApiError and GammaError."""
-        entry = await self._catalogue.find(request.model)
+        entry = await self._entries.find(request.model)
         plan = await self.plan(request.hardware, entry, within="hardware.")
         chosen: dict[str, Any] = {"model": request.model, "fusion": request.fusion}
         if request.budget is not None:
@@ -178,8 +178,8 @@ class Allocations:
 
     async def sweep(self, request: SweepRequest) -> bytes:
         """The JSON of the Pareto curve. Its id counts what was measured: a new manifest makes another answer."""
-        entry = await self._catalogue.find(request.model)
-        measured = await self._catalogue.measured(entry)
+        entry = await self._entries.find(request.model)
+        measured = await self._entries.measured(entry)
         identity = _identity("sweep", request.model_dump(mode="json") | {"measured": measured}, entry)
         known = self._memory.get(f"sweep {identity}")
         if known is not None:

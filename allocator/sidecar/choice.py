@@ -16,7 +16,7 @@ from allocator.plan.visible_gpus import device_of_visible, read_devices
 from allocator.plan.vllm_arguments import check_arguments, serving_options
 from allocator.plan.weights import residency_of
 from allocator.run.progress import Progress
-from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
+from allocator.sidecar.planning import find_device, plan_entry, solve_for_plan
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Entry, Store, is_digest
 from allocator.solve import Fusion, SolveSettings, solve_scores
@@ -96,7 +96,7 @@ def _names(entry: Entry) -> set[str | None]:
 
 def _device(settings: PrepareSettings) -> Device | None:
     if settings.gpu_memory_bytes is not None or settings.gpu != "auto":
-        return device_of(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
+        return find_device(None if settings.gpu == "auto" else settings.gpu, settings.gpu_memory_bytes)
     visible = read_devices()
     return device_of_visible(visible, settings.tensor_parallel_size) if visible else None
 
@@ -179,8 +179,8 @@ def _request(settings: PrepareSettings, device: Device | None) -> PlanRequest:
     given: dict[str, Any] = {
         name: getattr(settings, name)
         for name in (
-            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "gpu_memory_utilization",
-            "expert_parallel", "enforce_eager", "lora",
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size",
+            "gpu_memory_utilization", "expert_parallel", "enforce_eager", "lora",
         )
         if getattr(settings, name) is not None
     }  # fmt: skip
@@ -204,6 +204,7 @@ def _checked(settings: PrepareSettings, choice: Selection) -> Selection:
     lora = settings.lora
     given = {
         "tensor-parallel-size": settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else None,
+        "pipeline-parallel-size": settings.pipeline_parallel_size if settings.pipeline_parallel_size > 1 else None,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
         "max-num-batched-tokens": settings.max_num_batched_tokens,

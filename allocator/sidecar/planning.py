@@ -5,7 +5,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 from allocator.contract.manifest import Manifest
-from allocator.contract.resident import kind_name
+from allocator.contract.modules import kind_name
 from allocator.contract.scores import Scores
 from allocator.model.shape import read_shape
 from allocator.plan import Device, Plan, PlannedWeights, PlanRequest, find_gpu, make_plan, memory_device
@@ -15,7 +15,7 @@ from allocator.sidecar.store import Entry
 from allocator.solve import SolveSettings, solve_resident
 
 __all__ = [
-    "device_of",
+    "find_device",
     "plan_entry",
     "solve_for_plan",
 ]
@@ -30,7 +30,7 @@ def solve_for_plan(scores: Scores, settings: SolveSettings, plan: Plan, seconds:
     return solve_resident(scores, settings, plan.residency, plan.weight_budget_bytes, requested, seconds)
 
 
-def device_of(gpu: str | None, memory_bytes: int | None) -> Device:
+def find_device(gpu: str | None, memory_bytes: int | None) -> Device:
     """The device of a catalogue name, or of an amount of memory, which counts if both are given.
 
     Raises InputError for an unknown name.

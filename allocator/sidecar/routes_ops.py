@@ -41,7 +41,7 @@ async def readyz(request: Request, response: Response) -> Health:
     service = service_of(request)
     reason = service.not_ready
     if reason is None:
-        return Health(status="ok", message=service.node.status.message or service.catalogue.remarks)
+        return Health(status="ok", message=service.node.status.message or service.entries.remarks)
     response.status_code = 503
     return Health(status="not ready", message=reason)
 

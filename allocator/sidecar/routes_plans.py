@@ -39,7 +39,7 @@ async def plan(
     ],
 ) -> Response:
     service = service_of(request)
-    entry = await service.catalogue.find(body.model)
+    entry = await service.entries.find(body.model)
     manifest = None if body.manifest is None else await service.allocations.manifest_text(body.manifest)
     made = await service.allocations.plan(body, entry, manifest)
     return Response(json.dumps(made), media_type="application/json")

@@ -62,7 +62,7 @@ def may_write(request: Request, what_not: str) -> None:
 
 @router.get("/models", responses=responses(401, 503), summary="What the store has scores of")
 async def list_models(request: Request) -> ModelList:
-    entries = await service_of(request).catalogue.entries()
+    entries = await service_of(request).entries.all()
     return ModelList(data=[_model(entry) for entry in reversed(entries)])
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from allocator.contract.errors import GammaError
 from allocator.sidecar.allocations import Allocations
 from allocator.sidecar.backends import StoreUnreachableError
-from allocator.sidecar.catalogue import Catalogue
 from allocator.sidecar.jobs import Jobs
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
@@ -16,6 +15,7 @@ from allocator.sidecar.node import Node
 from allocator.sidecar.pool import SolverPool
 from allocator.sidecar.settings import ServiceSettings
 from allocator.sidecar.store import Store
+from allocator.sidecar.store_entries import StoreEntries
 from allocator.sidecar.tokens import Tokens
 from allocator.sidecar.tracing import Tracing
 
@@ -37,7 +37,7 @@ class Service:
     tracing: Tracing
     tokens: Tokens | None
     pool: SolverPool
-    catalogue: Catalogue
+    entries: StoreEntries
     allocations: Allocations
     jobs: Jobs
     node: Node
@@ -55,11 +55,11 @@ class Service:
         tracing = Tracing(log)
         tokens = Tokens(settings.token_files) if settings.token_files else None
         pool = SolverPool(store.url, settings.solvers, settings.solver_queue, settings.solver_seconds, log, tracing)
-        catalogue = Catalogue(store, metrics, log)
-        allocations = Allocations(store, catalogue, pool, metrics, settings.memory_bytes)
+        entries = StoreEntries(store, metrics, log)
+        allocations = Allocations(store, entries, pool, metrics, settings.memory_bytes)
         jobs = Jobs(store, _checkpoint_folder(settings, store), settings.job_queue, metrics, log)
         node = Node(settings, metrics, log)
-        return cls(settings, store, log, metrics, tracing, tokens, pool, catalogue, allocations, jobs, node)
+        return cls(settings, store, log, metrics, tracing, tokens, pool, entries, allocations, jobs, node)
 
     async def start(self) -> None:
         self._background.append(asyncio.create_task(self.pool.warm()))
@@ -83,16 +83,16 @@ class Service:
         """Why the service cannot be used yet. A store that goes away later is a metric: the pod serves without it."""
         if not self.node.ready:
             return self.node.status.message or f"{self.node.status.state}: {self.node.status.step}"
-        if self.settings.node is None and not self.catalogue.was_read:
-            return self.catalogue.problem or "the store has not been read yet"
+        if self.settings.node is None and not self.entries.was_read:
+            return self.entries.problem or "the store has not been read yet"
         return None
 
     async def _watch_store(self) -> None:
         """Reads the list of entries now and then, so that log, metrics and readiness do not wait for a request."""
         while True:
             with contextlib.suppress(GammaError, OSError):
-                await self.catalogue.entries()
-            await asyncio.sleep(_STORE_SECONDS if self.catalogue.problem is None else _AGAIN_SECONDS)
+                await self.entries.all()
+            await asyncio.sleep(_STORE_SECONDS if self.entries.problem is None else _AGAIN_SECONDS)
 
     async def _watch_tokens(self, tokens: Tokens) -> None:
         told: dict[Path, str] = {}

@@ -18,7 +18,7 @@ from allocator.plan import Plan, PlanRequest
 from allocator.plan.fusion import fusion_for
 from allocator.report.differences import compare, comparison_document
 from allocator.report.recorded import recorded_loss, recorded_row
-from allocator.sidecar.planning import device_of, plan_entry, solve_for_plan
+from allocator.sidecar.planning import find_device, plan_entry, solve_for_plan
 from allocator.sidecar.schemas import (
     Allocation,
     AllocationRequest,
@@ -116,7 +116,7 @@ def plan(entry_json: str, hardware_json: str, manifest_text: bytes | None) -> di
         if manifest.model.digest != entry.model.digest:
             raise InputError(f"the manifest is of model {manifest.model.digest}, {entry.name} is {entry.model.digest}")
         formats = manifest.modules
-    made = plan_entry(entry, _scores_of(entry.scores_digest), device_of(hardware.gpu, memory), request, formats)
+    made = plan_entry(entry, _scores_of(entry.scores_digest), find_device(hardware.gpu, memory), request, formats)
     return made.payload() | {"digest": made.digest}
 
 

@@ -40,8 +40,7 @@ def solve_resident(
     `settings` give rules and fusion; their budget does not count. `requested` names the budget
     for people. Raises InfeasibleBudgetError, InputError for rules that cannot be kept or for scores of another model.
     """
-    if scores.channel_blocks is not None:
-        scores.channel_blocks.check_ranks(residency.tensor_parallel_size)
+    scores.parents.check_ranks(residency.tensor_parallel_size)
     allowed, best = budget_bytes, None
     for _ in range(_MOST_CORRECTIONS):
         try:

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 from allocator.contract.amounts import parse_average_bits, parse_budget
 from allocator.contract.errors import InfeasibleBudgetError, InputError
-from allocator.contract.layout import module_bytes
 from allocator.contract.manifest import Budget, Manifest, Proof
 from allocator.contract.scores import Scores
 from allocator.solve.program import SearchLimits, Solution, solve
@@ -77,32 +76,20 @@ def make_manifest(
 
     With `resident_bytes`, what the tightest rank holds, the budget is one of such bytes.
     """
-    sizes = {name: module_bytes(solution.assignment[name]) for name in scores.modules}
-    return Manifest(
-        model=scores.model,
-        bank_digest=scores.bank_digest,
-        scores_digest=scores.digest,
-        method=scores.method,
-        dtype=scores.dtype,
-        channel_blocks=scores.channel_blocks,
-        budget=Budget(
-            requested=requested,
-            nbytes=budget_bytes,
-            kind=None if resident_bytes is None else "resident",
-            resident_bytes=resident_bytes,
-        ),
-        tensor_bytes=scores.other_bytes + sum(sizes.values()),
-        other_bytes=scores.other_bytes,
-        module_bytes=sizes,
-        modules={name: solution.assignment[name] for name in scores.modules},
-        proof=Proof(
-            solver=solution.solver,
-            objective=solution.objective,
-            bound=solution.bound,
-            gap=solution.gap,
-            cut=solution.cut or None,
-        ),
+    budget = Budget(
+        requested=requested,
+        nbytes=budget_bytes,
+        kind=None if resident_bytes is None else "resident",
+        resident_bytes=resident_bytes,
     )
+    proof = Proof(
+        solver=solution.solver,
+        objective=solution.objective,
+        bound=solution.bound,
+        gap=solution.gap,
+        cut=solution.cut or None,
+    )
+    return Manifest.of_scores(scores, solution.assignment, budget, proof)
 
 
 @dataclass(frozen=True)

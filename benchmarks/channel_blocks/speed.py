@@ -13,7 +13,7 @@ from allocator.contract.channel_blocks import ChannelBlocks
 from allocator.contract.layout import ModuleFormat, module_tensors
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.pieces import GammaPiecesMethod
-from gamma_vllm.shards import Module
+from gamma_vllm.shards import CheckpointModule
 
 __all__ = ["measure_decode"]
 
@@ -77,11 +77,11 @@ def _layer(gate: list[int], up: list[int]) -> tuple[nn.Module, Any]:
     return layer, method
 
 
-def _module(name: str, rows: int, bits: int) -> Module:
-    return Module(name, ModuleFormat(shape=(rows, HIDDEN), num_bits=bits, group_size=GROUP, symmetric=True))  # type: ignore[arg-type]
+def _module(name: str, rows: int, bits: int) -> CheckpointModule:
+    return CheckpointModule(name, ModuleFormat(shape=(rows, HIDDEN), num_bits=bits, group_size=GROUP, symmetric=True))  # type: ignore[arg-type]
 
 
-def _random(part: str, shape: tuple[int, ...], module: Module) -> torch.Tensor:
+def _random(part: str, shape: tuple[int, ...], module: CheckpointModule) -> torch.Tensor:
     if part == "weight_packed":
         return torch.randint(-(1 << 31), 1 << 31, shape).int()
     if part == "weight_scale":

@@ -3,16 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from allocator.contract.channel_blocks import (
-    ChannelBlocks,
-    ChannelOrder,
-    check_pieces,
-    parent_of,
-    piece_of,
-    whole_shapes,
-)
+from allocator.contract.channel_blocks import ChannelBlocks, ChannelOrder, Parents
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.errors import ContractError
+from allocator.contract.modules import Rows, kind_name, layer_name, original_shapes, parent_of, row_block_of
 
 LAYOUT = ChannelBlocks(blocks=2, chunks=2)
 MLP = "model.layers.0.mlp"
@@ -27,7 +21,7 @@ def pieces(**changed: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
 
 def test_every_channel_has_one_place_and_every_chunk_a_share_of_each_piece() -> None:
     layout = ChannelBlocks(blocks=3, chunks=4)
-    places = [layout.channels(piece, 8) for piece in range(3)]
+    places = [layout.rows_of(piece, 8).numbers() for piece in range(3)]
     assert sorted(place for of_piece in places for place in of_piece) == list(range(24))
     for chunk in range(4):  # consecutive rows of a piece are the rank's columns of down_proj
         for of_piece in places:
@@ -35,10 +29,20 @@ def test_every_channel_has_one_place_and_every_chunk_a_share_of_each_piece() -> 
 
 
 def test_names_of_pieces() -> None:
-    assert piece_of(f"{MLP}.up_proj.rows.11") == (f"{MLP}.up_proj", 11)
-    assert piece_of(f"{MLP}.up_proj") is None
+    assert row_block_of(f"{MLP}.up_proj.rows.11") == (f"{MLP}.up_proj", 11)
+    assert row_block_of(f"{MLP}.up_proj") is None
     assert parent_of(f"{MLP}.up_proj.rows.11") == f"{MLP}.up_proj"
-    assert whole_shapes(pieces())[f"{MLP}.gate_proj"] == (16, 32)
+    assert original_shapes(pieces())[f"{MLP}.gate_proj"] == (16, 32)
+    assert kind_name(f"{MLP}.up_proj.rows.11") == "model.layers.*.mlp.up_proj"
+    assert layer_name(f"{MLP}.up_proj.rows.11", "gate_up_proj") == f"{MLP}.gate_up_proj.rows.11"
+    assert layer_name(f"{MLP}.up_proj", "gate_up_proj") == f"{MLP}.gate_up_proj"
+
+
+def test_a_document_says_of_which_rows_its_modules_are() -> None:
+    rows = Parents(dict(sorted(pieces().items(), reverse=True)), LAYOUT).rows()
+    assert rows["model.layers.0.self_attn.q_proj"] == {"model.layers.0.self_attn.q_proj": Rows(0, 32)}
+    assert list(rows[f"{MLP}.up_proj"]) == [f"{MLP}.up_proj.rows.0", f"{MLP}.up_proj.rows.1"]
+    assert rows[f"{MLP}.up_proj"][f"{MLP}.up_proj.rows.1"].numbers() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(
@@ -59,12 +63,12 @@ def test_contradictions_are_refused(
     shapes: dict[str, tuple[int, int]], layout: ChannelBlocks | None, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        check_pieces(shapes, layout)
+        Parents(shapes, layout).check()
 
 
 def test_whole_pieces_pass() -> None:
-    check_pieces(pieces(), LAYOUT)
-    check_pieces({"lm_head": (8, 8)}, None)
+    Parents(pieces(), LAYOUT).check()
+    Parents({"lm_head": (8, 8)}, None).check()
 
 
 def test_a_config_that_cuts_modules_says_so() -> None:

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, module_bytes
+from allocator.contract.modules import kind_name
 from allocator.contract.resident import (
     Heads,
     Kernel,
     Ranks,
     Residency,
     Stage,
-    kind_name,
     rank_shape,
     resident_bytes,
 )

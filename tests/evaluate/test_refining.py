@@ -13,7 +13,7 @@ from allocator.cli.main import main
 from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
 from allocator.contract.manifest import Budget, Manifest
-from allocator.evaluate import RefineSettings, Student, refine, uniform_assignments, verify
+from allocator.evaluate import RefineSettings, Student, refine, uniform_assignments, verify_against_uniform
 from allocator.evaluate.refinement import FAILURES, below_zero
 from allocator.model import read_inventory, read_shape
 from allocator.pipeline import CandidateSettings, LearnResult, SolveSettings, learn, solve_scores
@@ -122,7 +122,7 @@ def test_a_worse_assignment_gives_way_to_the_uniform_plan(
     poor_manifest = solved.model_copy(update={"modules": poor, "module_bytes": sizes, "tensor_bytes": total})
     tokens = calibration_from_model(tiny_model("llama"), 8, 32, 1).token_ids
     student = Student(BlockStream(read_inventory(tiny_model("llama"))), BankReader(learned.bank_folder), tokens)
-    kept = verify(poor_manifest, scores, student)
+    kept = verify_against_uniform(poor_manifest, scores, student)
     assert kept.verification is not None
     assert kept.verification.kept == kept.method == "uniform"
     assert len({kept.modules[name].num_bits for name in names}) == 1
@@ -135,11 +135,13 @@ def test_a_worse_assignment_gives_way_to_the_uniform_plan(
     nbytes = max(where.stage_bytes(poor))
     budget = Budget(requested="plan for a card", nbytes=nbytes + 100, kind="resident", resident_bytes=nbytes)
     poor_on_rank = poor_manifest.model_copy(update={"budget": budget})
-    kept = verify(poor_on_rank, scores, student, residency=where)
+    kept = verify_against_uniform(poor_on_rank, scores, student, residency=where)
     assert kept.verification is not None
     assert kept.verification.kept == "uniform"
     assert kept.budget.resident_bytes == max(where.stage_bytes(kept.modules)) <= nbytes + 100
     with pytest.raises(InputError, match="the plan that gave it"):
-        verify(poor_on_rank, scores, student)
+        verify_against_uniform(poor_on_rank, scores, student)
     with pytest.raises(InputError, match="solved from scores"):
-        verify(poor_manifest.model_copy(update={"scores_digest": "sha256:" + 64 * "0"}), scores, student)
+        verify_against_uniform(
+            poor_manifest.model_copy(update={"scores_digest": "sha256:" + 64 * "0"}), scores, student
+        )

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 import allocator.integrations.transformers as integration
 from allocator.blocks import BlockStream
 from allocator.cli.main import main
-from allocator.contract.channel_blocks import ChannelBlocks, piece_of
+from allocator.contract.channel_blocks import ChannelBlocks
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest
+from allocator.contract.modules import row_block_of
 from allocator.contract.safetensors_file import read_folder_headers
 from allocator.evaluate import Student, load_dequantized, measure_divergence
 from allocator.export import ExportSettings
@@ -71,7 +72,7 @@ def test_the_model_cut_and_sorted_computes_the_same(model: Path, learned: LearnR
 
 def test_widths_differ_inside_a_module_and_all_bytes_are_predicted(exported: tuple[Manifest, Path]) -> None:
     manifest, out = exported
-    widths = {n: f.num_bits for n, f in manifest.modules.items() if piece_of(n) is not None}
+    widths = {n: f.num_bits for n, f in manifest.modules.items() if row_block_of(n) is not None}
     assert len(widths) == 2 * 2 * 4
     assert len({widths[n] for n in widths if n.startswith("model.layers.0.mlp.gate_proj")}) > 1
     declared, _ = check_checkpoint(out)
@@ -123,7 +124,7 @@ def test_learned_again_all_is_used_again_and_other_numbers_of_blocks_are_not(
         LearningSettings(draws=2),
     )
     assert whole.reused == []
-    assert not any(piece_of(name) for name in whole.scores.modules)
+    assert not any(row_block_of(name) for name in whole.scores.modules)
     assert whole.scores.channel_blocks is None
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from safetensors.torch import save_file
 from vllm.model_executor.models.utils import WeightsMapper
 
+from allocator.contract.channel_blocks import Parents
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.bank_loading import BankMapper
 from tests.gamma_vllm.layers import declare
@@ -20,7 +21,9 @@ from tests.gamma_vllm.layers import declare
 def served(tmp_path):
     file = tmp_path / "a.q_proj.safetensors"
     save_file({f"w{b}.weight_packed": torch.full((2,), b) for b in (2, 3)}, file)
-    manifest = SimpleNamespace(modules={"a.q_proj": declare(64, 64, 3), "a.k_proj": declare(64, 64, 16)})
+    modules = {"a.q_proj": declare(64, 64, 3), "a.k_proj": declare(64, 64, 16)}
+    parents = Parents({name: module.shape for name, module in modules.items()}, None)
+    manifest = SimpleNamespace(modules=modules, parents=parents)
     bank = SimpleNamespace(modules={"a.q_proj": SimpleNamespace(file=file.name)}, channel_order=None)
     return ServedBank(tmp_path, bank, manifest, frozenset({"lm_head.weight"}))
 

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.linear import (
 from allocator.contract.errors import ContractError
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
 from gamma_vllm.parameters import join_zero_points, slice_tensor
-from gamma_vllm.shards import Module, Shard
+from gamma_vllm.shards import CheckpointModule, Shard
 from tests.gamma_vllm.layers import declare, gamma_config, load
 
 
@@ -194,7 +194,7 @@ def test_a_tensor_that_the_declared_width_does_not_have_is_refused(parallel):
 @given(st.data(), st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 90))
 def test_zero_points_can_be_cut_and_joined_at_any_row(data, num_bits, rows):
     zero_points = torch.randint(0, 1 << num_bits, (rows, 3), generator=torch.Generator().manual_seed(rows))
-    module = Module("m", declare(rows, 96, num_bits, 32, False))
+    module = CheckpointModule("m", declare(rows, 96, num_bits, 32, False))
     packed = pack_zero_points(zero_points, num_bits)
     cut = data.draw(st.integers(0, rows - 1))
     parts, counts = [], []

@@ -47,7 +47,7 @@ def load_pieces(layer, modules):
             list(layer.load_weights([(f"rows.{name[-1]}.{part}", tensor)]))
     whole = torch.empty(2, 3 * WIDTH, HIDDEN)
     for name, weight in weights.items():
-        whole[int("up_proj" in name), LAYOUT.channels(int(name[-1]), WIDTH)] = weight
+        whole[int("up_proj" in name), LAYOUT.rows_of(int(name[-1]), WIDTH).numbers()] = weight
     return whole
 
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
-from gamma_vllm.shards import PARTS, LayerGeometry, Module, merge, plan_shards, windows
+from gamma_vllm.shards import PARTS, CheckpointModule, LayerGeometry, merge, plan_shards, windows
 
 
 def module(name, rows, columns, num_bits, group_size=32, symmetric=True):
     if num_bits == 16:
-        return Module(name, ModuleFormat(shape=(rows, columns), num_bits=16))
+        return CheckpointModule(name, ModuleFormat(shape=(rows, columns), num_bits=16))
     declared = ModuleFormat(shape=(rows, columns), num_bits=num_bits, group_size=group_size, symmetric=symmetric)
-    return Module(name, declared)
+    return CheckpointModule(name, declared)
 
 
 def column(rows, columns, rank=0, size=1, copies=None):

@@ -13,7 +13,7 @@ from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
 from allocator.sidecar.store import Entry, Listing, Store
 
-__all__ = ["Catalogue"]
+__all__ = ["StoreEntries"]
 
 Listed = TypeVar("Listed")
 
@@ -48,7 +48,7 @@ class _Listing(Generic[Listed]):
         return time.monotonic() - self._read_at < _LIST_SECONDS
 
 
-class Catalogue:
+class StoreEntries:
     """The entries of the store, and what was measured with their scores."""
 
     def __init__(self, store: Store, metrics: Metrics, log: Log) -> None:
@@ -66,7 +66,7 @@ class Catalogue:
             return self.problem
         return "; ".join(f"left out, cannot be read: {reason}" for reason in self._unreadable.values())
 
-    async def entries(self) -> list[Entry]:
+    async def all(self) -> list[Entry]:
         """All entries, the newest last."""
         return (await self._listed())[0]
 
