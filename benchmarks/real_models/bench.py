@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allocator.contract.errors import GammaError  # noqa: E402
+from allocator.contract.errors import GammaError, InputError  # noqa: E402
 from benchmarks.real_models.autoround import AutoRound  # noqa: E402
 from benchmarks.real_models.catalogue import RealModel, real_models  # noqa: E402
 from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
@@ -36,8 +36,8 @@ def estimate(models: list[RealModel]) -> str:
     hours = sum(model.hours for model in models)
     titles = ", ".join(model.title for model in models)
     return (
-        f"{titles}: {megabytes:.0f} MB of models to download; about {hours:.0f} hours on two cores where nothing is "
-        "there yet. It can be stopped, and goes on where it was."
+        f"{titles}: {megabytes:.0f} MB of models to download, and 70 MB of packages (rivals, chats) the first time; "
+        f"about {hours:.0f} hours on two cores where nothing is there yet. It can be stopped, and goes on where it was."
     )
 
 
@@ -45,14 +45,16 @@ def rescalable(bench: Bench) -> bool:
     return bench.inventory.config["model_type"] in RESCALABLE
 
 
-def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], only_uniform_scores: bool) -> None:
-    """Every row of one model. The rivals' rows come first: GAMMA is asked for their bytes too."""
-    ours.learn("uniform" if only_uniform_scores else "gamma")
+def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], bank_only: bool) -> None:
+    """Every row of one model: what is GAMMA's alone first, for each row of another program GAMMA at its bytes last."""
+    ours.learn("uniform" if bank_only else "gamma")
     ours.floor()
     if "uniform" in rivals:
         ours.uniform()
         if rescalable(bench):
             ours.off_grid()
+    if not bank_only:
+        at_budgets(bench, ours, bits)
     if "llama.cpp" in rivals:
         llama = LlamaCpp(bench, ours.calibration())
         for file_type in FILE_TYPES:
@@ -61,13 +63,19 @@ def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], only_uni
             llama.off_grid()
     if "autoround" in rivals:
         AutoRound(bench, ours.calibration()).rows(bits)
-    if only_uniform_scores:
-        return
+    if not bank_only:
+        at_bytes_of_rivals(bench, ours)
+
+
+def at_budgets(bench: Bench, ours: Ours, bits: list[float]) -> None:
     for wanted, budget in ours.budgets(bits).items():
         if budget is None:
             print(f"{bench.model.name}: no assignment has {wanted} average bits", flush=True)
-            continue
-        ours.gamma(f"gamma {wanted}", budget, bits=wanted, widest_uniform=ours.widest_uniform(budget))
+        else:
+            ours.gamma(f"gamma {wanted}", budget, bits=wanted, widest_uniform=ours.widest_uniform(budget))
+
+
+def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:
     smallest = ours.scores.feasible_bytes()[0]
     for row in bench.rows():
         if "rival" in row and not row["row"].endswith(OFF_GRID) and row["tensor_bytes"] > smallest:
@@ -92,6 +100,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         models = real_models(args.models)
+        for name in ("wikitext2.valid.raw", "c4.calib.txt"):
+            if not (args.texts / name).is_file():
+                raise InputError(f"{args.texts} has no {name}; give the folder of the texts with --texts")
         if not args.report:
             print(estimate(models), flush=True)
         benches = []
