@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from allocator.contract.errors import GammaError, InputError  # noqa: E402
 from benchmarks.real_models.autoround import AutoRound  # noqa: E402
-from benchmarks.real_models.catalogue import RealModel, real_models  # noqa: E402
+from benchmarks.real_models.catalogue import MOVED, RealModel, real_models  # noqa: E402
 from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
@@ -42,7 +42,8 @@ def estimate(models: list[RealModel]) -> str:
 
 
 def rescalable(bench: Bench) -> bool:
-    return bench.inventory.config["model_type"] in RESCALABLE
+    """Whether rows off the file's grid can be made, and are not those of the model itself."""
+    return bench.inventory.config["model_type"] in RESCALABLE and not bench.model.name.endswith(MOVED)
 
 
 def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], bank_only: bool) -> None:
@@ -84,7 +85,7 @@ def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="names in models.json; default: all")
+    parser.add_argument("--models", nargs="+", help="names in models.json, or with -moved after them; default: all")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BITS), help="average bits")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--work", type=Path, default=ROOT / "bench-out" / "real_models", help="folder for the rows")

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from allocator.contract.errors import InputError
 
-__all__ = ["CACHE", "RealModel", "real_models", "wheels"]
+__all__ = ["CACHE", "MOVED", "RealModel", "real_models", "wheels"]
+
+MOVED = "-moved"
+"""Ends the name of a model whose weights are to be moved off the grid of its file (`off_grid.py`)."""
 
 CACHE = Path(os.environ.get("GAMMA_MODELS", Path.home() / ".cache" / "gamma-models"))
 """Where models, and the packages that only this benchmark needs, are kept (`GAMMA_MODELS`)."""
@@ -37,7 +40,7 @@ class RealModel:
     @property
     def gguf(self) -> Path:
         """Where the file is, or will be."""
-        return CACHE / self.name / "model.gguf"
+        return CACHE / self.name.removesuffix(MOVED) / "model.gguf"
 
     @property
     def folder(self) -> Path:
@@ -55,13 +58,17 @@ def wheels(requirement: str) -> list[str]:
 
 
 def real_models(names: list[str] | None = None) -> list[RealModel]:
-    """Those of `names`, or all. Raises InputError for a name that is not there."""
+    """Those of `names`, in their order, or all as they are stored. Raises InputError for a name that is not there."""
     known = json.loads(Path(__file__).with_name("models.json").read_text())
-    for name in names or []:
-        if name not in known:
-            raise InputError(f"{name}: no such model; there are {', '.join(known)}")
-    return [
-        RealModel(name, **(entry | {"wheels": tuple(w for r in entry["wheels"] for w in wheels(r))}))
-        for name, entry in known.items()
-        if names is None or name in names
-    ]
+    found = []
+    for name in names or list(known):
+        stored = name.removesuffix(MOVED)
+        if stored not in known:
+            raise InputError(
+                f"{name}: no such model; there are {', '.join(known)}, and each with {MOVED} after its name"
+            )
+        entry = dict(known[stored])
+        entry["wheels"] = tuple(wheel for requirement in entry["wheels"] for wheel in wheels(requirement))
+        entry["title"] += ", moved" if name.endswith(MOVED) else ""
+        found.append(RealModel(name, **entry))
+    return found

@@ -6,8 +6,9 @@ python -m benchmarks.real_models.models smollm2
 import argparse
 from pathlib import Path
 
-from benchmarks.real_models.catalogue import RealModel, real_models
+from benchmarks.real_models.catalogue import MOVED, RealModel, real_models
 from benchmarks.real_models.fetch import fetch
+from benchmarks.real_models.off_grid import write_rescaled
 from benchmarks.real_models.packages import use_packages
 
 __all__ = ["ready"]
@@ -15,7 +16,13 @@ __all__ = ["ready"]
 
 def ready(model: RealModel) -> Path:
     """The model's Hugging Face folder, from the cache or made now. Raises InputError if it cannot be had."""
-    if not (model.folder / "config.json").exists():
+    if (model.folder / "config.json").exists():
+        return model.folder
+    if model.name.endswith(MOVED):
+        stored = ready(real_models([model.name.removesuffix(MOVED)])[0])
+        model.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_rescaled(stored, model.folder)
+    else:
         file = fetch(model)
         use_packages()
         from benchmarks.real_models.gguf_model import folder_from_gguf

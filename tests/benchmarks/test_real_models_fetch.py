@@ -70,6 +70,13 @@ def test_a_wheel_that_is_gone_is_an_error_that_says_what_to_do(model: RealModel)
     assert not list(model.gguf.parent.iterdir())
 
 
+def test_a_model_with_its_weights_moved_is_made_of_the_same_file() -> None:
+    stored, moved = real_models(["smollm2", "smollm2-moved"])
+    assert (moved.gguf, moved.sha256) == (stored.gguf, stored.sha256)
+    assert moved.folder != stored.folder
+    assert moved.title == "SmolLM2-135M-Instruct, moved"
+
+
 def test_a_model_that_is_not_in_the_list_is_refused_with_those_that_are() -> None:
     with pytest.raises(InputError, match="gpt-9: no such model; there are smollm2"):
         real_models(["gpt-9"])
