@@ -23,8 +23,8 @@ help: ## show these targets
 setup: ## make .venv with everything that the other targets need (nothing to do the second time)
 	@bash deploy/setup.sh
 
-demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it
-	@$(PYTHON) benchmarks/demo/run.py
+demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it (MODEL=smollm2: a real model, and its answer)
+	@$(PYTHON) benchmarks/demo/run.py $(MODEL)
 
 bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
 	@$(PYTHON) benchmarks/demo/bench.py
@@ -55,6 +55,9 @@ bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of
 
 bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, in turn (an hour of CPU)
 	@$(PYTHON) benchmarks/learning/bench.py
+
+bench-real: setup ## models that people know against uniform widths, llama.cpp and AutoRound (many hours; says first what it downloads)
+	@$(PYTHON) benchmarks/real_models/bench.py $(ARGS)
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py
