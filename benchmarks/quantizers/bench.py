@@ -19,7 +19,7 @@ from allocator.blocks.calibration import calibration_from_model, calibration_fro
 from allocator.blocks.calibration.calibration_run import CalibrationRun  # noqa: E402
 from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
 from allocator.contract.bank import ModelReference  # noqa: E402
-from allocator.evaluate import measure_divergence  # noqa: E402
+from allocator.evaluate import Student, measure_divergence  # noqa: E402
 from allocator.model import CandidateFormats, model_digest, read_inventory  # noqa: E402
 from allocator.quantize import (  # noqa: E402
     BankReader,
@@ -32,6 +32,10 @@ DATA = ROOT.parent / "shared" / "data"
 QUANTIZERS = ("rtn", "mse", "gptq", "gptq:damping=0.1")
 WIDTHS, GROUPS = (2, 3, 4), (64, 128)
 SEQUENCES, HELD_OUT, LENGTH, SEED = 32, 48, 256, 0
+
+LEARNED = ("gptq", "learned-rounding")
+LEARNED_ON, LEARNED_GROUP = 340, 128
+"""Sequences: the tokens that a model of ref-7m's size is calibrated on by default, here too in sequences of 256."""
 
 
 def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str, Any]]:
@@ -73,6 +77,33 @@ def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str
                 })  # fmt: skip
                 print(f"  {name} group {group} {spec} {width} bits: KL {kl:.4f}", flush=True)
     return rows
+
+
+def learned_row(name: str, folder: Path, text: Path, spec: str, width: int, work: Path) -> dict[str, Any]:
+    """One quantizer at one width, on as much text as is calibrated on by default."""
+    content = text.read_text()
+    halves = [work / "calibration.txt", work / "held-out.txt"]
+    for path, part in zip(halves, (content[: len(content) // 2], content[len(content) // 2 :]), strict=True):
+        path.write_text(part)
+    calibration = calibration_from_text(folder, [halves[0]], LEARNED_ON, LENGTH, SEED)
+    held_out = calibration_from_text(folder, [halves[1]], HELD_OUT, LENGTH, SEED).token_ids
+    inventory = read_inventory(folder)
+    reference = ModelReference(name=name, architecture=inventory.architecture, digest=model_digest(inventory))
+    hidden = HiddenStates(work / "hidden", LEARNED_ON, LENGTH, inventory.config["hidden_size"])
+    stream, start = BlockStream(inventory), time.process_time()
+    build_bank(
+        CalibrationRun(stream, calibration, hidden), reference, get_quantizer(spec),
+        CandidateFormats((width,), LEARNED_GROUP), work / "bank",
+    )  # fmt: skip
+    seconds, bank = time.process_time() - start, BankReader(work / "bank")
+    blocks = [m.name for m in inventory.modules if m.block is not None and m.name in bank.bank.modules]
+    student = Student(stream, bank, held_out)
+    kl = float(student.losses({module: bank.formats(module)[0] for module in blocks}).kl.mean())
+    print(f"  {name} group {LEARNED_GROUP} {spec} {width} bits, {LEARNED_ON * LENGTH} tokens: KL {kl:.5f}", flush=True)
+    return {
+        "model": name, "quantizer": spec, "group_size": LEARNED_GROUP, "num_bits": width, "kl": kl,
+        "calibration_tokens": LEARNED_ON * LENGTH, "cpu_seconds": round(seconds, 1),
+    }  # fmt: skip
 
 
 def main() -> None:
