@@ -21,7 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest of `gamma solve` or `refine`")
     parser.add_argument("--model", required=True, metavar="MODEL", help="the original: a Hugging Face folder or hub id")
     parser.add_argument("--bank", type=Path, required=True, metavar="DIR", help="candidates that it was solved for")
-    parser.add_argument("--text", type=Path, action="append", required=True, metavar="FILE", help="may be repeated")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="as --calibration of learn: text to tune and to measure on; may be repeated",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tuned bank and manifest")
     parser.add_argument("--sequences", type=int, help="as for learn; 32 more are measured on")
     parser.add_argument("--sequence-length", type=int, help="as for learn")

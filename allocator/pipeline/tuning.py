@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from allocator.blocks import BlockStream
-from allocator.blocks.calibration import Calibration, calibration_from_text
+from allocator.blocks.calibration import Calibration
 from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.contract.bank import Bank
@@ -17,6 +17,7 @@ from allocator.contract.manifest import Manifest, Tuning
 from allocator.contract.outputs import check_output_folder, naming_lack_of_room
 from allocator.evaluate import Student
 from allocator.model import Inventory, read_inventory
+from allocator.pipeline.calibration_text import calibration_text
 from allocator.pipeline.learning import compute_device
 from allocator.pipeline.model_folder import digest_of_model, work_folder_at
 from allocator.pipeline.settings import CandidateSettings
@@ -34,13 +35,14 @@ _SELECTION_SEQUENCES = 32
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """bank: that of `manifest`; text: files that are tuned on, in `sequences` of `sequence_length` (None: as learning
-    does); as many more windows as are verified with are measured on. out: the folder of the tuned bank and manifest."""
+    """bank: that of `manifest`; text: files to tune on (None: what learning takes without any), in `sequences` of
+    `sequence_length` (None: as in learning); 32 more windows are measured on. out: the folder of the tuned bank and
+    manifest."""
 
     manifest: Manifest
     model: Path
     bank: Path
-    text: Sequence[Path]
+    text: Sequence[Path] | None
     out: Path
     sequences: int | None = None
     sequence_length: int | None = None
@@ -68,8 +70,7 @@ def tune(request: TuneRequest, progress: Progress = silent) -> Manifest:
     arranged = bank.arranged(inventory)
     with naming_lack_of_room(request.out, "What was finished is kept"):
         request.out.mkdir(parents=True, exist_ok=True)
-        progress.begin("text")
-        text, selection = _texts(request, inventory)
+        text, selection = _texts(request, inventory, progress)
         folder = WorkFolder(request.out)
         folder.begin(_fingerprint(request, text, quantizer.name), request.resume)
         run = _run(arranged, text, folder, progress)
@@ -93,12 +94,15 @@ def _check_belongs(manifest: Manifest, digest: str, bank: BankReader, request: T
         )
 
 
-def _texts(request: TuneRequest, inventory: Inventory) -> tuple[Calibration, torch.Tensor]:
+def _texts(request: TuneRequest, inventory: Inventory, progress: Progress) -> tuple[Calibration, torch.Tensor]:
     """What is tuned on, and what is measured on: windows without a token in common."""
-    amount = CandidateSettings(sequences=request.sequences, sequence_length=request.sequence_length)
-    sequences, length = amount.amount(inventory)
-    measured = min(sequences, _SELECTION_SEQUENCES)
-    drawn = calibration_from_text(inventory.folder, list(request.text), sequences + measured, length, request.seed)
+    settings = CandidateSettings(
+        calibration=request.text, sequences=request.sequences, sequence_length=request.sequence_length,
+        seed=request.seed,
+    )  # fmt: skip
+    sequences, length = settings.amount(inventory)
+    total = sequences + min(sequences, _SELECTION_SEQUENCES)
+    drawn = calibration_text(inventory, replace(settings, sequences=total, sequence_length=length), progress)
     return replace(drawn, token_ids=drawn.token_ids[:sequences]), drawn.token_ids[sequences:]
 
 

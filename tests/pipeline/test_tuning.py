@@ -12,12 +12,21 @@ pytest.importorskip("torch")
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.errors import ContractError, InputError, StoppedError
 from allocator.contract.manifest import Manifest
-from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.pipeline import (
+    CandidateSettings,
+    FitRequest,
+    SolveSettings,
+    export,
+    fit,
+    learn,
+    solve_scores,
+)
 from allocator.pipeline.tuning import TUNED_MANIFEST, TuneRequest, tune
 from allocator.quantize import BankReader
 from allocator.run.journal import Journal
 from allocator.score import LearningSettings
 
+CANDIDATES = CandidateSettings("rtn", (2, 3, 8), 32, sequences=4, sequence_length=32)
 SETTINGS = "learned-rounding:iterations=60,learning_rate=0.02,draws=1"
 
 
@@ -37,8 +46,7 @@ def solved(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     folder, model = tmp_path_factory.mktemp("tuning"), tiny_model("qwen3")
     # Of few words, so that little text says much about other text.
     (folder / "text.txt").write_text("".join(random.Random(0).choices("abcdefgh ", k=9000)))
-    candidates = CandidateSettings("rtn", (2, 3, 8), 32, sequences=4, sequence_length=32)
-    learned = learn(model, folder / "work", candidates, LearningSettings(method="uniform"))
+    learned = learn(model, folder / "work", CANDIDATES, LearningSettings(method="uniform"))
     manifest = solve_scores(learned.scores, SolveSettings(average_bits=4.5))
     return Solved(model, learned.bank_folder, folder / "text.txt", manifest)
 
@@ -90,6 +98,25 @@ def test_a_tuning_that_is_stopped_ends_in_the_same_bytes(
     digests = [BankReader(tmp_path / name / "bank").bank.digest for name in ("whole", "parts")]
     assert digests[0] == digests[1]
     assert not (tmp_path / "parts" / "hidden").exists()
+
+
+def test_fit_tunes_and_exports_the_better_candidates(solved: Solved, tmp_path: Path) -> None:
+    found = fit(
+        FitRequest(
+            model=str(solved.model),
+            out=tmp_path / "out",
+            work=tmp_path / "work",
+            solving=SolveSettings(average_bits=4.5),
+            candidates=replace(CANDIDATES, calibration=[solved.text], sequences=24, sequence_length=48),
+            learning=LearningSettings(method="uniform"),
+            tuned=True,
+        )
+    )
+    tuning = found.manifest.tuning
+    assert tuning is not None
+    assert (tuning.kept == "tuned") == (tuning.kl < tuning.kl_before)
+    check_checkpoint(tmp_path / "out")
+    assert Manifest.read(tmp_path / "out" / "gamma_manifest.json") == found.manifest
 
 
 def test_a_quantizer_that_does_not_learn_and_another_bank_are_refused(solved: Solved, tmp_path: Path) -> None:
