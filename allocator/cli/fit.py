@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the assignment and the best uniform plan of the same bytes, and export the better one",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="learn the codes and scales of the assignment anew, as `gamma tune`; kept if it measures better",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
     add_resume(parser)
@@ -92,6 +97,7 @@ def _request(args: argparse.Namespace) -> "FitRequest":
         candidates=candidate_settings(args),
         learning=learning_settings(args),
         verified=args.verify,
+        tuned=args.tune,
         overwrite=args.overwrite,
         resume=args.resume,
     )

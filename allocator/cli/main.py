@@ -22,6 +22,7 @@ VERBS = {
     "plan": "what a GPU's memory leaves for the weights, for your traffic",
     "solve": "find the best assignment for a budget",
     "refine": "improve an assignment for its budget by changes that are measured",
+    "tune": "learn the codes and scales of an assignment anew, its bytes unchanged",
     "export": "write the checkpoint of an assignment",
     "fit": "learn, solve and export in one step",
     "show": "show an assignment: width of every module, bytes, a heat map",

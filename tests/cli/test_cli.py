@@ -18,6 +18,7 @@ VERBS = [
     "learn",
     "solve",
     "refine",
+    "tune",
     "export",
     "fit",
     "show",
