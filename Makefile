@@ -74,6 +74,10 @@ bench-kernels: setup ## products of the CUDA kernels, layer by layer, beside bfl
 bench-serving: setup ## vllm serve with gamma checkpoints beside bfloat16 and stock 4-bit (about 20 minutes; goes on where it stopped)
 	$(PYTHON) benchmarks/serving/bench.py
 
+architectures: setup ## allocator/model/architectures.json and docs/models.md anew, from transformers and vLLM (some minutes)
+	@$(PYTHON) -m allocator.blocks.discovery.table
+	@$(PYTHON) benchmarks/models/table.py
+
 test: lint test-tools ## all checks and all tests; what could not be tested is listed at the end
 	$(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 

@@ -38,6 +38,10 @@ __all__ = ["GammaConfig"]
 _DRAFT_PREFIX = "draft_model."
 """What vLLM puts before the names of the layers of a draft model for speculative decoding."""
 
+_USUAL_FUSION = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""For model classes that fuse these layers and have no `packed_modules_mapping` that says it (StableLM)."""
+
+_HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 """Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
 
@@ -175,7 +179,7 @@ class GammaConfig(QuantizationConfig):
         if prefix in self.modules:
             return [self.modules[prefix]]
         parent, _, leaf = prefix.rpartition(".")
-        joined = self.packed_modules_mapping.get(leaf, [leaf])
+        joined = self.packed_modules_mapping.get(leaf) or _USUAL_FUSION.get(leaf) or [leaf]
         names = [f"{parent}.{name}" if parent else name for name in joined]
         absent = [name for name in names if name not in self.modules]
         if absent:
@@ -197,6 +201,8 @@ class GammaConfig(QuantizationConfig):
         return [[self.modules[name] for name in names] for names in pieces]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        if not any(name.startswith(f"{prefix}.") for name in self.modules):
+            return UnquantizedFusedMoEMethod(layer.moe_config)  # in a layout of their own, copied
         leaves = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name]
         experts = [
             ExpertModules(
@@ -214,6 +220,8 @@ class GammaConfig(QuantizationConfig):
             if self._embedding_module("").format.quantized:
                 return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
+        if not prefix:  # some models do not tell its name
+            prefix = next((name for name in self.modules if name.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME)
         return self._vocabulary(self._modules_of(prefix)[0], gathers=False, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:

@@ -12,7 +12,7 @@ import torch
 
 from allocator.contract.errors import GammaError, InputError
 
-__all__ = ["build_skeleton", "has_tokenizer", "open_config", "open_model", "open_tokenizer"]
+__all__ = ["build_skeleton", "has_tokenizer", "model_class", "open_config", "open_model", "open_tokenizer"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt",
@@ -45,18 +45,31 @@ def build_skeleton(folder: Path, config: Any) -> Any:
         _explained(folder / "config.json", "transformers cannot build this model", "take that of the original model"),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+        except ValueError as error:
+            if "does not support an attention implementation" not in str(error):
+                raise
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
+
+
+def model_class(config: Any) -> Any:
+    """The class that a model's config names: the causal language model, with what stands beside it if it has such."""
+    import transformers
+
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return named or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def open_model(folder: Path, **options: Any) -> Any:
     """The whole causal language model of a folder in float32, in eval mode. Raises InputError."""
-    from transformers import AutoModelForCausalLM
-
     config = open_config(folder)
     with _explained(folder, "transformers cannot load the model", "`gamma inspect` checks its files"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(config).from_pretrained(
             folder, config=config, dtype=torch.float32, trust_remote_code=False, **options
         )
     return model.eval()

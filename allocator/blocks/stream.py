@@ -4,7 +4,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from allocator.blocks.finite import first_not_finite, require_finite
 from allocator.blocks.hf_model import build_skeleton, open_config
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.skeleton import Skeleton
 from allocator.blocks.structure import as_stored, cut_rows
 from allocator.blocks.tensors import read_tensor
 from allocator.model import Inventory
@@ -39,17 +39,9 @@ class BlockStream:
     def __init__(self, inventory: Inventory, device: str | torch.device = "cpu") -> None:
         self.inventory = inventory
         self.device = torch.device(device)
-        config = open_config(inventory.folder)
-        skeleton = build_skeleton(inventory.folder, config)
-        self._backbone: Any = skeleton.model
-        # Rotary tables are computed in the constructor, so they must not be made on meta.
-        self._rotary = type(self._backbone.rotary_emb)(config=config).to(self.device)
-        self._rotary_by_kind = "layer_type" in signature(self._rotary.forward).parameters
-        self._window: int | None = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        self._kinds: list[str] = kinds or ["sliding_attention" if self._window else "full_attention"] * self.blocks
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._prefix = "model"
+        config = open_config(inventory.folder).get_text_config()
+        self._skeleton = Skeleton(build_skeleton(inventory.folder, config), config, self.device)
+        self._modules = {module.role: module.name for module in inventory.modules if module.block is None}
         self._stored = {t.name for t in (*(m.tensor for m in inventory.modules), *inventory.others)}
 
     @property
@@ -64,56 +56,46 @@ class BlockStream:
         """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`. `table` `[V, D]` in place of the
         model's embedding."""
         if table is None:
-            table = self.read(f"{self._prefix}.embed_tokens.weight")
+            table = self.read(f"{self._modules['embedding']}.weight")
         return nn.functional.embedding(token_ids.to(self.device), table).float() * self.embedding_scale
 
     @property
     def embedding_scale(self) -> float:
-        """What the rows of the embedding are multiplied by: Gemma's are, others' not."""
-        scale: float = getattr(self._backbone.embed_tokens, "scalar_embed_scale", 1.0)
-        return scale
+        """What the rows of the embedding are multiplied by: Gemma's and Granite's are, others' not."""
+        return self._skeleton.embedding_scale
+
+    @property
+    def softcap(self) -> float | None:
+        """What logits are squeezed to (Gemma 2)."""
+        return self._skeleton.softcap
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights, float32, in eval mode, without gradients."""
         prefix = self.inventory.block_prefix(index)
         stored = [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
         # On meta: structure without memory.
-        layer = as_stored(copy.deepcopy(self._backbone.layers[index]), stored)
+        layer = as_stored(copy.deepcopy(self._skeleton.blocks[index]), stored)
         parents = self.inventory.parents(index)
         cut_rows(layer, {name.removeprefix(prefix): [m.rows for m in of] for name, of in parents.items()})
-        state = {name: self.read(prefix + name).float() for name in layer.state_dict()}
+        names = {name: self._skeleton.stored_as(index, name) for name in layer.state_dict()}
+        state = {name: self.read(prefix + stored).float() for name, stored in names.items()}
         layer.load_state_dict(state, assign=True)
+        layer.block_index = index  # type: ignore[assignment]
         return layer.eval().requires_grad_(False)
 
     def run(self, block: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The block's output `[B, T, D]` on `hidden`, with `weights` (by parameter name) in place of its own."""
-        length = hidden.shape[1]
-        kind = self._kinds[self._index_of(block)]
-        positions = torch.arange(length, device=self.device).unsqueeze(0)
-        rotary = (hidden, positions, kind) if self._rotary_by_kind else (hidden, positions)
-        arguments = {
-            "position_embeddings": self._rotary(*rotary),
-            "position_ids": positions,
-            "attention_mask": self._mask(kind, length),
-        }
+        call = self._skeleton.call(self._index_of(block), *hidden.shape[:2])
         if weights is None:
-            output = block(hidden, **arguments)
+            output = block(hidden, *call.arguments, **call.keywords)
         else:
-            output = torch.func.functional_call(block, weights, (hidden,), arguments)
+            output = torch.func.functional_call(block, weights, (hidden, *call.arguments), call.keywords)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
     def _index_of(self, block: nn.Module) -> int:
-        attention: Any = block.get_submodule("self_attn")
-        return int(attention.layer_idx)
-
-    def _mask(self, kind: str, length: int) -> Tensor | None:
-        """`[1, 1, T, T]`, true where a token may look; None where that is every earlier one: sdpa's own causal mask."""
-        if kind != "sliding_attention" or self._window is None or length <= self._window:
-            return None
-        ago = torch.arange(length, device=self.device)
-        ago = ago[:, None] - ago[None, :]
-        return ((ago >= 0) & (ago < self._window))[None, None]
+        index: Any = block.block_index
+        return int(index)
 
     def fill_embeddings(self, hidden: HiddenStates, token_ids: Tensor, process_group: ProcessGroup = ALONE) -> None:
         """Write the states before block 0."""
@@ -179,14 +161,23 @@ class BlockStream:
             hidden.settle(index)
 
     def norm(self) -> nn.Module:
-        """The final norm: from the states after the last block to the input of the lm_head."""
-        norm: nn.Module = copy.deepcopy(self._backbone.norm)
-        norm.load_state_dict({"weight": self.read(f"{self._prefix}.norm.weight").float()}, assign=True)
+        """The final norm: from the states after the last block to the input of the lm_head, scaled as logits are."""
+        norm: nn.Module = copy.deepcopy(self._skeleton.norm)
+        name = f"{self._norm_prefix()}."
+        norm.load_state_dict({part: self.read(name + part).float() for part in norm.state_dict()}, assign=True)
+        if self._skeleton.logit_scale != 1:
+            norm = nn.Sequential(OrderedDict(norm=norm, scale=_Scale(self._skeleton.logit_scale)))
         return norm.eval().requires_grad_(False)
+
+    def _norm_prefix(self) -> str:
+        """The norm's name in the files: it stands beside the blocks."""
+        beside = self.inventory.block_prefix(0).rpartition(".0.")[0].rpartition(".")[0]
+        leaf = self._skeleton.norm_name.rpartition(".")[2]
+        return f"{beside}.{leaf}" if beside else leaf
 
     def head_weight(self) -> Tensor:
         """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model."""
-        return self.read(f"{self._prefix}.embed_tokens.weight" if self.inventory.tied else "lm_head.weight").float()
+        return self.read(f"{self._modules['embedding' if self.inventory.tied else 'lm_head']}.weight").float()
 
     def head(self) -> nn.Module:
         """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`.
@@ -200,6 +191,17 @@ class BlockStream:
         if self.softcap is not None:
             parts["softcap"] = _Softcap(self.softcap)
         return nn.Sequential(parts).eval().requires_grad_(False)
+
+
+class _Scale(nn.Module):
+    """A number to multiply with: logits of Granite and Cohere, taken before the lm_head, which has no bias."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self._factor = factor
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states * self._factor
 
 
 class _Softcap(nn.Module):

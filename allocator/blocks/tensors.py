@@ -11,6 +11,7 @@ from torch import Tensor
 
 from allocator.contract.safetensors_file import StoredTensor
 from allocator.model import ArrangedTensor
+from allocator.model.expert_stacks import ExpertMatrix
 
 __all__ = ["read_rows", "read_tensor", "torch_dtype", "write_safetensors"]
 
@@ -24,6 +25,8 @@ def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Ten
         if stored.columns is not None:
             whole = whole[:, torch.tensor(stored.columns)]
         return whole.to(device)
+    if isinstance(stored, ExpertMatrix):
+        return read_rows(stored, slice(None), device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         tensor: Tensor = file.get_tensor(stored.stored_as or stored.name)
     return tensor
@@ -37,6 +40,12 @@ def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "c
             return read_tensor(stored, device)
         part = read_rows(stored.source, rows)
         return (part if stored.columns is None else part[:, torch.tensor(stored.columns)]).to(device)
+    if isinstance(stored, ExpertMatrix):
+        start, stop, step = rows.indices(stored.shape[0])
+        within = slice(stored.first_row + start, stored.first_row + stop, step)
+        with safe_open(stored.path, framework="pt", device=str(device)) as file:
+            matrix: Tensor = file.get_slice(stored.stack.stored_as or stored.stack.name)[stored.expert, within]
+        return matrix
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         found: Tensor = file.get_slice(stored.stored_as or stored.name)[rows]
     return found

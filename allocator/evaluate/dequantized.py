@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from allocator.blocks.hf_model import open_config
+from allocator.blocks.hf_model import model_class, open_config
 from allocator.blocks.tensors import read_tensor
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.modules import Rows
@@ -20,14 +20,10 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises ContractError when the folder is not what it declares.
     """
-    from transformers import AutoModelForCausalLM
-
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
     config = open_config(folder)
     del config.quantization_config
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = {}
     for name, module in declared.modules.items():
         if not module.quantized:
@@ -39,11 +35,14 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
     for original, modules in declared.parents.rows().items():
         state[f"{original}.weight"] = _joined([(state.pop(f"{name}.weight"), rows) for name, rows in modules.items()])
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    # Through transformers' own loading: a checkpoint has names of its own, and experts one by one.
+    model, told = model_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    missing, unexpected = told["missing_keys"], told["unexpected_keys"]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise RuntimeError(f"{folder}: transformers wants {missing} and does not know {unexpected}")
-    model.tie_weights()
+        raise RuntimeError(f"{folder}: transformers wants {sorted(missing)} and does not know {sorted(unexpected)}")
     return model.eval().requires_grad_(False)
 
 

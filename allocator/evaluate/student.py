@@ -84,7 +84,7 @@ class Student:
         self._head = stream.head()
         self.vocabulary = VocabularyCandidates(stream.inventory, stream, bank)
         self._free = [hold_bytes - self.vocabulary.kept_bytes]  # shared by the students of `for_tokens`
-        self._tokens = stream.inventory.config["vocab_size"]
+        self._tokens = stream.inventory.shape.vocabulary
         self._kept: tuple[Assignment, list[Tensor]] | None = None
         self._logprobs: Tensor | None = None
         inventory = stream.inventory

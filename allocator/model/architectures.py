@@ -1,20 +1,25 @@
-"""The rules of each known architecture, from `architectures.json`: its tensors, and what vLLM makes of them.
+"""The rules of each known architecture: its tensors, and what vLLM makes of them.
+
+`architectures.json` is made by `make architectures` from transformers and vLLM (see `allocator.blocks.discovery`).
+`architectures_by_hand.json` has what these do not tell.
 
 A dimension is a sum of products and quotients of config keys, as in `num_key_value_heads*head_dim`; a key with
 a dot stands in a part of the config (`vision_config.hidden_size`). A key that config.json leaves out takes its
 value from `defaults`, which are those of the Hugging Face config class.
 """
 
+import json
 import re
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
+from allocator.model.found_here import read_found
 
 __all__ = [
     "Architecture",
@@ -23,10 +28,12 @@ __all__ = [
     "NamedShape",
     "OtherTensor",
     "architecture_of",
+    "architecture_rules",
     "known_architectures",
+    "table",
 ]
 
-_OPERATION = re.compile(r"([*/]?)([a-z_.]+[0-9]?)")
+_OPERATION = re.compile(r"([*/]?)([A-Za-z0-9_.]+)")
 
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
@@ -46,8 +53,9 @@ class NamedShape(Strict):
 class Linear(Strict):
     """A module inside the blocks; `{e}` in its name is the number of an expert.
 
-    `split` is how tensor parallelism cuts it, `fused` the vLLM layer it becomes a part of. It exists if the
-    config key `when` has a value, and not if `unless` has one.
+    `split` is how tensor parallelism cuts it, `fused` the vLLM layer it becomes a part of. It exists in `blocks` of
+    one of the `kinds` (None: of any), if the config key `when` has a value, and not if `unless` has one. `why_16` says
+    why no server can hold it below 16 bits.
     """
 
     name: str
@@ -55,22 +63,37 @@ class Linear(Strict):
     split: Split = "column"
     fused: str | None = None
     blocks: Blocks = "all"
+    kinds: list[str] | None = None
     when: str | None = None
     unless: str | None = None
+    why_16: str | None = None
 
 
 class OtherTensor(Strict):
-    """A tensor copied bit for bit; it must be there if the config key `when` is true or not given.
+    """A tensor copied bit for bit; it must be there if the config key `when` is true or not given, unless `unless` is.
 
     `{i}` in its name is the number of a block, `{v}` counts up to the config key `repeat`.
     """
 
     name: str
-    shape: tuple[str, ...] = Field(min_length=1)
+    shape: tuple[str, ...]
     split: Split = "replicated"
     blocks: Blocks = "all"
+    kinds: list[str] | None = None
     repeat: str | None = None
     when: str | None = None
+    unless: str | None = None
+
+
+class LayerKinds(Strict):
+    """Of what kind each block is: a list under the config key `key`; where config.json has none, every `period`-th is
+    of the kind `nth`, and the others of the kind `rest`. The config key `period_key` can say another period."""
+
+    key: str
+    period: int | None = None
+    period_key: str | None = None
+    nth: str | None = None
+    rest: str | None = None
 
 
 class ExpertKeys(Strict):
@@ -90,8 +113,9 @@ class Architecture(Strict):
     """The rules of one architecture; `{i}` stands for the number of a block.
 
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
-    `use_sliding_window` covers all, or by `layer_types` / `sliding_window_pattern` (`pattern`). `plan_only` says
-    why the architecture can be planned and not learned. `text_config`: the language model's keys stand there.
+    `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
+    why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
+    names of what is copied beside it begin with one of `beside`; its size is known from files only.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
     """
 
@@ -101,7 +125,8 @@ class Architecture(Strict):
     embedding: NamedShape
     lm_head: NamedShape
     others: list[OtherTensor]
-    defaults: dict[str, int | str]
+    defaults: dict[str, bool | int | str]
+    layer_kinds: LayerKinds | None = None
     attention: Literal["grouped", "mla"] = "grouped"
     window: Literal["none", "every", "use_sliding_window", "pattern"] = "none"
     experts: ExpertKeys | None = None
@@ -109,6 +134,7 @@ class Architecture(Strict):
     text_config: bool = False
     length_is_stretched: bool = False
     plan_only: str | None = None
+    beside: list[str] = Field(default_factory=list)
 
     def language(self, config: dict[str, Any]) -> dict[str, Any]:
         """The part of config.json that describes the language model."""
@@ -143,7 +169,7 @@ class Architecture(Strict):
 
     def has(self, key: str, config: dict[str, Any]) -> bool:
         """Whether the config key has a value that is not false."""
-        value = config.get(key)
+        value = config.get(key, self.defaults.get(key))
         if value is not None and not isinstance(value, bool | int):
             raise InputError(f"config.json: {key} must be true or false, given {value!r}")
         return bool(value)
@@ -155,13 +181,35 @@ class Architecture(Strict):
         if self.experts.blocks == "all":
             return True
         if self.experts.blocks == "first_k_dense_replace":
-            dense = config.get("first_k_dense_replace", 0)
+            listed = config.get("mlp_layer_types")
+            if isinstance(listed, list) and block < len(listed):
+                return bool(listed[block] == "sparse")
+            dense = config.get("first_k_dense_replace", self.defaults.get("first_k_dense_replace", 0))
             return bool(block >= dense and block % self._config_value("moe_layer_freq", config) == 0)
         if block in (config.get("mlp_only_layers") or ()):
             return False
         return (block + 1) % self._config_value("decoder_sparse_step", config) == 0
 
+    def kinds(self, blocks: int, config: dict[str, Any]) -> list[str | None]:
+        """Of what kind each block is, None where the architecture has one kind only."""
+        rule = self.layer_kinds
+        if rule is None:
+            return [None] * blocks
+        given = config.get(rule.key)
+        if isinstance(given, list) and len(given) == blocks and all(isinstance(kind, str) for kind in given):
+            return list(given)
+        if given is not None:
+            raise InputError(f"config.json: {rule.key} must be a list of {blocks} names, given {given!r:.60}")
+        if rule.period is None:
+            raise InputError(f"config.json: {rule.key} is missing; it says of what kind each of the {blocks} blocks is")
+        period = rule.period
+        if rule.period_key is not None and config.get(rule.period_key):
+            period = self._config_value(rule.period_key, config)
+        return [rule.rest if (i + 1) % period else rule.nth for i in range(blocks)]
+
     def _config_value(self, key: str, config: dict[str, Any]) -> int:
+        if key.isdecimal():
+            return int(key)
         part, _, name = key.rpartition(".")
         given = config.get(part) if part else config
         value = given.get(name) if isinstance(given, dict) else None
@@ -177,19 +225,39 @@ class Architecture(Strict):
 
 
 @cache
-def _rules() -> dict[str, Architecture]:
+def _found() -> dict[str, Any]:
+    """The table that the libraries tell. Not yet validated: there are many."""
     text = files("allocator.model").joinpath("architectures.json").read_text(encoding="utf-8")
-    return TypeAdapter(dict[str, Architecture]).validate_json(text, strict=True)
+    return dict(json.loads(text))
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The rules of all architectures, by name, not yet validated."""
+    by_hand = files("allocator.model").joinpath("architectures_by_hand.json").read_text(encoding="utf-8")
+    return {**_found()["architectures"], **json.loads(by_hand)}
+
+
+@cache
+def architecture_rules(name: str) -> Architecture:
+    """Raises KeyError for an architecture that is not in the table."""
+    return Architecture.model_validate_json(json.dumps(table()[name]), strict=True)
 
 
 def known_architectures() -> list[str]:
-    return sorted(_rules())
+    return sorted(table())
 
 
 def architecture_of(config: dict[str, Any]) -> tuple[str, Architecture]:
     """Name and rules of the architecture that config.json names. Raises InputError for an unknown one."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else named
-    if not isinstance(name, str) or name not in _rules():
-        raise InputError(f"architecture {name!r} is not known; known are {', '.join(known_architectures())}")
-    return name, _rules()[name]
+    if isinstance(name, str) and name not in table() and (own := read_found(name)) is not None:
+        return name, Architecture.model_validate_json(json.dumps(own), strict=True)
+    if not isinstance(name, str) or name not in table():
+        refused = _found()["refused"].get(name)
+        raise InputError(
+            f"architecture {name!r} is not known{f': {refused}' if refused else ''}; docs/models.md lists the "
+            f"{len(table())} that are, and `gamma inspect --from-model` looks for the structure of another"
+        )
+    return name, architecture_rules(name)

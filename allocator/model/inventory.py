@@ -23,6 +23,7 @@ from allocator.contract.resident import Split
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
+from allocator.model.expert_stacks import unstacked
 from allocator.model.hf_config import read_config, refuse_quantized
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
@@ -30,6 +31,7 @@ __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MOST_SHOWN = 6
+_PREDICTING_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,14 @@ class Inventory:
         return sum(module.parameters for module in self.modules)
 
     @property
+    def language(self) -> dict[str, Any]:
+        """The part of config.json that describes the language model."""
+        return architecture_of(self.config)[1].language(self.config)
+
+    @property
     def positions(self) -> int | None:
         """The longest sequence that the model was made for, None where config.json does not say."""
-        longest: int | None = self.config.get("max_position_embeddings")
+        longest: int | None = self.language.get("max_position_embeddings")
         return longest or None
 
     def sequence_length(self, wanted: int) -> int:
@@ -201,7 +208,7 @@ def read_inventory(folder: Path) -> Inventory:
     if shape.plan_only is not None:
         raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
     rules = architecture_of(config)[1]
-    stored = _with_prefix(_read_headers(folder), rules)
+    stored = unstacked(_with_prefix(_read_headers(folder), rules), shape)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
     head = stored.get(f"{rules.lm_head.name}.weight")
@@ -209,7 +216,8 @@ def read_inventory(folder: Path) -> Inventory:
     known: set[str] = set()
     for other in shape.others:
         for name in other.names():
-            _checked(folder, stored, name, other.shape, other.terms)
+            if not name.startswith(shape.beside):  # whose names differ from release to release
+                _checked(folder, stored, name, other.shape, other.terms)
             known.add(name)
 
     taken = {m.tensor.name for m in modules} | {t.name for t in dropped}
@@ -222,7 +230,7 @@ def read_inventory(folder: Path) -> Inventory:
         tied=shape.tied,
         modules=tuple(modules),
         others=others,
-        unknown=tuple(t.name for t in others if t.name not in known),
+        unknown=tuple(t.name for t in others if t.name not in known and not t.name.startswith(shape.beside)),
         dropped=dropped,
         blocks=shape.blocks,
         shape=shape,
@@ -271,9 +279,11 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 def _refuse_more_blocks(folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], blocks: int) -> None:
     rules = architecture_of(config)[1]
     pattern = re.compile(re.escape(rules.block).replace(r"\{i\}", r"(\d+)") + r"\.")
+    # Blocks for speculative decoding come after the others; they are copied.
+    more = next((config[key] for key in _PREDICTING_BLOCKS if isinstance(config.get(key), int)), 0)
     for name in stored:
         match = pattern.match(name)
-        if match and int(match[1]) >= blocks:
+        if match and int(match[1]) >= blocks + more:
             raise InputError(
                 f"{folder}: tensor {name} is of block {match[1]}, but {rules.block_count} in config.json is {blocks}"
             )

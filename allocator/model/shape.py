@@ -15,7 +15,17 @@ from allocator.contract.resident import Heads, Split
 from allocator.model.architectures import Architecture, Linear, OtherTensor, architecture_of
 from allocator.model.context_length import ContextLength, context_length
 
-__all__ = ["AttentionLayer", "ExpertCounts", "ModelShape", "ModuleKind", "OtherKind", "Role", "read_shape", "why_16"]
+__all__ = [
+    "AttentionLayer",
+    "ExpertCounts",
+    "ModelShape",
+    "ModuleKind",
+    "OtherKind",
+    "Role",
+    "read_shape",
+    "shape_of",
+    "why_16",
+]
 
 Role = Literal["linear", "embedding", "lm_head"]
 
@@ -76,10 +86,11 @@ class AttentionLayer:
     """What one block keeps of each token: `kv_heads` keys of `key_size` and values of `value_size` numbers.
 
     For latent attention (`mla`) one vector of `key_size` numbers, which all ranks hold. `window` is that of a
-    sliding window, None for full attention.
+    sliding window, None for full attention. A layer of another kind keeps something else (`other`): linear attention
+    a state of each sequence.
     """
 
-    kind: Literal["full", "sliding", "mla"]
+    kind: Literal["full", "sliding", "mla", "other"]
     kv_heads: int
     key_size: int
     value_size: int
@@ -99,7 +110,8 @@ class ExpertCounts:
 class ModelShape:
     """A model as config.json describes it. `dtype` is that of its 16-bit weights in a checkpoint.
 
-    `plan_only` says why it cannot be learned, None if it can.
+    `plan_only` says why it cannot be learned, None if it can. Tensors whose names begin with one of `beside` are copied
+    too; not all of them are among `others`.
     """
 
     architecture: str
@@ -118,6 +130,7 @@ class ModelShape:
     experts: ExpertCounts | None
     context: ContextLength
     plan_only: str | None
+    beside: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> int:
@@ -135,20 +148,25 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
 
     Raises InputError naming an unknown architecture, or the key that is missing or not allowed.
     """
-    name, rules = architecture_of(config)
+    return shape_of(*architecture_of(config), config)
+
+
+def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelShape:
+    """The description of the model `config` by the `rules` of the architecture `name`. Raises InputError."""
     language = rules.language(config)
     blocks = rules.dimension(rules.block_count, language)
     sparse = [rules.is_sparse(i, language) for i in range(blocks)]
+    places = _Places(sparse, rules.kinds(blocks, language))
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is not None and not isinstance(tied, bool):
         raise InputError(f"config.json: tie_word_embeddings must be true or false, given {tied!r}")
     tied = rules.tied_by_default if tied is None else tied
 
     modules = [_outside(rules, language, "embedding", tied)]
-    modules += [kind for rule in rules.linears if (kind := _linear(rules, rule, language, sparse)) is not None]
+    modules += [kind for rule in rules.linears if (kind := _linear(rules, rule, language, places)) is not None]
     if not tied:
         modules.append(_outside(rules, language, "lm_head"))
-    others = [rest for other in rules.others if (rest := _other(rules, other, language, sparse)) is not None]
+    others = [rest for other in rules.others if (rest := _other(rules, other, language, places)) is not None]
     experts = None
     if rules.experts is not None and any(sparse):
         sizes = (rules.experts.count, rules.experts.per_token, rules.experts.size)
@@ -174,6 +192,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
         experts=experts,
         context=context_length(language, rules.defaults, rules.length_is_stretched),
         plan_only=rules.plan_only,
+        beside=tuple(rules.beside),
     )
 
 
@@ -194,12 +213,29 @@ def _outside(
     return ModuleKind(named.name, shape, named.shape, role, split, None, (), 0, reason)
 
 
-def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], sparse: list[bool]) -> ModuleKind | None:
+@dataclass(frozen=True)
+class _Places:
+    """Of each block, whether it has experts, and its kind."""
+
+    sparse: list[bool]
+    kinds: list[str | None]
+
+    def of(self, rule: Linear | OtherTensor) -> tuple[int, ...]:
+        """The blocks that have the tensor of `rule`."""
+        return tuple(
+            i
+            for i, (is_sparse, kind) in enumerate(zip(self.sparse, self.kinds, strict=True))
+            if (rule.blocks == "all" or is_sparse == (rule.blocks == "sparse"))
+            and (rule.kinds is None or kind in rule.kinds)
+        )
+
+
+def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], places: _Places) -> ModuleKind | None:
     if rule.when is not None and not rules.has(rule.when, config):
         return None
     if rule.unless is not None and rules.has(rule.unless, config):
         return None
-    blocks = _blocks(rule.blocks, sparse)
+    blocks = places.of(rule)
     if not blocks:
         return None
     shape = (rules.dimension(rule.shape[0], config), rules.dimension(rule.shape[1], config))
@@ -209,25 +245,23 @@ def _linear(rules: Architecture, rule: Linear, config: dict[str, Any], sparse: l
         experts = rules.dimension(rules.experts.count, config)
     prefix = rules.block + "."
     fused = None if rule.fused is None else prefix + rule.fused
-    reason = why_16(shape[1])
+    reason = rule.why_16 or why_16(shape[1])
     return ModuleKind(prefix + rule.name, shape, rule.shape, "linear", rule.split, fused, blocks, experts, reason)
 
 
-def _other(rules: Architecture, other: OtherTensor, config: dict[str, Any], sparse: list[bool]) -> OtherKind | None:
+def _other(rules: Architecture, other: OtherTensor, config: dict[str, Any], places: _Places) -> OtherKind | None:
     if other.when is not None and not rules.has(other.when, config):
+        return None
+    if other.unless is not None and rules.has(other.unless, config):
         return None
     numbers: tuple[int, ...] = ()
     if "{i}" in other.name:
-        numbers = _blocks(other.blocks, sparse)
+        numbers = places.of(other)
         if not numbers:
             return None
     elif other.repeat is not None:
         numbers = tuple(range(rules.dimension(other.repeat, config)))
     return OtherKind(other.name, rules.shape(other.shape, config), other.shape, other.split, numbers)
-
-
-def _blocks(which: str, sparse: list[bool]) -> tuple[int, ...]:
-    return tuple(i for i, is_sparse in enumerate(sparse) if which == "all" or is_sparse == (which == "sparse"))
 
 
 def _attention(rules: Architecture, config: dict[str, Any], blocks: int) -> tuple[AttentionLayer, ...]:
@@ -236,8 +270,13 @@ def _attention(rules: Architecture, config: dict[str, Any], blocks: int) -> tupl
         return (AttentionLayer("mla", 1, latent, 0),) * blocks
     heads, size = rules.dimension("num_key_value_heads", config), rules.dimension("head_dim", config)
     full = AttentionLayer("full", heads, size, size)
-    windows = _windows(rules, config, blocks)
-    return tuple(full if w is None else AttentionLayer("sliding", heads, size, size, w) for w in windows)
+    layers = []
+    for window, kind in zip(_windows(rules, config, blocks), rules.kinds(blocks, config), strict=True):
+        if kind not in (None, "full_attention", "sliding_attention"):
+            layers.append(AttentionLayer("other", 0, 0, 0))
+        else:
+            layers.append(full if window is None else AttentionLayer("sliding", heads, size, size, window))
+    return tuple(layers)
 
 
 def _windows(rules: Architecture, config: dict[str, Any], blocks: int) -> list[int | None]:
@@ -256,10 +295,7 @@ def _windows(rules: Architecture, config: dict[str, Any], blocks: int) -> list[i
         if isinstance(types, list):
             every = bool(config.get("use_sliding_window")) and set(types) == {"sliding_attention"}
         return [window if every else None] * blocks
-    if isinstance(types, list) and len(types) == blocks:
-        return [window if kind == "sliding_attention" else None for kind in types]
-    pattern = rules.dimension("sliding_window_pattern", config)
-    return [window if (i + 1) % pattern else None for i in range(blocks)]
+    return [window if kind == "sliding_attention" else None for kind in rules.kinds(blocks, config)]
 
 
 def _dtype16(config: dict[str, Any], language: dict[str, Any]) -> Dtype16:

@@ -177,7 +177,7 @@ def _prepared(
         inventory, formats, statistics, task.learning, task.tokens, bank is not None, task.rounding, task.sequences
     )
     progress.plan(steps)
-    hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.config["hidden_size"])
+    hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.shape.hidden_size)
     run = CalibrationRun(BlockStream(inventory, compute_device()), calibration, hidden, progress, folder.journal)
     return in_order(run, task.candidates.cut(inventory), bank, task.candidates.group_size)
 

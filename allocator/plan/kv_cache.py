@@ -78,6 +78,11 @@ class KvPool:
 
 def kv_pools(shape: ModelShape, request: PlanRequest, batched_tokens: int) -> list[KvPool]:
     """The pool of a rank of each pipeline stage."""
+    if any(layer.kind == "other" for layer in shape.attention):
+        raise InputError(
+            f"{shape.architecture}: layers that are neither full nor sliding-window attention keep a state, whose "
+            "memory is not planned yet; learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
+        )
     sizes = {(layer.kind == "mla", layer.kv_heads, layer.key_size + layer.value_size) for layer in shape.attention}
     if len(sizes) != 1:
         raise InputError(f"{shape.architecture}: layers with KV caches of different sizes are not planned yet")

@@ -58,7 +58,12 @@ class WeightSizes:
 
 
 def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
-    """How the modules of `shape` lie on the ranks of `request`."""
+    """How the modules of `shape` lie on the ranks of `request`. Raises InputError if config.json tells too little."""
+    if unsized := [part for part in shape.beside if not any(other.name.startswith(part) for other in shape.others)]:
+        raise InputError(
+            f"{shape.architecture}: what stands beside its language model ({', '.join(unsized)}) is not planned yet; "
+            "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
+        )
     stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
     others = _others(shape, request.ranks, stages)
     return Residency(

@@ -40,7 +40,7 @@ def learning_steps(
     inside, outside = _split(modules)
     all_inside = _split(inventory.modules)[0]
     forward = sum(_product(inventory, m, tokens) for m in all_inside)
-    vocabulary, width = inventory.config["vocab_size"], inventory.config["hidden_size"]
+    vocabulary, width = inventory.shape.vocabulary, inventory.shape.hidden_size
     head = 2.0 * tokens * vocabulary * width
     embedding = any(m.role == "embedding" for m in outside)
     steps = []
@@ -88,11 +88,8 @@ def _product(inventory: Inventory, module: Module, tokens: int) -> float:
 
 
 def _share(inventory: Inventory, module: Module) -> float:
-    if ".experts." not in module.name:
-        return 1.0
-    config = inventory.config
-    experts = config.get("num_experts") or config.get("num_local_experts") or 1
-    return float(config.get("num_experts_per_tok") or 1) / float(experts)
+    experts = inventory.shape.experts
+    return 1.0 if experts is None or ".experts." not in module.name else experts.per_token / experts.count
 
 
 def _swap(inventory: Inventory, module: Module, tokens: int, by_block: dict[int | None, float]) -> float:

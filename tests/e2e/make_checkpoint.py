@@ -19,28 +19,27 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.layout import ModuleFormat, module_bytes, module_tensors, usable_group_size
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
+from allocator.model import read_inventory
 
 __all__ = ["ChooseFormat", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
 
 ChooseFormat = Callable[[str], tuple[int, int, bool]]
 """Module name -> (width, largest group size, symmetric)."""
 
-_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LINEAR = (*_LINEAR, "qkv_proj", "gate_up_proj", "w1", "w2", "w3")  # fused on disk; Mixtral's experts
-_VOCABULARY = ("embed_tokens", "lm_head")
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 def make_checkpoint(source: Path, target: Path, choose: ChooseFormat) -> CheckpointConfig:
     """Quantize every module of the model folder `source` as `choose` says, and write a checkpoint."""
     target.mkdir(parents=True)
     tensors, modules = {}, {}
+    known = {module.name: module for module in read_inventory(source).modules}
     for name, tensor in load_file(source / "model.safetensors").items():
-        module, _, kind = name.rpartition(".")
-        leaf = module.rpartition(".")[2]
-        if kind != "weight" or leaf not in (*_LINEAR, *_VOCABULARY):
+        module = name.removesuffix(".weight")
+        if module not in known:
             tensors[name] = tensor
             continue
-        num_bits, group_size, symmetric = choose(module)
+        num_bits, group_size, symmetric = (16, 0, True) if known[module].why_16 else choose(module)
         usable = usable_group_size(tensor.shape[1], group_size) if num_bits != 16 else None
         stored, modules[module] = quantize(tensor, num_bits, usable, symmetric)
         tensors |= {f"{module}.{part}": value for part, value in stored.items()}
@@ -105,7 +104,7 @@ def write_dequantized(checkpoint: Path, target: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     modules = CheckpointConfig.parse(config.pop("quantization_config")).modules
     stored = load_file(checkpoint / "model.safetensors")
-    tensors = {n: t.to(torch.float32) for n, t in stored.items() if n.rpartition(".")[2] in ("weight", "bias")}
+    tensors = {n: t.to(torch.float32) for n, t in stored.items() if n.rpartition(".")[2] not in _PARTS}
     for name, module in modules.items():
         if module.quantized:
             parts = (stored.get(f"{name}.{p}") for p in ("weight_packed", "weight_scale", "weight_zero_point"))

@@ -26,9 +26,10 @@ def write_tokens(folder: Path, sequences: int, length: int, seed: int, progress:
     """
     progress.begin("opening the model")
     model = open_model(folder)
-    start = _start(folder, model.config)[:length]
+    config = model.config.get_text_config()
+    start = _start(folder, config)[:length]
     progress.begin("writing text", length - len(start), "token")
-    ending = _numbers(model.config.eos_token_id)
+    ending = _numbers(config.eos_token_id)
     tokens = torch.tensor([start]).expand(sequences, -1)
     unread, cache = tokens, None
     with torch.random.fork_rng(devices=[]), torch.inference_mode():

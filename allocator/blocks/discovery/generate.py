@@ -1,0 +1,517 @@
+"""The rules of an architecture, found: its tensors from transformers, what becomes of them from vLLM.
+
+A rule that is found is checked at once: for configs of other sizes and other switches, the tensors that it says are
+those that transformers makes.
+"""
+
+import re
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from allocator.blocks.discovery.expressions import Expressions, Trace
+from allocator.blocks.discovery.probes import BLOCKS, PROBES, Probe, blocks_key, config_class, probe, sizes_of
+from allocator.blocks.discovery.vllm_source import ServedModel, served_model
+from allocator.contract.errors import InputError
+from allocator.contract.resident import Split
+from allocator.model.architectures import Architecture
+from allocator.model.expert_stacks import STACKS
+from allocator.model.shape import shape_of
+
+__all__ = ["find_architecture"]
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_EXPERT_LEAVES = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
+_SPLITS: dict[str, Split] = {
+    "ColumnParallelLinear": "column",
+    "MergedColumnParallelLinear": "column",
+    "QKVParallelLinear": "qkv",
+    "RowParallelLinear": "row",
+    "ReplicatedLinear": "replicated",
+}
+_BY_TRANSFORMERS = {"qkv_proj": list(_QKV), "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What vLLM fuses where it runs the code of transformers."""
+_PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
+_ALWAYS_GIVEN = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+"""Every config.json has them, but for those whose language model is a part: it leaves out what is default."""
+_NO_SWITCHES = ("tie_word_embeddings", "use_cache", "return_dict", "is_encoder_decoder", "output_hidden_states")
+_SPARSE_RULES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "first_k_dense_replace": {"first_k_dense_replace": 3},
+    "decoder_sparse_step": {"decoder_sparse_step": 2},
+}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Tensors of one name up to numbers, of one shape in each probe, in some blocks (none: outside of them)."""
+
+    name: str
+    shape: tuple[Trace, ...]
+    linear: bool
+    blocks: tuple[int, ...]
+    when: str | None = None
+    unless: str | None = None
+
+
+def find_architecture(model_type: str, architecture: str, inside_another: bool = False) -> Architecture:
+    """The rules of the model class `architecture`, whose config class has `model_type`.
+
+    `inside_another`: its config is a part of that of a multimodal model. Raises InputError saying what is
+    missing for it to be learned and served.
+    """
+    served = served_model(architecture)
+    if served is None:
+        raise InputError(f"{architecture}: vLLM has no model of this name, so nothing could serve it")
+    try:
+        return _Finder(model_type, architecture, served, inside_another).find()
+    except InputError:
+        raise
+    except Exception as error:  # transformers has as many ways to fail as it has models
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise InputError(f"{architecture}: its structure could not be found ({reason})") from error
+
+
+class _Finder:
+    def __init__(self, model_type: str, architecture: str, served: ServedModel, inside_another: bool) -> None:
+        import transformers
+
+        self.architecture, self.served = architecture, served
+        self.kind = config_class(model_type)
+        self.inside_another = inside_another or model_type.endswith("_text")
+        self.known = {key.name for key in fields(self.kind)}
+        self.model_class = getattr(transformers, architecture, None)
+        if self.model_class is None:
+            raise InputError(f"{architecture}: transformers has no class of this name")
+        self.sizes = sizes_of(self.kind)
+        self.sparse = {
+            key: value for rule in _SPARSE_RULES.values() for key, value in rule.items() if key in self.known
+        }
+        self.probes = self._probes({})
+        self.mixes_kinds = set(self.probes[0].layer_kinds or ()) == {"linear_attention"}
+        if self.mixes_kinds:  # without attention by default: with it, every second block shows what that has
+            self.sparse |= {"layer_types": ["linear_attention", "full_attention"] * (BLOCKS // 2)}
+            self.probes = self._probes({})
+        self.first = self.probes[0]
+        constant = {
+            name: value
+            for name in sorted(self.known - self.sizes.keys())
+            if type(value := getattr(self.first.config, name, None)) is int and name not in ("num_hidden_layers",)
+        }
+        self.expressions = Expressions(self.sizes, constant)
+        self.modules: dict[str, _Tensor] = {}
+        self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+
+    def find(self) -> Architecture:
+        tensors = self._with_switches()
+        embedding, head = self.first.embedding + ".weight", self.first.head + ".weight"
+        inside = [t for t in tensors if t.name not in (embedding, head)]
+        inside = [part for t in inside for part in self._unstacked(t)]
+        sparse_blocks = {b for t in inside if "{e}" in t.name for b in t.blocks}
+        experts = self._experts(inside, sparse_blocks)
+        self.modules = {_module(t): t for t in inside if self._is_module(t)}
+        linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
+        others = [self._other(t, sparse_blocks) for t in inside if not self._is_module(t)]
+        plan_only = None
+        if any(t.name == f"{self.first.head}.bias" for t in inside):
+            plan_only = "its lm_head has a bias, which learning does not take into account"
+        shapes = {t.name: t.shape for t in tensors}
+        where = ["vocab_size", "hidden_size"]
+        rules: dict[str, Any] = {
+            "block": f"{self.first.block_prefix}.{{i}}",
+            "block_count": blocks_key(self.kind),
+            "linears": linears,
+            "embedding": {"name": self.first.embedding, "shape": where}
+            | self._why_16("embed_tokens", "VocabParallelEmbedding"),
+            "lm_head": {"name": self.first.head, "shape": where} | self._why_16("lm_head", "ParallelLMHead"),
+            "others": others,
+            "experts": experts,
+            "tied_by_default": bool(getattr(self.kind(), "tie_word_embeddings", False)),
+            "window": self._window(),
+            "plan_only": plan_only,
+            "attention": "mla" if "kv_lora_rank" in self.known else "grouped",
+            "defaults": {},
+        }
+        if [self._text(trace) for trace in shapes[embedding]] != where:
+            raise InputError(f"{self.architecture}: its embedding is not one row of hidden_size a token")
+        of_layers = set(self.first.layer_kinds or ())
+        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"}
+        by_kind = any("kinds" in rule for rule in linears + others) or rules["window"] == "pattern"
+        if by_kind or of_layers - {"full_attention", "sliding_attention"}:
+            rules["layer_kinds"] = self._layer_kinds()
+        rules["defaults"] = self._defaults(experts)
+        found = Architecture.model_validate({k: v for k, v in rules.items() if v not in (None, False)})
+        for one in self.probes:
+            _check(found, one, self.architecture)
+        return found
+
+    # Tensors
+
+    def _probes(self, changes: dict[str, Any], count: int = PROBES) -> list[Probe]:
+        models = []
+        for number in range(count):
+            values = {name: trace[number] for name, trace in self.sizes.items()}
+            try:
+                models.append(probe(self.kind, self.model_class, values | self.sparse | changes))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                raise InputError(
+                    f"{self.architecture}: transformers does not build it in other sizes ({reason})"
+                ) from error
+        return models
+
+    def _with_switches(self) -> list[_Tensor]:
+        """The tensors of the model, and those that it has for another value of a key that is true or false."""
+        usual = {(t.name, t.blocks): t for t in _tensors(self.probes)}
+        gained: list[_Tensor] = []
+        for key, other in self._switches():
+            if not self._matters({key: other}):
+                continue
+            changed = {(t.name, t.blocks): t for t in _tensors(self._probes({key: other}))}
+            self.used.add(key)
+            lost = not other
+            for place in usual.keys() - changed.keys():
+                tensor = usual[place]
+                usual[place] = replace(tensor, when=key) if lost else replace(tensor, unless=key)
+            new = [t for place, t in changed.items() if place not in usual]
+            gained += [replace(t, unless=key) if lost else replace(t, when=key) for t in new]
+        return [*usual.values(), *gained]
+
+    def _switches(self) -> Iterator[tuple[str, bool | None]]:
+        """Keys that are true or false, and those of sizes that may be left out, with the other value of each."""
+        for key in fields(self.kind):
+            value = getattr(self.first.config, key.name, None)
+            if isinstance(value, bool) and key.name not in _NO_SWITCHES:
+                yield key.name, not value
+            elif (
+                key.name in self.sizes
+                and "None" in str(key.type)
+                and key.name not in ("head_dim", "num_key_value_heads")
+            ):
+                yield key.name, None
+
+    def _matters(self, change: dict[str, Any]) -> bool:
+        """Whether the model has other tensors with another value of a key."""
+        try:
+            (changed,) = self._probes(change, 1)
+        except InputError:
+            return False
+        return changed.stored.keys() != self.first.stored.keys()
+
+    def _in_order(self, tensors: list[_Tensor]) -> list[_Tensor]:
+        """As the model has them; of experts gate, up and down, which is vLLM's order in a fused layer."""
+        places: dict[str, int] = {}
+        for name, place in self.first.in_order.items():
+            places.setdefault(_numbered(f"{name}.weight", self.first), place)
+        leaves = list(_EXPERT_LEAVES)
+        parents: dict[str, int] = {}
+        for name, place in places.items():
+            parents.setdefault(_parent(name), place)
+
+        def place_of(tensor: _Tensor) -> tuple[int, bool, int]:
+            if "{e}" in tensor.name:
+                return len(places), False, leaves.index(tensor.name.split(".")[-2])
+            # What takes the outputs of its neighbours comes after them, in whatever order a class makes them.
+            last = self._is_module(tensor) and self._split(tensor) == "row"
+            return parents.get(_parent(tensor.name), len(places)), last, places.get(tensor.name, len(places))
+
+        return sorted(tensors, key=place_of)
+
+    def _unstacked(self, tensor: _Tensor) -> list[_Tensor]:
+        """The matrices of which a tensor `[experts, rows, in_features]` is made, in the layout of `nn.Linear`."""
+        parent, _, leaf = tensor.name.rpartition(".")
+        parts = STACKS.get(leaf)
+        if parts is None or not parent.endswith(".experts") or len(tensor.shape) != 3 or not self._stacked(parent):
+            return [tensor]
+        rows = tuple(size // len(parts) for size in tensor.shape[1])
+        return [
+            replace(
+                tensor,
+                name=f"{parent}.{{e}}.{part}.weight",
+                shape=(rows, tensor.shape[2]),
+                linear=True,
+            )
+            for part in parts
+        ]
+
+    def _stacked(self, experts: str) -> bool:
+        """Whether gate_up_proj and down_proj of `experts` have rows and columns as linear modules have."""
+        of = {t.name: t.shape for t in _tensors(self.probes)}
+        gate_up, down = of.get(f"{experts}.gate_up_proj"), of.get(f"{experts}.down_proj")
+        if gate_up is None or down is None or f"{experts}.gate_up_proj_bias" in of:
+            return False
+        return gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2])
+
+    def _is_module(self, tensor: _Tensor) -> bool:
+        return tensor.linear and len(tensor.shape) == 2 and bool(tensor.blocks)
+
+    def _linear(self, tensor: _Tensor, sparse: set[int]) -> list[dict[str, Any]]:
+        """The rules of a module: two if it is fused with one that is not always there."""
+        name = _module(tensor).removeprefix(f"{self.first.block_prefix}.{{i}}.")
+        parent, _, leaf = name.rpartition(".")
+        rule: dict[str, Any] = {"name": name, "shape": [self._text(trace) for trace in tensor.shape]}
+        where = self._where(tensor, sparse)
+        if "{e}" in name:
+            stack = _EXPERT_LEAVES.get(leaf)
+            if stack is None:
+                raise InputError(f"{self.architecture}: experts of {leaf} are not known to vLLM's fused layer")
+            rule |= {"split": "expert_column" if stack == "w13" else "expert_row"}
+            return [rule | {"fused": f"{parent.removesuffix('.{e}')}.{stack}"} | where]
+        fused = self._fused(_parent(tensor.name), leaf)
+        if fused is None:
+            return [rule | self._alone(leaf) | where]
+        whole, split, when = fused
+        together = rule | {"split": split, "fused": f"{parent}.{whole}" if parent else whole}
+        if when is None or tensor.when is not None:
+            return [together | where]
+        return [together | where | {"when": when}, rule | self._alone(leaf) | where | {"unless": when}]
+
+    def _fused(self, parent: str, leaf: str) -> tuple[str, Split, str | None] | None:
+        """The vLLM layer that the module `leaf` of `parent` becomes a part of, how it is cut there, and the key without
+        which another part is missing; None for a layer of its own."""
+        packed = _BY_TRANSFORMERS if self.served.by_transformers else self.served.packed
+        for whole, parts in packed.items():
+            beside = [self.modules.get(f"{parent}.{part}") for part in parts]
+            if leaf not in parts or len(parts) < 2 or None in beside:
+                continue
+            when = next((t.when for t in beside if t is not None and t.when is not None), None)
+            if list(parts) == list(_QKV):
+                return whole, "kv" if leaf in _QKV[1:] else "column", when
+            known = self.served.by_transformers or whole in self.served.layers
+            return whole, "column" if known else "replicated", when
+        return None
+
+    def _alone(self, leaf: str) -> dict[str, Any]:
+        """How a module is cut that is a layer of its own, and why it is not below 16 bits."""
+        if self.served.by_transformers:
+            plan = getattr(self.kind, "base_model_tp_plan", None) or {}
+            style = next((plan[k] for k in plan if k.endswith(f".{leaf}")), "replicate")
+            cut: Split = "row" if style.startswith("row") else "column" if style.startswith("col") else "replicated"
+            return {"split": cut}
+        layer = self.served.layers.get(leaf)
+        if layer is None or layer.kind not in _SPLITS:
+            return {"split": "replicated", "why_16": "vLLM has no quantized layer for it"}
+        rule: dict[str, Any] = {"split": _SPLITS[layer.kind]}
+        return rule if layer.quantized else rule | {"why_16": "vLLM builds this layer without a quantization config"}
+
+    def _split(self, tensor: _Tensor) -> Split:
+        leaf = _module(tensor).rpartition(".")[2]
+        fused = self._fused(_parent(tensor.name), leaf)
+        split: Split = self._alone(leaf)["split"] if fused is None else fused[1]
+        return split
+
+    def _why_16(self, leaf: str, kind: str) -> dict[str, str]:
+        calls = [call for name, call in self.served.layers.items() if call.kind == kind]
+        named = self.served.layers.get(leaf)
+        call = named if named is not None and named.kind == kind else calls[0] if calls else None
+        if call is None or call.quantized:
+            return {}
+        what = "embedding" if kind == "VocabParallelEmbedding" else "lm_head"
+        return {"why_16": f"vLLM builds this {what} without a quantization config"}
+
+    def _other(self, tensor: _Tensor, sparse: set[int]) -> dict[str, Any]:
+        rule: dict[str, Any] = {"name": tensor.name, "shape": [self._text(trace) for trace in tensor.shape]}
+        parent, _, part = tensor.name.rpartition(".")
+        weight = self.modules.get(parent)
+        if part == "bias" and weight is not None and (split := self._split(weight)) in ("column", "kv", "qkv"):
+            rule["split"] = split
+        return rule | self._where(tensor, sparse)
+
+    def _where(self, tensor: _Tensor, sparse: set[int]) -> dict[str, Any]:
+        rule: dict[str, Any] = {key: value for key in ("when", "unless") if (value := getattr(tensor, key)) is not None}
+        if not tensor.blocks or len(tensor.blocks) == BLOCKS:
+            return rule
+        here, kinds = set(tensor.blocks), self.first.layer_kinds
+        dense = set(range(BLOCKS)) - sparse
+        candidates: list[tuple[dict[str, Any], set[int]]] = []
+        if sparse and dense:
+            candidates += [({"blocks": "sparse"}, sparse), ({"blocks": "dense"}, dense)]
+        if kinds is not None:
+            every = [set(range(BLOCKS)), *(s for _, s in candidates)]
+            for rest, within in zip([{}, *(r for r, _ in candidates)], every, strict=True):
+                named = sorted({kinds[b] for b in here})
+                candidates.append((rest | {"kinds": named}, {b for b in within if kinds[b] in named}))
+        for found, blocks in candidates:
+            if blocks == here:
+                return rule | found
+        raise InputError(
+            f"{self.architecture}: no key of its config says why {tensor.name} is in blocks "
+            f"{', '.join(map(str, sorted(here)[:6]))}"
+        )
+
+    # Numbers
+
+    def _text(self, trace: Trace) -> str:
+        text = self.expressions.of(trace)
+        if text is None:
+            raise InputError(
+                f"{self.architecture}: a size ({', '.join(map(str, trace))}) follows from no keys of its config"
+            )
+        self.used |= set(re.findall(r"[a-z_][a-zA-Z_0-9]*", text))
+        return text
+
+    def _experts(self, tensors: Iterable[_Tensor], sparse: set[int]) -> dict[str, Any] | None:
+        if not sparse:
+            return None
+        counts = tuple(_count(p) for p in self.probes)
+        down = next(t for t in tensors if "{e}" in t.name and _EXPERT_LEAVES.get(t.name.split(".")[-2]) == "w2")
+        if len(sparse) == BLOCKS:
+            rule = "all"
+        elif "decoder_sparse_step" in self.known:
+            rule = "decoder_sparse_step"
+        elif sparse == set(range(min(sparse), BLOCKS)):
+            rule = "first_k_dense_replace"
+        else:
+            raise InputError(f"{self.architecture}: no key of its config says which blocks have experts")
+        self.first_sparse = min(sparse)
+        per_token = next(
+            (
+                k
+                for k in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+                if k in self.known
+            ),
+            None,
+        )
+        if per_token is None:
+            raise InputError(f"{self.architecture}: no key of its config says how many experts a token takes")
+        self.used |= {per_token} | ({rule} & self.known)
+        return {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+
+    def _defaults(self, experts: dict[str, Any] | None) -> dict[str, int | str | bool]:
+        """The value of each key that is used where config.json leaves it out."""
+        defaults: dict[str, int | str | bool] = {}
+        # Some classes have one size under two names, and write either.
+        other_names = {key: own for key, own in self.kind.attribute_map.items() if key in self.used}
+        for key in sorted(self.used | set(other_names.values())):
+            if key in other_names:
+                defaults[key] = other_names[key]
+                continue
+            values: list[Any] = []
+            for number in range(PROBES):
+                given = {n: t[number] for n, t in self.sizes.items() if n in self.known and n not in (key, "head_dim")}
+                if key != "head_dim" and "head_dim" in self.known:
+                    given["head_dim"] = self.sizes["head_dim"][number]
+                try:
+                    values.append(getattr(self.kind(**given), key, None))
+                except Exception:  # a class that cannot do without it has no default
+                    values.append(None)
+            if key == "head_dim" and None in values:
+                defaults[key] = "hidden_size/num_attention_heads"
+            elif key in _ALWAYS_GIVEN and not self.inside_another:
+                continue
+            elif isinstance(values[0], bool) or (isinstance(values[0], int) and len(set(values)) == 1):
+                defaults[key] = values[0]
+            elif None not in values and (text := self.expressions.of(tuple(values))) is not None:
+                defaults[key] = text
+        if "kv_lora_rank" in self.known:
+            defaults["qk_head_dim"] = "qk_nope_head_dim+qk_rope_head_dim"
+        if experts is not None:
+            defaults.setdefault("intermediate_size", experts["size"])
+            if experts["blocks"] == "first_k_dense_replace":
+                defaults |= {"moe_layer_freq": 1} | (
+                    {} if "first_k_dense_replace" in self.known else {"first_k_dense_replace": self.first_sparse}
+                )
+        return {key: value for key, value in defaults.items() if value is not False and value != key}
+
+    def _window(self) -> str:
+        config = self.kind()
+        if "sliding_window" not in self.known:
+            return "none"
+        self.used.add("sliding_window")
+        if "use_sliding_window" in self.known:
+            return "use_sliding_window"
+        kinds = self.first.layer_kinds
+        if kinds is not None and self.served.windows_by_layer and "sliding_attention" in kinds:
+            return "pattern"
+        return "every" if isinstance(config.sliding_window, int) or "sliding_window" in self.known else "none"
+
+    def _kinds_with(self, changes: dict[str, Any]) -> list[str]:
+        return list(self.kind(**({blocks_key(self.kind): BLOCKS} | changes)).layer_types)
+
+    def _layer_kinds(self) -> dict[str, Any]:
+        kinds = self.first.layer_kinds or []
+        key = "layer_types" if "layer_types" in self.known else "layers_block_type"
+        rule: dict[str, Any] = {"key": key}
+        for period in () if self.mixes_kinds else range(2, 9):
+            nth, rest = set(kinds[period - 1 :: period]), {k for i, k in enumerate(kinds) if (i + 1) % period}
+            if len(nth) == len(rest) == 1 and nth != rest:
+                rule |= {"period": period, "nth": nth.pop(), "rest": rest.pop()}
+                key_of_period = next((k for k in _PERIOD_KEYS if self._kinds_with({k: period + 1}) != kinds), None)
+                return rule | ({"period_key": key_of_period} if key_of_period else {})
+        return rule
+
+
+def _check(rules: Architecture, of: Probe, architecture: str) -> None:
+    """Raises InputError where `rules` do not say of a model what transformers makes of it."""
+    config = of.config.to_dict() | {"architectures": [architecture]}
+    shape = shape_of(architecture, rules, config)
+    said: dict[str, tuple[int, ...]] = {}
+    for module in shape.modules:
+        for block in module.blocks or (0,):
+            for expert in range(module.experts or 1):
+                said[f"{module.name}.weight".replace("{i}", str(block)).replace("{e}", str(expert))] = module.shape
+    said |= {name: other.shape for other in shape.others for name in other.names()}
+    made = {
+        name: size
+        for name, size in _single(of.stored, said).items()
+        if not (shape.tied and name == f"{of.head}.weight")
+    }
+    if odd := sorted(set(said.items()) ^ set(made.items())):
+        name = odd[0][0]
+        raise InputError(
+            f"{architecture}: {name} is {made.get(name)} in transformers, {said.get(name)} by what was found"
+        )
+
+
+def _single(stored: dict[str, tuple[int, ...]], said: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, with stacks of experts as single matrices where these are said to be there."""
+    found = {}
+    for name, size in stored.items():
+        parent, _, leaf = name.rpartition(".")
+        parts = STACKS.get(leaf, ())
+        if not parts or f"{parent}.0.{parts[0]}.weight" not in said:
+            found[name] = size
+            continue
+        experts, rows, columns = size
+        found |= {f"{parent}.{e}.{p}.weight": (rows // len(parts), columns) for e in range(experts) for p in parts}
+    return found
+
+
+def _tensors(probes: list[Probe]) -> list[_Tensor]:
+    """Tensors of one name and shape, and the blocks that have them."""
+    first = probes[0]
+    blocks: dict[tuple[str, tuple[Trace, ...], bool], set[int]] = {}
+    for name in first.stored:
+        if re.search(r"\.experts\.[1-9]\d*\.", name):
+            continue
+        shapes = [p.stored.get(name) for p in probes]
+        if None in shapes:
+            raise InputError(f"{type(first.config).__name__}: {name} is there in some sizes only")
+        found: Any = shapes
+        traces = tuple(zip(*found, strict=True))
+        pattern = _numbered(name, first)
+        linear = name.removesuffix(".weight") in first.linear or ("{e}" in pattern and name.endswith(".weight"))
+        match = re.match(re.escape(first.block_prefix) + r"\.(\d+)\.", name)
+        blocks.setdefault((pattern, traces, linear), set()).update({int(match[1])} if match else set())
+    return [_Tensor(name, shape, linear, tuple(sorted(where))) for (name, shape, linear), where in blocks.items()]
+
+
+def _numbered(name: str, of: Probe) -> str:
+    name = re.sub(re.escape(of.block_prefix) + r"\.\d+\.", f"{of.block_prefix}.{{i}}.", name)
+    return re.sub(r"\.experts\.\d+\.", ".experts.{e}.", name)
+
+
+def _module(tensor: _Tensor) -> str:
+    return tensor.name.removesuffix(".weight")
+
+
+def _parent(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[0]
+
+
+def _count(of: Probe) -> int:
+    stacks = [shape[0] for name, shape in of.stored.items() if name.endswith(".experts.down_proj")]
+    if stacks:
+        return stacks[0]
+    found = [re.search(r"\.experts\.(\d+)\.", name) for name in of.stored]
+    return 1 + max(int(m[1]) for m in found if m)

@@ -1,0 +1,98 @@
+"""Writes docs/models.md: which architectures gamma knows, and what of each is backed by a test.
+
+python benchmarks/models/table.py [--check]
+
+With --check nothing is written, and an old page is an error.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
+from tests.families import FAMILIES, NOT_SERVED, NOT_TRIED, WRAPPERS  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+ELSEWHERE = (
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM",
+    "Phi3ForCausalLM", "Gemma3ForCausalLM",
+)  # fmt: skip
+"""Backed by tests/e2e/test_architectures.py, and learned in many tests."""
+TABLE = ROOT / "allocator" / "model" / "architectures.json"
+
+HEAD = """# Models
+
+The structure of an architecture is found, not written down: `make architectures` builds its model with transformers
+{transformers}, without weights and in several sizes, and reads in the source of vLLM {vllm} how each weight is split,
+what it is fused with, and whether it can be quantized. The result is `allocator/model/architectures.json`, which the
+verbs that need neither torch nor weights read. What neither library tells is in `architectures_by_hand.json` beside it.
+A test finds some of the architectures again and compares.
+
+An architecture that is not here, because it is newer: `gamma inspect MODEL --from-model` finds its structure with the
+libraries that are installed on your machine, and keeps it there for the other verbs.
+
+What a **yes** means.
+
+- *inspect*: for models of several sizes the tensors that the table says are those that transformers makes, one by one.
+- *learn*: a tiny random model runs block by block to the logits of the whole, is learned, solved at mixed widths and
+  exported, and the checkpoint opens again (`tests/blocks/test_families.py`).
+- *serve on CPU*: vLLM {vllm} gives the same greedy tokens as transformers with the dequantized weights, at mixed widths
+  in fused layers (`tests/e2e/test_families.py`; some only with GAMMA_FAMILIES=all).
+
+*found* means that nothing is known to be missing and no test has tried it. Nothing of this page was tried on CUDA;
+Llama and Qwen3 were, elsewhere (`tests/gpu`). `gamma plan` refuses models with linear attention or chunked windows,
+whose cache it does not know yet, and most multimodal ones, of which it knows the language model only. Of these the
+language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
+language model, which no test has tried: vLLM's CPU build needs torchvision for them.
+
+| architecture | inspect | learn | serve on CPU |
+|---|---|---|---|
+"""
+
+
+def backed() -> dict[str, str]:
+    """Architecture -> what tests/families.py calls it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]: kind for kind in FAMILIES}
+    whole = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]: kind for kind in WRAPPERS}
+    return {name if isinstance(name, str) else name[0]: kind for name, kind in names.items()} | whole
+
+
+def row(name: str, families: dict[str, str]) -> str:
+    rules, kind = architecture_rules(name), families.get(name)
+    if rules.plan_only is not None:
+        return f"| {name} | yes | no: {rules.plan_only} | |"
+    if all(linear.why_16 is not None for linear in rules.linears):
+        return f"| {name} | yes | no: none of its modules can be quantized | |"
+    state = "yes" if kind is not None or name in ELSEWHERE else "found"
+    serve = (
+        f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
+    )
+    return f"| {name} | yes | {state} | {serve} |"
+
+
+def page() -> str:
+    made = json.loads(TABLE.read_text(encoding="utf-8"))
+    families = backed()
+    rows = "".join(f"{row(name, families)}\n" for name in known_architectures())
+    refused = "".join(f"| {name} | {reason.removeprefix(f'{name}: ')} |\n" for name, reason in made["refused"].items())
+    tail = "\n## Architectures whose structure was not found\n\n| architecture | what is missing |\n|---|---|\n"
+    return HEAD.format(**made) + rows + tail + refused
+
+
+def main() -> None:
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit(f"{PAGE} is old: run python benchmarks/models/table.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Every family runs block by block as transformers runs it whole, is learned, and its checkpoint is the model again."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from allocator.blocks import BlockStream
+from allocator.blocks.hf_model import open_model
+from allocator.blocks.hidden_states import HiddenStates
+from allocator.evaluate import load_dequantized
+from allocator.model import read_inventory
+from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
+from allocator.score import LearningSettings
+from tests.families import FAMILIES, LIKE_OTHERS, WRAPPERS, make_family, make_wrapper
+
+CANDIDATES = CandidateSettings(quantizer="rtn", widths=(2, 4, 16), group_size=32, sequences=2, sequence_length=16)
+LEARNING = LearningSettings(draws=2, batch_tokens=64)
+RUN = [family for family in FAMILIES if family != "phi"]
+ALL = os.environ.get("GAMMA_FAMILIES") == "all"
+LEARNED = [family for family in RUN if ALL or family not in LIKE_OTHERS]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = make_family(name, tmp_path_factory.mktemp(name) / "model")
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_block_by_block_the_logits_are_those_of_transformers(name: str, family, tmp_path: Path) -> None:
+    inventory = read_inventory(family(name))
+    assert not inventory.unknown
+    assert inventory.parameters + sum(o.nbytes for o in inventory.others) // 2 == inventory.shape.parameters
+    stream = BlockStream(inventory)
+    tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
+    hidden = HiddenStates(tmp_path, 2, 40, 128)
+    stream.fill(hidden, tokens)
+    model = AutoModelForCausalLM.from_pretrained(inventory.folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        torch.testing.assert_close(stream.head()(hidden.boundary(stream.blocks)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_family_is_learned_at_mixed_widths_and_its_checkpoint_opens(name: str, family, tmp_path: Path) -> None:
+    model = family(name)
+    result = learn(model, tmp_path / "work", CANDIDATES, LEARNING)
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=3.75))
+    assert {2, 4} <= {module.num_bits for module in manifest.modules.values()}
+    report = export(manifest, model, result.bank_folder, tmp_path / "gamma")
+    assert report.written == report.predicted
+    logits = load_dequantized(tmp_path / "gamma")(torch.arange(20)[None]).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_language_model_beside_a_vision_tower_is_learned_and_the_tower_is_copied(name: str, tmp_path: Path) -> None:
+    inventory = read_inventory(make_wrapper(name, tmp_path / "model"))
+    assert not inventory.unknown
+    stream = BlockStream(inventory)
+    tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "states").mkdir()
+    hidden = HiddenStates(tmp_path / "states", 2, 40, 128)
+    stream.fill(hidden, tokens)
+    whole = open_model(inventory.folder)
+    with torch.inference_mode():
+        expected = whole(input_ids=tokens).logits
+        torch.testing.assert_close(stream.head()(hidden.boundary(stream.blocks)), expected, rtol=1e-5, atol=1e-5)
+    result = learn(inventory.folder, tmp_path / "work", CANDIDATES, LEARNING)
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=3.75))
+    export(manifest, inventory.folder, result.bank_folder, tmp_path / "gamma")
+    again = load_dequantized(tmp_path / "gamma").state_dict()
+    beside = [name for name in whole.state_dict() if "visi" in name or "visual" in name]
+    assert beside
+    assert all(torch.equal(whole.state_dict()[name], again[name]) for name in beside)
+
+
+def test_an_lm_head_with_a_bias_is_refused_for_learning(family) -> None:
+    from allocator.contract.errors import InputError
+
+    with pytest.raises(InputError, match=r"PhiForCausalLM can be planned .* only: its lm_head has a bias"):
+        read_inventory(family("phi"))

@@ -1,0 +1,47 @@
+"""Families whose structure was found, at mixed widths, against Hugging Face transformers with the dequantized weights.
+
+One process serves them one after the other. Those that are like another are left out unless GAMMA_FAMILIES=all.
+"""
+
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
+from tests.families import FAMILIES, LIKE_OTHERS, NOT_SERVED, NOT_TRIED, ONLY_BFLOAT16, make_family  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+PROMPTS = [[3, 9, 27, 81, 100, 7] * 6, [5, 6]]  # the first is longer than the windows
+ALL = os.environ.get("GAMMA_FAMILIES") == "all"
+SERVED = [name for name in FAMILIES if name not in (*NOT_SERVED, *NOT_TRIED) and (ALL or name not in LIKE_OTHERS)]
+
+
+def _groups_of_32(module: str) -> tuple[int, int, bool]:
+    num_bits, _, symmetric = mixed_with_vocabulary(module)
+    return num_bits, 32, symmetric
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, serving, run_engines):
+    from tests.e2e.make_checkpoint import make_checkpoint, write_dequantized
+
+    folder, jobs = tmp_path_factory.mktemp("families"), []
+    steps = [["generate", {"prompts": PROMPTS, "tokens": 16}]]
+    for name in SERVED:
+        model, gamma, plain = (folder / name / kind for kind in ("model", "gamma", "plain"))
+        make_checkpoint(make_family(name, model), gamma, _groups_of_32)
+        write_dequantized(gamma, plain)
+        jobs.append({"name": f"{name} transformers", "model": str(plain), "steps": steps})
+        dtype = "bfloat16" if name in ONLY_BFLOAT16 else "float32"
+        engine = {"kernel": "torch", "options": {"skip_tokenizer_init": True, "dtype": dtype}}
+        jobs.append({"name": f"{name} vllm", "model": str(gamma), "steps": steps} | engine)
+    results = run_engines(jobs, folder)
+    return lambda name: succeeded(results[name])
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_greedy_tokens_equal_those_of_transformers(answers, name):
+    assert answers(f"{name} vllm") == answers(f"{name} transformers")

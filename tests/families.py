@@ -1,0 +1,189 @@
+"""Tiny random models of many families, in the sizes that vLLM's CPU attention takes (heads of 32 and more)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "DENSE",
+    "EXPERTS",
+    "FAMILIES",
+    "HYBRID",
+    "LIKE_OTHERS",
+    "NOT_SERVED",
+    "NOT_TRIED",
+    "WRAPPERS",
+    "make_family",
+    "make_wrapper",
+]
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+_WINDOWS = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,  # vLLM's CPU build has no other
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_HEAD = {"head_dim": 32}
+_LATENT = {
+    "kv_lora_rank": 512,  # vLLM's CPU build has no other sum of this and the next
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+_ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_FOUR = _EXPERTS | {"num_experts": 4}
+
+DENSE: dict[str, dict[str, Any]] = {
+    "apertus": _HEAD,
+    "arcee": {},
+    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "cohere2": {"logit_scale": 0.25, "tie_word_embeddings": True} | _HEAD | _WINDOWS,
+    "cwm": _HEAD | _WINDOWS,
+    "ernie4_5": {"use_bias": False} | _HEAD,
+    "exaone4": _HEAD | _WINDOWS,
+    "gemma": {"tie_word_embeddings": True} | _HEAD,
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32} | _HEAD | _WINDOWS,
+    "glm": _HEAD,
+    "glm4": _HEAD,
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.1,
+    },
+    "hunyuan_v1_dense": _HEAD,
+    "hyperclovax": {},
+    "jais2": _HEAD,
+    "ministral3": _HEAD,
+    "nemotron": _HEAD,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": _WINDOWS,
+    "phi": {},
+    "seed_oss": _HEAD,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+    "vaultgemma": _HEAD | _WINDOWS,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "afmoe": _FOUR | {"num_dense_layers": 1} | _HEAD | _WINDOWS,
+    "deepseek_v2": _ROUTED | _LATENT | {"q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": _ROUTED | _LATENT | {"topk_method": "noaux_tc"},
+    "exaone_moe": _FOUR | {"first_k_dense_replace": 1, "num_shared_experts": 1} | _HEAD | _WINDOWS,
+    "glm4_moe": _ROUTED | {"use_qk_norm": True} | _HEAD,
+    "glm4_moe_lite": _ROUTED | _LATENT | {"mlp_layer_types": ["dense", "sparse"]},
+    "gpt_oss": _EXPERTS | {"num_local_experts": 4} | _HEAD | _WINDOWS,
+    "granitemoe": _EXPERTS | {"num_local_experts": 4},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2} | _HEAD,
+    "laguna": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD,
+    "mellum": _FOUR | _HEAD,
+    "mimo_v2_flash": _ROUTED | _HEAD | _WINDOWS,
+    "minimax_m2": _EXPERTS | {"num_local_experts": 4} | _HEAD,
+    "olmoe": _FOUR,
+    "qwen2_moe": _FOUR | {"shared_expert_intermediate_size": 96},
+}
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_next": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD | _LINEAR_ATTENTION,
+    "qwen3_5_text": _HEAD | _LINEAR_ATTENTION,
+    "qwen3_5_moe_text": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD | _LINEAR_ATTENTION,
+}
+FAMILIES = DENSE | EXPERTS | HYBRID
+"""Model type in transformers -> what differs from the common sizes."""
+
+LIKE_OTHERS = (
+    "apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3",
+    "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe", "granitemoe",
+    "hunyuan_v1_moe", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "olmoe", "qwen3_5_moe_text",
+)  # fmt: skip
+"""Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
+
+_OWN_KEYS = "vLLM reads keys of config.json that transformers does not write ({})"
+_TORCHVISION = "vLLM imports torchvision for it, which its CPU build does not bring"
+NOT_SERVED: dict[str, str] = {
+    "afmoe": _OWN_KEYS.format("score_func"),
+    "cohere2": "beyond its window vLLM's CPU build answers otherwise than transformers, without quantization too",
+    "glm4_moe_lite": _OWN_KEYS.format("first_k_dense_replace"),
+    "laguna": "vLLM's CPU build routes by softmax only",
+    "mimo_v2_flash": _OWN_KEYS.format("hybrid_layer_pattern"),
+    "minimax_m2": _OWN_KEYS.format("rotary_dim"),
+    "qwen3_5_moe_text": _TORCHVISION,
+    "qwen3_5_text": _TORCHVISION,
+}
+"""Why vLLM's answers are not those of transformers; the same without quantization."""
+
+NOT_TRIED = ("cwm", "hyperclovax", "jais2", "olmo", "vaultgemma", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3")
+"""Not served yet."""
+
+ONLY_BFLOAT16 = ("qwen3_next",)
+"""What vLLM's CPU build has in bfloat16 only."""
+
+
+def make_family(model_type: str, folder: Path) -> Path:
+    """Write a random model to `folder`, which is returned; biases and what begins as ones or zeros are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **(_SIZES | FAMILIES[model_type]))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"vision_config": _VISION | {"num_hidden_layers": 1}, "mm_tokens_per_image": 4}, _HEAD),
+    "mistral3": ("mistral", {"vision_config": _VISION | {"num_hidden_layers": 1, "head_dim": 16}}, _HEAD),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+            }
+        },
+        _HEAD | _LINEAR_ATTENTION,
+    ),
+}
+"""Multimodal model type -> that of its language model, what it has beside, and what differs in the language model."""
+
+
+def make_wrapper(model_type: str, folder: Path) -> Path:
+    """Write a random multimodal model to `folder`, which is returned."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text_type, beside, changes = WRAPPERS[model_type]
+    text = AutoConfig.for_model(text_type, **(_SIZES | changes)).to_dict()
+    config = AutoConfig.for_model(model_type, text_config=text, tie_word_embeddings=False, **beside)
+    torch.manual_seed(1)
+    AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
