@@ -53,7 +53,7 @@ bench-channel-blocks: setup ## whether widths by block of output channels beat w
 bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of 64 and 128
 	@$(PYTHON) benchmarks/quantizers/bench.py
 
-bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, in turn (an hour of CPU)
+bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, side by side (an hour of CPU)
 	@$(PYTHON) benchmarks/learning/bench.py
 
 bench-real: setup ## models that people know against uniform widths, llama.cpp and AutoRound (many hours; says first what it downloads)

@@ -47,8 +47,8 @@ def backward_by_block(
     At every position each token y of the vocabulary gets a random sign x_y, and is dealt to one of the S probes, which
     `gradients` are of. Theirs is the gradient of the sum of x_y sqrt(S p_y) log p_y over their tokens, with sqrt(p_y)
     held fixed. Signs are independent, so the mean of its products over the probes has the expectation of those of the
-    gradients of log p_y, y drawn from the model: the Fisher matrix; with less noise (Hutchinson 1990), and no more than
-    that of S probes of all tokens each, which would be S times the arithmetic.
+    gradients of log p_y, y drawn from the model: the Fisher matrix; with less noise (Hutchinson 1990), and as much as
+    S probes of all tokens each would have, at S times the arithmetic.
 
     `hidden` holds the teacher's states. The gradients at the output of block i are boundary i + 1; only they and those
     one block on are on the disk at a time, so what is to be learned of a block must be learned, and kept in `journal`,

@@ -22,7 +22,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """`F.linear`: inputs `[..., K]`, weight `[N, K]`, bias `[N]` to `[..., N]`. Without a gradient of its own."""
     if not _has_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # oneDNN has no fast kernel for rows with gaps between them
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight, bias, "none", [], "")
     return found
 
 

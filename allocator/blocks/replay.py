@@ -56,6 +56,12 @@ class Replay(TorchFunctionMode):
             self._first, self._changes = False, self._changes_now.copy()
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors of the first run take, those that it was given included."""
+        storages = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in self._known.values()}
+        return sum(storages.values())
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

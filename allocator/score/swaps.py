@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 _BATCHES_TOGETHER = 8
+_FEW_TOKENS = 8
+_MOST_KEPT_BYTES = 2 << 30
+"""Of several batches, what is kept of the first run of each."""
+
 _MOST_PULLED_BYTES = 1 << 30
 """Of gradients taken back through a weight; where they are more, the module is run again."""
 
@@ -69,22 +73,16 @@ def measure_swaps(
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
     experts = [] if whole_blocks else [name for name in candidates.formats if is_expert(block, name)]
     others = [name for name in candidates.formats if name not in experts]
-    step = 1 / len(candidates.formats) / len(batches)
-    # Candidates that are not kept are read for each batch: of few batches rather than of one at a time.
-    for together in _few_at_a_time(batches, 1 if candidates.kept_bytes else _BATCHES_TOGETHER):
-        ends = {} if whole_blocks else _additive(stream, block, next(iter(together.values())).states)
+    ends = {} if whole_blocks else _additive(stream, block)
+    left, few = list(batches) if others else [], 1
+    while left:
+        group, left = left[:few], left[few:]
         with torch.inference_mode():
-            swapping = {n: _Swapped(stream, block, batch, ends, not whole_blocks) for n, batch in together.items()}
-            for name in others:
-                of_module: dict[int, list[Tensor]] = {number: [] for number in together}
-                for index in range(len(candidates.formats[name]) - 1):
-                    weight = candidates.weight(name, index)
-                    for number, of_batch in swapping.items():
-                        of_module[number].append(of_batch.errors(f"{name}.weight", weight).cpu())
-                progress.advance(step * len(together), name)
-                for number, errors in of_module.items():
-                    found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
-            swapping.clear()
+            swapped = {n: _Swapped(stream, block, batches[n](), ends, not whole_blocks) for n in group}
+            if not candidates.kept_bytes:  # read for every few batches: for as many as there is room for
+                few = max(1, _MOST_KEPT_BYTES // max(of_batch.nbytes for of_batch in swapped.values()))
+            _swap_modules(candidates, others, swapped, reduce, found, progress, len(group) / len(batches))
+        swapped.clear()
     if experts:
         with torch.inference_mode():
             _swap_experts(stream, block, candidates, batches, experts, reduce, found, progress)
@@ -92,9 +90,33 @@ def measure_swaps(
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
 
 
-def _additive(stream: BlockStream, block: nn.Module, states: Tensor) -> dict[str, Tensor]:
+def _swap_modules(
+    candidates: BlockCandidates,
+    names: list[str],
+    batches: Mapping[int, "_Swapped"],
+    reduce: Callable[[Tensor], Found],
+    found: dict[int, dict[str, Found]],
+    progress: Progress,
+    share: float,
+) -> None:
+    """Put into `found` what `measure_swaps` returns, for the modules `names` on some batches: a share of all."""
+    for name in names:
+        errors: dict[int, list[Tensor]] = {number: [] for number in batches}
+        for index in range(len(candidates.formats[name]) - 1):
+            weight = candidates.weight(name, index)
+            for number, batch in batches.items():
+                errors[number].append(batch.errors(f"{name}.weight", weight).cpu())
+        for number, of_batch in errors.items():
+            found[number][name] = reduce(torch.stack([*of_batch, torch.zeros_like(of_batch[0])]))
+        progress.advance(share / len(candidates.formats), name)
+
+
+def _additive(stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
     """The weights of those linear modules of `block`, by name, whose output is added to the block's and does nothing
     else: there the gradient is that of the block's output itself, whatever it is."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 1, _FEW_TOKENS, stream.inventory.config["hidden_size"])
+    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
     outputs: dict[str, Tensor] = {}
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     hooks = [
@@ -103,17 +125,13 @@ def _additive(stream: BlockStream, block: nn.Module, states: Tensor) -> dict[str
     ]
     try:
         with torch.enable_grad():
-            output = stream.run(block, states[:1, :_FEW_TOKENS].clone().requires_grad_(True))
+            output = stream.run(block, states.requires_grad_(True))
     finally:
         for hook in hooks:
             hook.remove()
-    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device)
     found = torch.autograd.grad(output, list(outputs.values()), gradient, allow_unused=True)
     same = [name for name, own in zip(outputs, found, strict=True) if own is not None and torch.equal(own, gradient)]
     return {name: block.get_parameter(f"{name}.weight") for name in same if linears[name].bias is None}
-
-
-_FEW_TOKENS = 8
 
 
 @dataclass
@@ -139,6 +157,12 @@ class _Swapped:
         self._replay = Replay(self.ends)
         with self._replay:
             self._output = self.stream.run(self.block, self.batch.states)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept of the batch."""
+        gradients = 0 if self._replay is None else self._gradients.nbytes + sum(g.nbytes for g in self._pulled.values())
+        return self.batch.gradients.nbytes + gradients + (self._replay.nbytes if self._replay else 0)
 
     def errors(self, parameter: str, weight: Tensor) -> Tensor:
         """`errors_along` of the block's output with `weight` in the place of `parameter`: `[B * S * T]`."""
@@ -173,11 +197,11 @@ def _along(gradients: Tensor, errors: Tensor) -> Tensor:
     return torch.bmm(errors.reshape(len(gradients), 1, -1), gradients.transpose(1, 2)).squeeze(1)
 
 
-def _few_at_a_time(batches: Mapping[int, Callable[[], Batch]], few: int) -> Iterator[dict[int, Batch]]:
+def _few_at_a_time(batches: Mapping[int, Callable[[], Batch]]) -> Iterator[dict[int, Batch]]:
     """The batches by number, as many as are in memory together."""
     numbers = list(batches)
-    for start in range(0, len(numbers), few):
-        yield {number: batches[number]() for number in numbers[start : start + few]}
+    for start in range(0, len(numbers), _BATCHES_TOGETHER):
+        yield {number: batches[number]() for number in numbers[start : start + _BATCHES_TOGETHER]}
 
 
 def _swap_experts(
@@ -191,7 +215,7 @@ def _swap_experts(
     progress: Progress,
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
-    for together in _few_at_a_time(batches, _BATCHES_TOGETHER):
+    for together in _few_at_a_time(batches):
         routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
         for name in experts:
             count = len(candidates.formats[name])

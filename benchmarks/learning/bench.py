@@ -1,8 +1,9 @@
-"""CPU time of learning on the shapes of SmolLM2-135M, before and after what is alike was computed once, in turn.
+"""CPU time of learning on the shapes of SmolLM2-135M, before and after what is alike was computed once, side by side.
 
-`before` is commit 50a5189, in a git worktree of its own; `whole blocks` is this code with the way by which its swaps
-are checked: the whole block is run for each candidate. Weights are random and blocks few, so that it ends; the sum for
-all 30 blocks is that of the steps of blocks times the missing ones, and of what comes once.
+`before` is commit 534b9d4, in a git worktree of its own; `whole blocks` is this code with the way by which its swaps
+are checked: the whole block is run for each candidate. All ways run at the same time, so that whatever else the machine
+does slows them alike. Weights are random and blocks few, so that it ends; the sum for all 30 blocks is that of the
+steps of blocks, times 30 by as many as were run, and of what comes once.
 """
 
 import argparse
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import claim, write_result  # noqa: E402
 from benchmarks.scale.models import make_model  # noqa: E402
 
-BEFORE = "50a5189"
+BEFORE = "534b9d4"
 MODEL, BLOCKS, ALL_BLOCKS = "SmolLM2-135M", 2, 30
 OF_BLOCKS = ("candidates", "gradients of the embedding", "measuring")
 WAYS = ("after", "before", "whole blocks")
@@ -40,15 +41,23 @@ def remove_worktree(folder: Path) -> None:
     subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
 
 
-def learn(way: str, code: Path, model: Path, out: Path, sequences: int, length: int, threads: int) -> dict[str, Any]:
-    """What one.py prints, of the allocator in `code`."""
+def start(way: str, code: Path, folder: Path, sequences: int, length: int, threads: int) -> subprocess.Popen[str]:
+    """one.py with the allocator in `code`."""
+    out = folder / f"work-{way.replace(' ', '-')}"
     shutil.rmtree(out, ignore_errors=True)
-    script = Path(__file__).with_name("one.py")
-    command = [sys.executable, str(script), str(model), str(out), f"--sequences={sequences}", f"--length={length}"]
+    command = [sys.executable, str(Path(__file__).with_name("one.py")), str(folder / MODEL), str(out)]
+    command += [f"--sequences={sequences}", f"--length={length}"]
     command += ["--whole-blocks"] if way == "whole blocks" else []
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, cwd=code, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, env=environment, cwd=code, stdout=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What one.py printed."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}")
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -99,11 +108,15 @@ def main() -> None:
     rows, scores = [], {}
     try:
         for number in range(args.rounds):
-            for way in WAYS:
-                if way == "whole blocks" and number:
-                    continue  # for its scores; its time is that of `before`, or near it
-                code = before if way == "before" else ROOT
-                found = learn(way, code, model, args.folder / "work", args.sequences, args.length, args.threads)
+            ways = [way for way in WAYS if way != "whole blocks" or number == 0]  # that is for its scores
+            started = {
+                way: start(
+                    way, before if way == "before" else ROOT, args.folder, args.sequences, args.length, args.threads
+                )
+                for way in ways
+            }
+            for way, process in started.items():
+                found = result(process)
                 scores[way] = found["scores"]
                 rows.append(row(way, number, found, args))
                 print(json.dumps(rows[-1]), flush=True)

@@ -18,7 +18,7 @@ FORM = ModuleFormat(shape=(32, 32), num_bits=4, group_size=32, symmetric=False)
 class Moved:
     """Two candidates of every linear module of a block, a small and a large step away, and the source."""
 
-    kept_bytes = 1
+    kept_bytes = 0
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
