@@ -93,7 +93,8 @@ def claims_of(rows: Sequence[Row], compared: Sequence[Row]) -> list[dict[str, An
         if "gamma 2.5" in of_model and "uniform 3" in of_model:
             value = round(of_model["gamma 2.5"][MAIN]["kl"] / of_model["uniform 3"][MAIN]["kl"], 4)
             text = f"{model}: KL at 2.5 bits over that of uniform 3 bits, gptq"
-            claims.append(claim(text, value, "<= 1", value <= 1))
+            why = None if value <= 1 else "candidates of 2 bits lose too much: see the row of uniform 2 bits"
+            claims.append(claim(text, value, "<= 1", value <= 1, why))
     return claims
 
 
