@@ -72,6 +72,8 @@ class Linear(Strict):
 class OtherTensor(Strict):
     """A tensor copied bit for bit; it must be there if the config key `when` is true or not given, unless `unless` is.
 
+    `float32`: vLLM keeps it in that dtype.
+
     `{i}` in its name is the number of a block, `{v}` counts up to the config key `repeat`.
     """
 
@@ -83,6 +85,7 @@ class OtherTensor(Strict):
     repeat: str | None = None
     when: str | None = None
     unless: str | None = None
+    float32: bool = False
 
 
 class LayerKinds(Strict):
@@ -255,7 +258,7 @@ def architecture_of(config: dict[str, Any]) -> tuple[str, Architecture]:
     if isinstance(name, str) and name not in table() and (own := read_found(name)) is not None:
         return name, Architecture.model_validate_json(json.dumps(own), strict=True)
     if not isinstance(name, str) or name not in table():
-        refused = _found()["refused"].get(name)
+        refused = _found()["refused"].get(str(name))
         raise InputError(
             f"architecture {name!r} is not known{f': {refused}' if refused else ''}; docs/models.md lists the "
             f"{len(table())} that are, and `gamma inspect --from-model` looks for the structure of another"

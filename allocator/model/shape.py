@@ -60,13 +60,17 @@ class ModuleKind:
 
 @dataclass(frozen=True)
 class OtherKind:
-    """Tensors that are copied, of one name up to the number of a block `{i}` or a repetition `{v}`."""
+    """Tensors that are copied, of one name up to the number of a block `{i}` or a repetition `{v}`.
+
+    `float32`: vLLM keeps them in that dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
     terms: tuple[str, ...]
     split: Split
     numbers: tuple[int, ...]
+    float32: bool = False
 
     @property
     def count(self) -> int:
@@ -261,7 +265,7 @@ def _other(rules: Architecture, other: OtherTensor, config: dict[str, Any], plac
             return None
     elif other.repeat is not None:
         numbers = tuple(range(rules.dimension(other.repeat, config)))
-    return OtherKind(other.name, rules.shape(other.shape, config), other.shape, other.split, numbers)
+    return OtherKind(other.name, rules.shape(other.shape, config), other.shape, other.split, numbers, other.float32)
 
 
 def _attention(rules: Architecture, config: dict[str, Any], blocks: int) -> tuple[AttentionLayer, ...]:

@@ -146,10 +146,11 @@ def _counts(kind: ModuleKind, residency: Residency) -> dict[int, int]:
 
 
 def _others(shape: ModelShape, ranks: Ranks, stages: list[range]) -> list[int]:
-    """Bytes of what is copied, at 16 bits, on a rank of each stage: blocks' own, and the rest before or after them."""
+    """Bytes of what is copied on a rank of each stage, at 16 bits unless vLLM widens it: blocks' own, and the rest
+    before or after them."""
     totals = [0] * len(stages)
     for other in shape.others:
-        nbytes = 2 * _elements(other, ranks, shape.heads)
+        nbytes = (4 if other.float32 else 2) * _elements(other, ranks, shape.heads)
         if "{i}" in other.name:
             for i, stage in enumerate(stages):
                 totals[i] += nbytes * sum(1 for block in other.numbers if block in stage)

@@ -1,21 +1,25 @@
 """Every family runs block by block as transformers runs it whole, is learned, and its checkpoint is the model again."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from allocator.blocks import BlockStream
 from allocator.blocks.hf_model import open_model
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.tensors import read_tensor
 from allocator.evaluate import load_dequantized
-from allocator.model import read_inventory
+from allocator.model import model_digest, read_inventory
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.score import LearningSettings
 from tests.families import FAMILIES, LIKE_OTHERS, WRAPPERS, make_family, make_wrapper
 
+STACKED = ("gate_proj", "up_proj", "down_proj")
 CANDIDATES = CandidateSettings(quantizer="rtn", widths=(2, 4, 16), group_size=32, sequences=2, sequence_length=16)
 LEARNING = LearningSettings(draws=2, batch_tokens=64)
 RUN = [family for family in FAMILIES if family != "phi"]
@@ -60,6 +64,24 @@ def test_a_family_is_learned_at_mixed_widths_and_its_checkpoint_opens(name: str,
     assert report.written == report.predicted
     logits = load_dequantized(tmp_path / "gamma")(torch.arange(20)[None]).logits
     assert logits.isfinite().all()
+
+
+def test_experts_stored_as_one_tensor_are_the_same_modules(family, tmp_path: Path) -> None:
+    single = read_inventory(family("olmoe"))
+    tensors = load_file(single.folder / "model.safetensors")
+    for block in range(2):
+        parent = f"model.layers.{block}.mlp.experts"
+        of = {leaf: [tensors.pop(f"{parent}.{e}.{leaf}.weight") for e in range(4)] for leaf in STACKED}
+        halves = zip(of["gate_proj"], of["up_proj"], strict=True)
+        tensors[f"{parent}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in halves])
+        tensors[f"{parent}.down_proj"] = torch.stack(of["down_proj"])
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(single.folder / "config.json", tmp_path)
+    stacked = read_inventory(tmp_path)
+    assert [m.name for m in stacked.modules] == [m.name for m in single.modules]
+    for one, other in zip(single.modules, stacked.modules, strict=True):
+        assert torch.equal(read_tensor(one.tensor), read_tensor(other.tensor)), one.name
+    assert model_digest(stacked) == model_digest(single)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -100,6 +100,7 @@ class _Finder:
         }
         self.expressions = Expressions(self.sizes, constant)
         self.modules: dict[str, _Tensor] = {}
+        self.experts: Trace = ()
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
     def find(self) -> Architecture:
@@ -251,6 +252,8 @@ class _Finder:
         parent, _, leaf = name.rpartition(".")
         rule: dict[str, Any] = {"name": name, "shape": [self._text(trace) for trace in tensor.shape]}
         where = self._where(tensor, sparse)
+        if tensor.shape[0] == self.experts and "{e}" not in name:
+            where |= {"why_16": "a router says which experts a token takes"}
         if "{e}" in name:
             stack = _EXPERT_LEAVES.get(leaf)
             if stack is None:
@@ -315,6 +318,8 @@ class _Finder:
         weight = self.modules.get(parent)
         if part == "bias" and weight is not None and (split := self._split(weight)) in ("column", "kv", "qkv"):
             rule["split"] = split
+        if self.served.in_float32(tensor.name):
+            rule["float32"] = True
         return rule | self._where(tensor, sparse)
 
     def _where(self, tensor: _Tensor, sparse: set[int]) -> dict[str, Any]:
@@ -353,7 +358,7 @@ class _Finder:
     def _experts(self, tensors: Iterable[_Tensor], sparse: set[int]) -> dict[str, Any] | None:
         if not sparse:
             return None
-        counts = tuple(_count(p) for p in self.probes)
+        counts = self.experts = tuple(_count(p) for p in self.probes)
         down = next(t for t in tensors if "{e}" in t.name and _EXPERT_LEAVES.get(t.name.split(".")[-2]) == "w2")
         if len(sparse) == BLOCKS:
             rule = "all"

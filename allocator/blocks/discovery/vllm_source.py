@@ -17,6 +17,8 @@ __all__ = ["LayerCall", "ServedModel", "served_architectures", "served_model", "
 
 _TABLES = ("_TEXT_GENERATION_MODELS", "_SEQUENCE_CLASSIFICATION_MODELS", "_MULTIMODAL_MODELS",
            "_TRANSFORMERS_SUPPORTED_MODELS")  # fmt: skip
+_FOLLOWED = ("vllm.model_executor.models", "vllm.models.", "vllm.model_executor.layers.mamba.")
+"""Modules whose layers are those of the models that import them."""
 _LAYERS = {
     "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear", "ReplicatedLinear",
     "GateLinear", "ParallelLMHead", "VocabParallelEmbedding", "FusedMoE", "SharedFusedMoE",
@@ -34,6 +36,7 @@ class LayerCall:
 @dataclass
 class ServedModel:
     """A model class of vLLM. `layers` are by the attribute that holds them, `packed` is its packed_modules_mapping.
+    `float32` are the attributes that it keeps in float32 whatever the model's dtype.
 
     `by_transformers`: vLLM runs the code of transformers with its own layers in it. `windows_by_layer`: its
     attention is told a sliding window for each layer.
@@ -43,6 +46,12 @@ class ServedModel:
     packed: dict[str, list[str]] = field(default_factory=dict)
     layers: dict[str, LayerCall] = field(default_factory=dict)
     windows_by_layer: bool = False
+    float32: set[str] = field(default_factory=set)
+
+    def in_float32(self, tensor: str) -> bool:
+        """Whether vLLM keeps the tensor of that name in float32."""
+        parent, _, leaf = tensor.rpartition(".")
+        return (parent.rpartition(".")[2] if leaf == "weight" else leaf) in self.float32
 
 
 def vllm_version() -> str:
@@ -81,6 +90,7 @@ def served_model(architecture: str) -> ServedModel | None:
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and any(k.arg == "per_layer_sliding_window" for k in call.keywords):
                 model.windows_by_layer = True
+        model.float32 |= _in_float32(tree)
         for attribute, layer in _layers(tree):
             model.layers.setdefault(attribute, layer)
     model.packed = _stacked(trees[0]) | _packed(trees, name) | _packed_later(trees[0])
@@ -122,24 +132,45 @@ def _trees(module: str) -> list[ast.Module]:
                 if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
                     parent = name if path.parent.name == name.rpartition(".")[2] else name.rpartition(".")[0]
                     waiting.append(f"{parent}.{node.module}")
-                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith((package, "vllm.models.")):
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_FOLLOWED):
                     waiting.append(node.module or "")
     skipped = ("interfaces", "interfaces_base", "utils", "registry", "adapters")
     return [t for t in found if t not in [x for s in skipped for p in _files(f"{package}.{s}") for x in [_parse(p)]]]
 
 
 def _layers(tree: ast.Module) -> list[tuple[str, LayerCall]]:
+    makers = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
             continue
         target, call = node.targets[0], node.value
         kind = call.func.id if isinstance(call.func, ast.Name) else ""
+        if isinstance(call.func, ast.Attribute) and call.func.attr in makers:  # self.create_qkvz_proj(...)
+            kind = next((k for k in map(_returned, ast.walk(makers[call.func.attr])) if k in _LAYERS), "")
         if isinstance(target, ast.Attribute) and kind in _LAYERS:
             given = {k.arg: k.value for k in call.keywords}.get("quant_config")
             quantized = given is not None and not (isinstance(given, ast.Constant) and given.value is None)
             found.append((target.attr, LayerCall(kind, quantized)))
     return found
+
+
+def _in_float32(tree: ast.Module) -> set[str]:
+    """Attributes assigned parameters, or routers, of that dtype by name."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            text = ast.unparse(node.value)
+            parameter = text.startswith("nn.Parameter(") and " dtype=torch.float32" in text
+            if parameter or (text.startswith("GateLinear(") and "params_dtype=torch.float32" in text):
+                found.add(node.targets[0].attr)
+    return found
+
+
+def _returned(node: ast.AST) -> str:
+    """The class that a return statement makes an object of."""
+    value = node.value if isinstance(node, ast.Return) else None
+    return value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
 
 
 def _packed(trees: list[ast.Module], name: str) -> dict[str, list[str]]:
