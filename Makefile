@@ -15,7 +15,7 @@ AVX2_TESTS := $(addprefix tests/gamma_vllm/test_,kernels.py native.py linear.py 
 	tests/e2e/test_server.py::test_the_openai_api_answers_and_comes_back_after_its_worker_was_killed
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 
-.PHONY: help setup architectures audit demo bench-allocation bench-calibration bench-channel-blocks bench-cli bench-demo bench-bank bench-experts bench-kernels bench-quantizers bench-scale bench-serving bench-sidecar bench-solver bench-vocabulary test test-avx2 test-fast test-gpu test-tools test-versions lint format clean
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,8 +23,8 @@ help: ## show these targets
 setup: ## make .venv with everything that the other targets need (nothing to do the second time)
 	@bash deploy/setup.sh
 
-demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it
-	@$(PYTHON) benchmarks/demo/run.py
+demo: setup ## from a model folder to a served mixed-precision endpoint, and a completion from it (MODEL=smollm2: a real model, and its answer)
+	@$(PYTHON) benchmarks/demo/run.py $(MODEL)
 
 bench-demo: setup ## what the demo model writes at 16 bits, at the demo's budget and at 2 bits
 	@$(PYTHON) benchmarks/demo/bench.py
@@ -35,7 +35,7 @@ bench-bank: setup ## from a new budget to a ready server: from the bank, against
 bench-cli: setup ## CPU time of commands that are asked often, over that of the imports they need
 	@$(PYTHON) benchmarks/cli/bench.py
 
-bench-experts: setup ## what widths of their own cost a layer of experts on CPU
+bench-experts: setup ## a layer of experts on CPU: widths against vLLM's own in bfloat16, and what widths of their own cost
 	@$(PYTHON) benchmarks/experts/bench.py
 
 bench-sidecar: setup ## the sidecar under load: cached allocations, fresh solves, overload, memory (needs wrk)
@@ -52,6 +52,12 @@ bench-channel-blocks: setup ## whether widths by block of output channels beat w
 
 bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of 64 and 128
 	@$(PYTHON) benchmarks/quantizers/bench.py
+
+bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, side by side (an hour of CPU)
+	@$(PYTHON) benchmarks/learning/bench.py
+
+bench-real: setup ## models that people know against uniform widths, llama.cpp and AutoRound (many hours; says first what it downloads)
+	@$(PYTHON) benchmarks/real_models/bench.py $(ARGS)
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)
 	@$(PYTHON) benchmarks/scale/bench.py
@@ -89,6 +95,9 @@ test-avx2: setup ## what depends on the CPU, with instructions above AVX2 hidden
 
 test-versions: setup ## the plugin on older vLLM for CPU (VERSIONS="0.29.0 0.30.0 0.31.0"); five minutes each
 	@bash deploy/other_vllm.sh $(VERSIONS)
+
+images: ## build the images with docker, podman or buildah, and try them (IMAGES="gamma-sidecar", IMAGES_ARGS="--push ...")
+	@python3 deploy/images.py $(IMAGES) $(IMAGES_ARGS)
 
 audit: setup ## known vulnerabilities of the packages in the sidecar's image (asks PyPI for advisories)
 	@$(PYTHON) deploy/audit.py

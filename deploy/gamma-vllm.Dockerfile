@@ -21,7 +21,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     --mount=type=bind,source=deploy/requirements/object-storage.lock,target=/locks/object-storage.lock \
     python3 -m pip freeze | grep -E '^[A-Za-z0-9._-]+==' > /tmp/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt --find-links /wheels "gamma-vllm[learn,sidecar]" \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt --find-links /wheels "gamma-vllm[learn,share,sidecar]" \
     && python3 -m pip install --no-cache-dir --no-deps --requirement /locks/object-storage.lock \
     && rm /tmp/constraints.txt
 RUN groupadd --gid 10001 gamma && useradd --uid 10001 --gid gamma --create-home --home-dir /home/gamma gamma

@@ -1,12 +1,13 @@
 """Mixture-of-experts layers: every expert's gate, up and down projection at a width of its own.
 
 vLLM keeps the experts of a layer in two tensors, `w13` (gate and up) and `w2` (down). Here each of the two is a set of
-flat parameters (`gamma_vllm.parameters`) with a window for every expert. The experts that got tokens are multiplied one
-after the other with the kernel of linear layers, so different widths cost nothing extra. Routing, shared experts
-and the sum over ranks stay with vLLM; tensor parallelism cuts each expert, expert parallelism deals them out.
+flat parameters (`gamma_vllm.parameters`) with a window for every expert. The experts that got tokens are multiplied
+together where the kernel can (`Kernel.experts`), else one after the other with the kernel of linear layers; different
+widths cost nothing extra. Routing, shared experts and the sum over ranks stay with vLLM; tensor parallelism cuts each
+expert, expert parallelism deals them out.
 """
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +17,16 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
+from vllm.model_executor.layers.fused_moe.activation import (
+    ApplyMoEActivationConfig,
+    MoEActivation,
+    apply_moe_activation,
+)
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, module_tensors
 from allocator.contract.resident import EXPERT_ALIGNMENT_BYTES
-from gamma_vllm.kernels.base import Kernel, define
+from gamma_vllm.kernels.base import Activation, Kernel, Place, Stack, define, kinds_of
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.linear import (
     check_loaded,
@@ -32,6 +37,7 @@ from gamma_vllm.linear import (
     part_dtypes,
     register_held,
 )
+from gamma_vllm.memory import empty_weight
 from gamma_vllm.parameters import FlatParameter
 from gamma_vllm.shards import PARTS, CheckpointModule, LayerGeometry, Segment, Shard, merge, plan_shards, windows
 
@@ -46,21 +52,20 @@ class ExpertModules:
     w2: CheckpointModule
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a kernel's tensor lies in the parameter that holds those of all experts."""
-
-    offset: int
-    shape: tuple[int, ...]
-
-
 @dataclass
 class _Stack:
-    """One of the two weights of the layer: per local expert its segments, and where their tensors lie."""
+    """One of the two weights of the layer: per local expert its segments, where their tensors lie, and what the kernel
+    made of that."""
 
     name: str
     segments: list[list[Segment]]
-    places: dict[tuple[int, int, str], _Place]
+    places: dict[tuple[int, int, str], Place]
+    tensors: tuple[str, ...] = ()
+    index: Any = None
+
+    def held(self, layer: RoutedExperts) -> Stack:
+        tensors = {name: getattr(layer, f"gamma_{self.name}_{name}") for name in self.tensors}
+        return Stack(self.segments, tensors, self.places, self.index)
 
 
 class GammaMoEMethod(FusedMoEMethodBase):
@@ -157,11 +162,12 @@ class GammaMoEMethod(FusedMoEMethodBase):
                     for name, tensor in tensors.items():
                         packed.setdefault(name, {})[expert, number, name] = tensor
             del flat, found
-            stack.places = {}
+            stack.places, stack.tensors = {}, tuple(packed)
             for name, tensors_of_experts in packed.items():
-                joined, places = _join(tensors_of_experts)
+                joined, places = _join(name, _by_kind(stack.segments, tensors_of_experts))
                 stack.places |= places
                 register_held(layer, self.kernel, name, f"gamma_{stack.name}_{name}", joined)
+            stack.index = self.kernel.index_experts(stack.held(layer))
 
     def apply(
         self,
@@ -179,21 +185,28 @@ class GammaMoEMethod(FusedMoEMethodBase):
 
     def multiply(self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """What `apply` computes. A token's sum is taken in float32 in the order of its choices, whatever the batch."""
-        ids = topk_ids.to(torch.int64)
+        ids = topk_ids
         if layer.expert_map is not None:  # -1 for the experts of other ranks
-            ids = layer.expert_map.to(torch.int64)[ids]
+            ids = layer.expert_map[ids.to(torch.int64)]
         weights = topk_weights.to(torch.float32)
         if layer.apply_router_weight_on_input:
             x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
+        w13, w2 = (stack.held(layer) for stack in self.stacks)
+        silu = layer.activation is MoEActivation.SILU and layer.swiglu_limit is None
+        activation = Activation(functools.partial(self._activate, layer), silu)
+        together = self.kernel.experts(w13, w2, x, ids, weights, activation)
+        if together is not None:
+            return together
+        ids = ids.to(torch.int64)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.multiply_all(layer, x, weights, ids)
         order = ids.flatten().argsort(stable=True)
-        counts = torch.bincount(ids.flatten() + 1, minlength=len(self.stacks[0].segments) + 1).tolist()
+        counts = torch.bincount(ids.flatten() + 1, minlength=len(w13.segments) + 1).tolist()
         order = order[counts[0] :]  # (token, choice) pairs, those of one expert next to each other
         rows, products, start = x[order // ids.shape[1]], [], 0
         for expert, count in enumerate(counts[1:]):
             if count:
-                products.append(self._expert(layer, expert, rows[start : start + count]))
+                products.append(self._expert(layer, w13, w2, expert, rows[start : start + count]))
                 start += count
         chosen = torch.zeros(ids.numel(), x.shape[1], dtype=torch.float32, device=x.device)
         if products:
@@ -206,27 +219,27 @@ class GammaMoEMethod(FusedMoEMethodBase):
         weights: float32, ids: int64 numbers of local experts.
         """
         output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in range(len(self.stacks[0].segments)):
+        w13, w2 = (stack.held(layer) for stack in self.stacks)
+        for expert in range(len(w13.segments)):
             share = (weights * (ids == expert)).sum(-1, keepdim=True)
-            output += self._expert(layer, expert, x).to(torch.float32) * share
+            output += self._expert(layer, w13, w2, expert, x).to(torch.float32) * share
         return output.to(x.dtype)
 
-    def _expert(self, layer: RoutedExperts, expert: int, x: Tensor) -> Tensor:
-        hidden = self._product(layer, self.stacks[0], expert, x)
+    def _expert(self, layer: RoutedExperts, w13: Stack, w2: Stack, expert: int, x: Tensor) -> Tensor:
+        return self._product(w2, expert, self._activate(layer, self._product(w13, expert, x)))
+
+    def _activate(self, layer: RoutedExperts, hidden: Tensor) -> Tensor:
         columns = hidden.shape[1] // 2 if self.moe.is_act_and_mul else hidden.shape[1]
         activated = torch.empty(hidden.shape[0], columns, dtype=hidden.dtype, device=hidden.device)
         apply_moe_activation(layer.activation, activated, hidden, activation_config=_activation_config(layer))
-        return self._product(layer, self.stacks[1], expert, activated)
+        return activated
 
-    def _product(self, layer: RoutedExperts, stack: _Stack, expert: int, x: Tensor) -> Tensor:
-        segments, held = stack.segments[expert], []
-        for number, segment in enumerate(segments):
-            tensors = {}
-            for name in held_tensors(self.kernel, segment):
-                place = stack.places[expert, number, name]
-                whole = getattr(layer, f"gamma_{stack.name}_{name}")
-                tensors[name] = whole.narrow(0, place.offset, math.prod(place.shape)).view(place.shape)
-            held.append(tensors)
+    def _product(self, stack: Stack, expert: int, x: Tensor) -> Tensor:
+        segments = stack.segments[expert]
+        held = [
+            {name: stack.of(expert, number, name) for name in held_tensors(self.kernel, segment)}
+            for number, segment in enumerate(segments)
+        ]
         return self.kernel.layer(segments, held, x)
 
 
@@ -253,15 +266,29 @@ def _segments(shards_of_experts: list[list[Shard]]) -> list[list[Segment]]:
     return result
 
 
-def _join(tensors: dict[tuple[int, int, str], Tensor]) -> tuple[Tensor, dict[tuple[int, int, str], _Place]]:
-    """One 1-D tensor of all `tensors`, each aligned as a tensor of its own would be, and the place of each."""
+def _by_kind(
+    segments: list[list[Segment]], tensors: dict[tuple[int, int, str], Tensor]
+) -> dict[tuple[int, int, str], Tensor]:
+    """Those of one kind at one place in their experts next to each other, so that a kernel can take them together."""
+
+    def kind(key: tuple[int, int, str]) -> tuple[list[int], int, int]:
+        expert, number, _name = key
+        of_expert = segments[expert]
+        return kinds_of([of_expert[number]]), sum(segment.rows for segment in of_expert[:number]), expert
+
+    return {key: tensors[key] for key in sorted(tensors, key=kind)}
+
+
+def _join(name: str, tensors: dict[tuple[int, int, str], Tensor]) -> tuple[Tensor, dict[tuple[int, int, str], Place]]:
+    """One 1-D tensor of all `tensors` of a name, each aligned as one of its own would be, and the place of each."""
     first = next(iter(tensors.values()))
     step = EXPERT_ALIGNMENT_BYTES // first.element_size()
     places, end = {}, 0
     for key, tensor in tensors.items():
-        places[key] = _Place(end, tuple(tensor.shape))
+        places[key] = Place(end, tuple(tensor.shape))
         end += -(-tensor.numel() // step) * step
-    joined = torch.zeros(end, dtype=first.dtype, device=first.device)
+    with torch.device(first.device):
+        joined = empty_weight(name, end, first.dtype).zero_()
     for key, tensor in tensors.items():
         joined.narrow(0, places[key].offset, tensor.numel()).copy_(tensor.reshape(-1))
     return joined, places

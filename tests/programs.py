@@ -1,4 +1,4 @@
-"""What `make test-tools` brings beside .venv: programs, and the packages of object storage."""
+"""What `make test-tools` brings beside .venv: programs, and the packages of object storage and of GGUF files."""
 
 import os
 import shutil
@@ -9,12 +9,16 @@ import pytest
 
 from tests.skips import lacking
 
-__all__ = ["OBJECT_STORAGE", "program"]
+__all__ = ["GGUF", "OBJECT_STORAGE", "VLLM_ROUTER", "program"]
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 TOOLS = Path(os.environ.get("GAMMA_TOOLS") or _CACHE / "gamma-tools")
 OBJECT_STORAGE = TOOLS / f"object-storage-{sys.implementation.cache_tag}"
 """A folder of packages for this Python."""
+VLLM_ROUTER = TOOLS / f"vllm-router-{sys.implementation.cache_tag}"
+"""Likewise."""
+GGUF = TOOLS / f"gguf-{sys.implementation.cache_tag}"
+"""Likewise, to read and write GGUF files."""
 
 
 def program(name: str) -> str:

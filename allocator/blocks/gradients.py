@@ -1,5 +1,6 @@
 """Gradients of the model's log-probabilities at the output of every block, computed one block at a time."""
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.products import FastProducts, linear
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
 from allocator.run.journal import Journal
@@ -18,10 +20,11 @@ from allocator.run.progress import Progress, silent
 __all__ = [
     "GRADIENTS_STEP",
     "backward_by_block",
+    "dealt",
     "draw_signs",
     "fill_gradients",
     "parts_of_sequence",
-    "rademacher_probe",
+    "random_signs",
     "rows_together",
 ]
 
@@ -41,13 +44,16 @@ def backward_by_block(
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
-    Each of `gradients` is of one probe: at every position each token y of the vocabulary gets a random sign x_y, and
-    the gradient is that of the sum of x_y sqrt(p_y) log p_y, with sqrt(p_y) held fixed. Signs are independent, so its
-    products have the mean that those of the gradients of log p_y have, y drawn from the model: the Fisher matrix; with
-    less noise (Hutchinson 1990). `hidden` holds the teacher's states. The gradients at the output of block i
-    are boundary i + 1; only they and those one block on are on the disk at a time, so what is to be learned of a block
-    must be learned, and kept in `journal`, before the next number is asked for. Boundaries that `journal` has are not
-    computed again. With `to_embedding`, -1 comes after block 0, when the gradients at the embedding's output are there.
+    At every position each token y of the vocabulary gets a random sign x_y, and is dealt to one of the S probes, which
+    `gradients` are of. Theirs is the gradient of the sum of x_y sqrt(S p_y) log p_y over their tokens, with sqrt(p_y)
+    held fixed. Signs are independent, so the mean of its products over the probes has the expectation of those of the
+    gradients of log p_y, y drawn from the model: the Fisher matrix; with less noise (Hutchinson 1990), and as much as
+    S probes of all tokens each would have, at S times the arithmetic.
+
+    `hidden` holds the teacher's states. The gradients at the output of block i are boundary i + 1; only they and those
+    one block on are on the disk at a time, so what is to be learned of a block must be learned, and kept in `journal`,
+    before the next number is asked for. Boundaries that `journal` has are not computed again. With `to_embedding`, -1
+    comes after block 0, when the gradients at the embedding's output are there.
     What is computed before the first number is a step of `progress`.
     """
     journal = journal or Journal.nowhere()
@@ -75,29 +81,41 @@ def rows_together(vocabulary: int) -> list[slice]:
     return [slice(start, min(start + _HEAD_ROWS, vocabulary)) for start in range(0, vocabulary, _HEAD_ROWS)]
 
 
-def rademacher_probe(seed: int, probe: int, sequence: int, part: slice, rows: slice) -> Tensor:
-    """The random signs of a probe, at one of `parts_of_sequence` and for one of `rows_together`: int8 `[tokens, rows]`.
+def random_signs(seed: int, sequence: int, part: slice, rows: slice) -> Tensor:
+    """The signs of one of `rows_together` at one of `parts_of_sequence`: int8 `[tokens, rows]`.
 
     Drawn on the CPU, each stripe by itself, so that every device and every number of processes sees the same signs, and
     what is learned of the lm_head can have those of any stripe again.
     """
-    key = digest_bytes(f"{seed} {probe} {sequence} {part.start} {rows.start}".encode())
+    key = digest_bytes(f"{seed} {sequence} {part.start} {rows.start}".encode())
     generator = torch.Generator().manual_seed(int(key[-8:], 16))
     shape = (part.stop - part.start, rows.stop - rows.start)
     return 2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1
 
 
-def draw_signs(seed: int, wanted: Sequence[tuple[int, int, slice, slice]]) -> list[Tensor]:
-    """`rademacher_probe` of each of `wanted` (probe, sequence, part, rows), drawn on as many cores as torch has
-    threads: of a large vocabulary there are billions, and one core would take longer than all else."""
+def dealt(tensor: Tensor, probes: int, dim: int) -> Tensor:
+    """A stripe of the vocabulary along `dim`, as it is dealt to the probes one by one: `[probes, ...]` with a share of
+    it in the place of `dim`, the last ones filled up with zeros."""
+    missing = -tensor.shape[dim] % probes
+    if missing:
+        shape = [*tensor.shape]
+        shape[dim] = missing
+        tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    shape = [*tensor.shape[:dim], -1, probes, *tensor.shape[dim + 1 :]]
+    return tensor.view(shape).movedim(dim + 1, 0)
+
+
+def draw_signs(seed: int, wanted: Sequence[tuple[int, slice, slice]]) -> list[Tensor]:
+    """`random_signs` of each of `wanted` (sequence, part, rows), drawn on as many cores as torch has threads: of a
+    large vocabulary there are billions."""
     if len(wanted) == 1 or torch.get_num_threads() == 1:
-        return [rademacher_probe(seed, *one) for one in wanted]
-    return list(_drawers(torch.get_num_threads()).map(lambda one: rademacher_probe(seed, *one), wanted))
+        return [random_signs(seed, *one) for one in wanted]
+    return list(_drawers(torch.get_num_threads()).map(lambda one: random_signs(seed, *one), wanted))
 
 
 @cache
 def _drawers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "rademacher_probe")
+    return ThreadPoolExecutor(threads, "random_signs")
 
 
 def _fill_boundary(
@@ -134,7 +152,8 @@ def _fill_before(
     block = stream.block(index)
     for _, rows in process_group.share(batches(hidden.shape)):
         states = hidden.boundary(index)[rows].to(stream.device).requires_grad_(True)
-        output = stream.run(block, states)
+        with FastProducts():
+            output = stream.run(block, states)
         for store in gradients:
             above = store.boundary(index + 1)[rows].to(stream.device).float()
             (gradient,) = torch.autograd.grad(output, states, above, retain_graph=store is not gradients[-1])
@@ -150,16 +169,44 @@ def _fill_last(
     process_group: ProcessGroup,
     progress: Progress,
 ) -> None:
-    head = stream.head()
+    norm, weight = stream.norm(), stream.head_weight()
     for sequence, row in progress.over(process_group.share(range(hidden.shape[0])), GRADIENTS_STEP, "sequence"):
         for part in parts_of_sequence(hidden.shape[1]):
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
-            logprobs = head(states).log_softmax(-1)
-            root = (logprobs.detach() / 2).exp()
-            for probe, store in enumerate(gradients):
-                stripes = rows_together(logprobs.shape[1])
-                drawn = torch.cat(draw_signs(seed, [(probe, sequence, part, rows) for rows in stripes]), 1)
-                weights = drawn.to(stream.device) * root
-                (gradient,) = torch.autograd.grad(logprobs, states, weights, retain_graph=store is not gradients[-1])
+            normed = norm(states)
+            with torch.no_grad():
+                above = _gradients_of_head(normed, weight, stream.softcap, len(gradients), seed, sequence, part)
+            for store, of_probe in zip(gradients, above, strict=True):
+                (gradient,) = torch.autograd.grad(normed, states, of_probe, retain_graph=store is not gradients[-1])
                 require_finite(gradient, "gradients at the input of the final norm")
                 store.boundary(stream.blocks)[row, part] = gradient.to(store.dtype).cpu()
+
+
+def _gradients_of_head(
+    states: Tensor, weight: Tensor, softcap: float | None, probes: int, seed: int, sequence: int, part: slice
+) -> Tensor:
+    """The gradients of the probes at the input of the lm_head, `states` `[T, D]`: `[S, T, D]`.
+
+    Those by the logits are r_y - p_y sum_z r_z, r_y being x_y sqrt(S p_y). The second term has one product with the
+    weight for all probes, and the first one too: each token is of one probe.
+    """
+    logits = linear(states, weight)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    signed, mean = states.new_zeros(probes, *states.shape), torch.zeros_like(states)
+    roots = states.new_zeros(probes, len(states))
+    for rows in rows_together(len(weight)):
+        of_rows, capped = weight[rows], logits[:, rows]
+        slope = None if softcap is None else 1 - (capped / softcap).square_()
+        root = ((capped - normaliser) / 2).exp_()
+        probability = root.square()
+        root *= random_signs(seed, sequence, part, rows).to(root.device)
+        roots += dealt(root, probes, 1).sum(-1)
+        if slope is not None:
+            root *= slope
+            probability *= slope
+        mean += linear(probability, of_rows.T)
+        for total, own, theirs in zip(signed, dealt(root, probes, 1), dealt(of_rows, probes, 0), strict=True):
+            total += linear(own.contiguous(), theirs.T)
+    return (signed - roots.unsqueeze(-1) * mean) * math.sqrt(probes)

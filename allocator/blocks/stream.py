@@ -175,12 +175,16 @@ class BlockStream:
         leaf = self._skeleton.norm_name.rpartition(".")[2]
         return f"{beside}.{leaf}" if beside else leaf
 
+    def head_weight(self) -> Tensor:
+        """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model."""
+        return self.read(f"{self._modules['embedding' if self.inventory.tied else 'lm_head']}.weight").float()
+
     def head(self) -> nn.Module:
         """Final norm and lm_head as one module from hidden states to float32 logits `[B, T, V]`.
 
         The parameter `HEAD_WEIGHT` of it is the lm_head's.
         """
-        weight = self.read(f"{self._modules['embedding' if self.inventory.tied else 'lm_head']}.weight").float()
+        weight = self.head_weight()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
         parts = OrderedDict(norm=self.norm(), lm_head=head)

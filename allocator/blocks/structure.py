@@ -84,7 +84,7 @@ class Experts(nn.ModuleList):
         for number in torch.unique(chosen).tolist():
             tokens, place = torch.where(chosen == number)
             output = self[number](hidden[tokens]) * weights[tokens, place, None]
-            total = total.index_add(0, tokens, output)
+            total = total.index_add(0, tokens, output.to(total.dtype))
         return total
 
 

@@ -26,8 +26,13 @@ def add_deployment(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to prepare")
     group.add_argument("--out", type=Path, metavar="DIR", help="gets checkpoint/, vllm.yaml, plan.json, manifest.json")
     group.add_argument("--gpu", default="auto", metavar="NAME", help="a GPU of `gamma plan`, or auto: the visible one")
-    group.add_argument("--gpu-memory", metavar="BYTES", help="memory of one GPU, e.g. 24GiB; beats what is read")
+    group.add_argument(
+        "--gpu-memory",
+        metavar="BYTES",
+        help="memory of one NVIDIA GPU, e.g. 24GiB, also where none is; beats what is read",
+    )
     group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    group.add_argument("--pipeline-parallel-size", type=int, default=1, metavar="N", help="stages, e.g. one a node")
     group.add_argument("--max-model-len", type=int, metavar="N", help="default: what the model allows")
     group.add_argument(
         "--max-num-seqs",
@@ -55,7 +60,8 @@ def add_deployment(parser: argparse.ArgumentParser) -> None:
         "--fusion",
         choices=["auto", "free", "tied"],
         default="auto",
-        help="tied: one width for the modules that vLLM fuses into one layer; auto: tied on a GPU, else free",
+        help="tied: one width for the modules that vLLM fuses into one layer; auto: tied on a GPU that is named or "
+        "seen, else free",
     )
     group.add_argument("--served-model-name", metavar="NAME", help="default: the model's name in the store")
     group.add_argument(
@@ -110,6 +116,7 @@ def prepare_settings(args: argparse.Namespace) -> "PrepareSettings":
             gpu=args.gpu,
             gpu_memory_bytes=None if args.gpu_memory is None else parse_budget(args.gpu_memory),
             tensor_parallel_size=args.tensor_parallel_size,
+            pipeline_parallel_size=args.pipeline_parallel_size,
             max_model_len=args.max_model_len,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,

@@ -19,7 +19,7 @@ from allocator.cli.options import (
     solve_settings,
 )
 from allocator.cli.output import print_json, print_tables, show_progress
-from allocator.cli.planning import CHOOSE, add_device, add_probe, add_traffic, device_of, plan_request
+from allocator.cli.planning import CHOOSE, add_device, add_probe, add_traffic, device_of, plan_request, sequences_note
 from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the assignment and the best uniform plan of the same bytes, and export the better one",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="learn the codes and scales of the assignment anew, as `gamma tune`; kept if it measures better",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
     add_resume(parser)
@@ -72,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
         print_json(document | {"serve": done.serve})
     else:
         print_tables(*manifest_tables(done.manifest), export_table(done.report), *filter(None, [done.price]))
-        print_tables(*(_kv_line(option, done.plan) for option in done.kv_options), f"serve it: {done.serve}")
+        note = sequences_note(args, done.plan) if done.plan is not None and args.plan is None else ""
+        told = [*(_kv_line(option, done.plan) for option in done.kv_options), *filter(None, [note])]
+        print_tables(*told, f"serve it: {done.serve}")
 
 
 def _request(args: argparse.Namespace) -> "FitRequest":
@@ -90,6 +97,7 @@ def _request(args: argparse.Namespace) -> "FitRequest":
         candidates=candidate_settings(args),
         learning=learning_settings(args),
         verified=args.verify,
+        tuned=args.tune,
         overwrite=args.overwrite,
         resume=args.resume,
     )

@@ -152,7 +152,11 @@ def _widths(text: str) -> tuple[int, ...]:
 
 def add_learning(parser: argparse.ArgumentParser) -> None:
     bank = parser.add_argument_group("candidates")
-    bank.add_argument("--quantizer", default="gptq", help="gptq (default), mse, rtn, or one that a package registers")
+    bank.add_argument(
+        "--quantizer",
+        default="gptq",
+        help="gptq (default), learned-rounding, mse, rtn, or one that a package registers",
+    )
     bank.add_argument("--widths", type=_widths, default=WIDTHS, help="default: 2,3,4,5,6,8,16")
     bank.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
     bank.add_argument("--symmetric", action="store_true", help="no zero points (default: asymmetric)")

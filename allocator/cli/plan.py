@@ -10,7 +10,16 @@ from pathlib import Path
 
 from allocator.cli.options import add_json, add_model
 from allocator.cli.output import print_json, print_tables
-from allocator.cli.planning import add_device, add_probe, add_traffic, catalogue_of, device_of, plan_request, probe_of
+from allocator.cli.planning import (
+    add_device,
+    add_probe,
+    add_traffic,
+    catalogue_of,
+    device_of,
+    plan_request,
+    probe_of,
+    sequences_note,
+)
 from allocator.contract.layout import GROUP_SIZES
 from allocator.contract.outputs import check_output_file
 
@@ -61,6 +70,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(plan.payload() | {"digest": plan.digest})
     else:
-        print_tables(*plan_tables(plan))
+        print_tables(*plan_tables(plan), *filter(None, [sequences_note(args, plan)]))
         if model.formats is not None and plan.verdict.fits:
             print_tables("serve it: " + shlex.join(vllm_arguments(plan, args.model)))

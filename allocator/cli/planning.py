@@ -9,7 +9,7 @@ from allocator.contract.errors import InputError
 
 if TYPE_CHECKING:
     from allocator.model.shape import ModelShape
-    from allocator.plan import Device, Gpu, PlanRequest
+    from allocator.plan import Device, Gpu, Plan, PlanRequest
     from allocator.plan.schema import LoraRequest
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "lora_request",
     "plan_request",
     "probe_of",
+    "sequences_note",
 ]
 
 
@@ -59,7 +60,11 @@ def probe_of(args: argparse.Namespace, shape: "ModelShape", device: "Device", re
 def add_traffic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("traffic and vLLM, named as in `vllm serve`")
     group.add_argument("--max-model-len", metavar="N", help="longest sequence (default: the model's)")
-    group.add_argument("--max-num-seqs", metavar="N", default="1", help="sequences of that length at once (default 1)")
+    group.add_argument(
+        "--max-num-seqs",
+        metavar="N",
+        help="sequences of that length at once, which is also the most that vLLM will be told to run (default 1)",
+    )
     group.add_argument("--max-num-batched-tokens", metavar="N", help="default: what vLLM takes on the card")
     group.add_argument(
         "--kv-cache-dtype",
@@ -178,6 +183,19 @@ def plan_request(args: argparse.Namespace, may_choose: bool = False) -> "PlanReq
         item = error.errors(include_url=False)[0]
         option = "--" + str(item["loc"][0]).replace("_", "-")
         raise InputError(f"{option} {item['input']}: {item['msg'].lower()}") from None
+
+
+def sequences_note(args: argparse.Namespace, plan: "Plan") -> str:
+    """What to tell of a plan for one sequence that nobody asked for by number; empty where somebody did."""
+    from allocator.plan.schema import default_num_seqs
+
+    if args.max_num_seqs is not None:
+        return ""
+    usual = default_num_seqs(plan.device.cuda_bytes, plan.device.name)
+    return (
+        "planned for one sequence at a time, as --max-num-seqs was not given: vllm.yaml and the commands say so to "
+        f"vLLM, which would run up to {usual}. Each further one takes from the weights what its KV cache needs"
+    )
 
 
 def _count(option: str, text: str) -> int:

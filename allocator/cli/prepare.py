@@ -22,18 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name or digest in the store, or a folder or hub id")
     add_store(parser)
     add_deployment(parser)
+    parser.add_argument(
+        "--cache-limit",
+        metavar="BYTES",
+        help="DIR is an entry of a node's cache (`gamma cache`): before writing, remove what lies beside it, the "
+        "longest unused first and never what is in use, so that all together stays within this; e.g. 200GiB",
+    )
     add_json(parser)
     add_progress(parser)
     from_environment(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    from allocator.contract.amounts import parse_budget
     from allocator.sidecar.prepare import prepare
     from allocator.sidecar.store import Store
 
     settings, store = prepare_settings(args), Store(args.store)
+    limit = None if args.cache_limit is None else parse_budget(args.cache_limit, "--cache-limit")
     with show_progress(args.progress) as progress:
-        prepared = prepare(settings, store, args.out.absolute(), progress)
+        prepared = prepare(settings, store, args.out.absolute(), progress, limit)
     if args.json:
         print_json(prepared.model_dump(mode="json", exclude_none=True))
     else:

@@ -11,7 +11,8 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache", "digests"]
+        "name",
+        choices=["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache", "digests", "share"],
     )
 
 
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from allocator.contract.scores import KvCacheScores, Scores
     from allocator.plan import Catalogue, Plan
     from allocator.plan.probe_records import ProbeRecord
+    from allocator.sidecar.sharing import Share
 
     if args.name == "checkpoint":
         print_json(CheckpointConfig.model_json_schema())
@@ -31,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         documents: dict[str, type[Document]] = {
             "bank": Bank, "scores": Scores, "manifest": Manifest, "plan": Plan, "probe": ProbeRecord,
-            "kv_cache": KvCacheScores, "digests": TensorDigests,
+            "kv_cache": KvCacheScores, "digests": TensorDigests, "share": Share,
         }  # fmt: skip
         print_json(documents[args.name].published_schema())

@@ -11,7 +11,7 @@ from allocator.contract.documents import Digest, Document, Strict
 from allocator.contract.layout import Dtype16, ModuleFormat, module_bytes
 from allocator.contract.scores import Scores
 
-__all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "Refinement", "Verification", "average_bits"]
+__all__ = ["MANIFEST_NAME", "Budget", "Manifest", "Proof", "Refinement", "Tuning", "Verification", "average_bits"]
 
 MANIFEST_NAME = "gamma_manifest.json"
 
@@ -80,6 +80,19 @@ class Refinement(Strict):
     kept: int = Field(ge=0)
 
 
+class Tuning(Strict):
+    """Codes and scales learned after the assignment (`gamma tune`): KL divergence from the original, nats a token, of
+    the candidates of the bank `bank_digest` and of the tuned ones, on text that was not tuned on; `kept` says which of
+    the two the manifest is of. text_digest, tokens: of the text that was tuned on."""
+
+    bank_digest: Digest
+    text_digest: Digest
+    tokens: int = Field(ge=1)
+    kl_before: float
+    kl: float
+    kept: Literal["candidates", "tuned"]
+
+
 class Manifest(Document):
     """`manifest.json`, and `gamma_manifest.json` inside a checkpoint."""
 
@@ -99,6 +112,7 @@ class Manifest(Document):
     proof: Proof | None = None
     verification: Verification | None = None
     refinement: Refinement | None = None
+    tuning: Tuning | None = None
 
     @classmethod
     def of_scores(

@@ -20,6 +20,7 @@ from allocator.pipeline.learning import LearnResult, compute_device, learn
 from allocator.pipeline.measure import kv_scores_of
 from allocator.pipeline.model_folder import resolve_model
 from allocator.pipeline.settings import CandidateSettings
+from allocator.pipeline.tuning import TuneRequest, tune
 from allocator.plan import Device, Plan, PlannedWeights, PlanRequest, make_plan
 from allocator.plan.fusion import AskedFusion, fusion_for, fusion_price
 from allocator.plan.gpus import device_again
@@ -54,7 +55,8 @@ class FitRequest:
 
     With `target`, a GPU or a plan for one, the budget is the bytes that a rank has for weights, and that of `solving`
     does not count; `fusion` decides about its fusion. `probe`: see `probe_lines`. With `verified` the assignment is
-    measured against the best uniform plan of the same bytes, on calibration text drawn anew.
+    measured against the best uniform plan of the same bytes, on calibration text drawn anew. With `tuned` the chosen
+    candidates are learned anew after that (see `tune`), on such text too.
     """
 
     model: str
@@ -68,6 +70,7 @@ class FitRequest:
     fusion: AskedFusion = "auto"
     probe: str | None = None
     verified: bool = False
+    tuned: bool = False
     overwrite: bool = False
     resume: Resume = "auto"
 
@@ -107,8 +110,11 @@ def fit(request: FitRequest, progress: Progress = silent) -> FitResult:
     manifest = _solved(learned.scores, settings, plan)
     if request.verified:
         manifest = _verified(request, manifest, learned, inventory, plan, progress)
+    bank = learned.bank_folder
+    if request.tuned:
+        manifest, bank = _tuned(request, manifest, learned, progress)
     exporting = ExportSettings(overwrite=request.overwrite)
-    report = export(manifest, inventory.folder, learned.bank_folder, request.out, exporting, progress)
+    report = export(manifest, inventory.folder, bank, request.out, exporting, progress)
     serve = f"vllm serve {request.out}" if plan is None else _write_serving(request, plan)
     return FitResult(manifest, report, serve, plan, options, _price(manifest, learned.scores, settings, plan))
 
@@ -204,6 +210,18 @@ def _verified(
     student = Student(BlockStream(bank.arranged(inventory), compute_device()), bank, text.token_ids)
     residency = None if plan is None else plan.residency
     return verify_against_uniform(manifest, learned.scores, student, request.solving.rules, residency, progress)
+
+
+def _tuned(request: FitRequest, manifest: Manifest, learned: LearnResult, progress: Progress) -> tuple[Manifest, Path]:
+    """The manifest of the tuned candidates or of those there were, whichever is better, and its bank."""
+    candidates, folder = request.candidates, request.work / "tuned"
+    asked = TuneRequest(
+        manifest, resolve_model(request.model, request.revision), learned.bank_folder,
+        candidates.calibration, folder, candidates.sequences, candidates.sequence_length, candidates.seed + 2,
+    )  # fmt: skip
+    found = tune(asked, progress)
+    kept = found.bank_digest != manifest.bank_digest
+    return found, folder / "bank" if kept else learned.bank_folder
 
 
 def _price(manifest: Manifest, scores: Scores, settings: SolveSettings, plan: Plan | None) -> str:

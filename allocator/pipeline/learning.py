@@ -1,7 +1,7 @@
 """From a model to its bank and scores (stage I), in stages of which each begins where an earlier run has stopped."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,15 @@ from allocator.pipeline.calibration_text import calibration_text, told_amount
 from allocator.pipeline.model_folder import digest_of_model
 from allocator.pipeline.room import bank_bytes, check_room, learning_bytes
 from allocator.pipeline.settings import CandidateSettings
-from allocator.quantize import BankReader, Quantizer, build_bank, get_quantizer, in_order, make_servable
+from allocator.quantize import (
+    BankReader,
+    LearnedRounding,
+    Quantizer,
+    build_bank,
+    get_quantizer,
+    in_order,
+    make_servable,
+)
 from allocator.run.process_group import process_group_from_environment
 from allocator.run.progress import Progress, silent
 from allocator.run.work_folder import Resume, RunFingerprint, WorkFolder, versions
@@ -86,9 +94,16 @@ class _Task:
         return self.sequences * self.length
 
     @property
+    def rounding(self) -> LearnedRounding | None:
+        """The quantizer, if it is one that learns."""
+        return self.quantizer if isinstance(self.quantizer, LearnedRounding) else None
+
+    @property
     def needed_bytes(self) -> int:
         """Of the work folder at its fullest."""
-        learned = learning_bytes(self.inventory, self.formats, self.tokens, self.learning)
+        draws = max(self.learning.draws, 0 if self.rounding is None else self.rounding.draws)
+        learning = replace(self.learning, draws=draws)
+        learned = learning_bytes(self.inventory, self.formats, self.tokens, learning)
         return bank_bytes(self.inventory, self.formats) + learned
 
 
@@ -158,7 +173,10 @@ def _prepared(
     """The model on its text, its modules as the candidates are of them."""
     check_room(folder, task.needed_bytes)
     inventory, formats, statistics = task.inventory, task.formats, task.quantizer.statistics
-    progress.plan(learning_steps(inventory, formats, statistics, task.learning, task.tokens, bank is not None))
+    steps = learning_steps(
+        inventory, formats, statistics, task.learning, task.tokens, bank is not None, task.rounding, task.sequences
+    )
+    progress.plan(steps)
     hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.shape.hidden_size)
     run = CalibrationRun(BlockStream(inventory, compute_device()), calibration, hidden, progress, folder.journal)
     return in_order(run, task.candidates.cut(inventory), bank, task.candidates.group_size)

@@ -4,6 +4,7 @@ from allocator.quantize.bank_builder import build_bank
 from allocator.quantize.bank_reader import BankReader, make_servable
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
 from allocator.quantize.channel_order import find_channel_order, in_order
+from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import InputStatistics, QuantizedModule, Quantizer, Statistics
 from allocator.quantize.registry import get_quantizer, quantizer_names
 
@@ -11,6 +12,7 @@ __all__ = [
     "BankReader",
     "BlockCandidates",
     "InputStatistics",
+    "LearnedRounding",
     "QuantizedModule",
     "Quantizer",
     "Statistics",

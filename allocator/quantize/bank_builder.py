@@ -1,5 +1,6 @@
 """Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from allocator.contract.digest import digest_file
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.model import CandidateFormats
+from allocator.quantize.block_learning import BlockLearning
+from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import InputStatistics, Quantizer, row_stripes
 from allocator.quantize.statistics import MomentSums, vocabulary_moments
 from allocator.run.journal import Journal
@@ -25,6 +28,9 @@ from allocator.run.process_group import ProcessGroup
 __all__ = ["VOCABULARY_STEP", "build_bank"]
 
 VOCABULARY_STEP = "candidates of the vocabulary"
+
+_START = "start"
+"""The sub-folder with the candidates that learning begins with."""
 
 
 def build_bank(
@@ -48,6 +54,8 @@ def build_bank(
     for index in run.progress.over(range(stream.blocks), "candidates", "block"):
         modules |= _build(work, index, partial(_run_teacher, work, index))
     modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
+    if work.learning is not None:
+        modules |= {name: _bank_module(work, name, digest) for name, digest in work.learning.learn().items()}
     bank = Bank(
         model=model,
         dtype=run.inventory.dtype,
@@ -60,6 +68,7 @@ def build_bank(
     )
     if process_group.leads:
         bank.write(folder / BANK_NAME)
+        shutil.rmtree(folder / _START, ignore_errors=True)
     process_group.wait()
     return bank
 
@@ -78,12 +87,26 @@ class _Work:
         """Digest of the file of each finished module, by its name."""
         return self.run.journal.section("bank")
 
+    @property
+    def learning(self) -> BlockLearning | None:
+        """What comes after all modules, where the quantizer goes on with whole blocks."""
+        if not isinstance(self.quantizer, LearnedRounding):
+            return None
+        return BlockLearning(self.run, self.quantizer, self.formats, self.folder / _START, self.folder)
+
+    def path(self, name: str) -> Path:
+        """Where the candidates of a module are put first."""
+        learned = self.learning is not None and self.run.inventory.module(name).block is not None
+        return self.folder / (_START if learned else "") / f"{name}.safetensors"
+
 
 def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
     """The candidates of one block, or of what stands outside the blocks; each process of a group quantizes its share
     of the modules. `see_inputs` gives the statistics of the modules that are named."""
     names = [m.name for m in work.run.inventory.modules if m.block == block and work.formats[m.name]]
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
+    if block is not None and work.learning is not None:
+        found |= {name: _bank_module(work, name, digest) for name, digest in work.learning.finished(block).items()}
     missing = [name for name in names if name not in found]
     statistics = see_inputs(missing)
     process_group = work.journal.process_group
@@ -107,7 +130,7 @@ def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_S
 def _finished(work: _Work, name: str) -> BankModule | None:
     """The module, if the journal has it and its file is there. Its content is checked when it is used."""
     digest = work.journal.load(name)
-    if not isinstance(digest, str) or not (work.folder / f"{name}.safetensors").exists():
+    if not isinstance(digest, str) or not work.path(name).exists():
         return None
     return _bank_module(work, name, digest)
 
@@ -207,6 +230,7 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
     }
     for candidate in work.formats[name]:
         tensors[f"w{candidate.num_bits}.weight_shape"] = torch.tensor(candidate.shape, dtype=torch.int64)
-    path = work.folder / f"{name}.safetensors"
+    path = work.path(name)
+    path.parent.mkdir(exist_ok=True)
     write_safetensors(tensors, path)
     return digest_file(path)

@@ -1,6 +1,6 @@
 """What a quantizer is given and what it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allocator.contract.layout import ModuleFormat
-from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
+from allocator.contract.packing import dequantize, pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 
 __all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics", "row_stripes"]
 
@@ -70,6 +70,14 @@ class QuantizedModule:
             torch.cat([s.scale for s in stripes]),
             torch.cat(zeros) if zeros else None,
         )
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, Tensor], num_bits: int) -> "QuantizedModule":
+        """The module whose `packed` tensors these are."""
+        codes = unpack_codes(tensors["weight_packed"], num_bits)
+        zeros = tensors.get("weight_zero_point")
+        zero_point = None if zeros is None else unpack_zero_points(zeros, num_bits, codes.shape[0])
+        return cls(codes, tensors["weight_scale"], zero_point)
 
     def packed(self, num_bits: int) -> dict[str, Tensor]:
         """The tensors of `allocator.contract.layout`, keyed by their last name part."""

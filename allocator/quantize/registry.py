@@ -7,13 +7,19 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 from allocator.quantize.gptq import Gptq
+from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.mse import MeanSquaredError
 from allocator.quantize.quantizer import Quantizer
 from allocator.quantize.rtn import RoundToNearest
 
 __all__ = ["get_quantizer", "quantizer_names"]
 
-_OURS: dict[str, Callable[..., Quantizer]] = {"rtn": RoundToNearest, "mse": MeanSquaredError, "gptq": Gptq}
+_OURS: dict[str, Callable[..., Quantizer]] = {
+    "rtn": RoundToNearest,
+    "mse": MeanSquaredError,
+    "gptq": Gptq,
+    "learned-rounding": LearnedRounding,
+}
 
 
 def quantizer_names() -> list[str]:

@@ -208,6 +208,9 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
     if manifest.refinement is not None:
         r = manifest.refinement
         rows.append(("refined", f"KL {r.kl_before:.5f} -> {r.kl:.5f}, {r.kept} of {r.tried} changes kept"))
+    if manifest.tuning is not None:
+        t = manifest.tuning
+        rows.append(("tuned", f"KL {t.kl_before:.5f} -> {t.kl:.5f}: {t.kept} kept"))
     rows.append(("digest", manifest.digest))
     for what, value in rows:
         table.add_row(what, value)

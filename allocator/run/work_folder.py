@@ -77,13 +77,13 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 Resume = Literal["auto", "must", "never"]
 
 _LOG = logging.getLogger(__name__)
-_SECTIONS = ("states", "channels", "bank", "learning")
+_SECTIONS = ("states", "channels", "bank", "rounding", "learning")
 """Of the journal, each with what its steps end in: "bank" in bank.json, "learning" in scores.json."""
 _UNDONE_BY = {
     "model": _SECTIONS,
     "calibration": _SECTIONS,
     "calibration.source": (),
-    "candidates": ("channels", "bank", "learning"),
+    "candidates": ("channels", "bank", "rounding", "learning"),
     "learning": ("learning",),
     "environment": (),
 }

@@ -10,6 +10,8 @@ from allocator.blocks.gradients import GRADIENTS_STEP
 from allocator.contract.layout import ModuleFormat
 from allocator.model import Inventory, Module
 from allocator.quantize.bank_builder import VOCABULARY_STEP
+from allocator.quantize.block_learning import ROUNDING_STEP
+from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import Statistics
 from allocator.quantize.statistics import EMBEDDING_STEP
 from allocator.run.progress import PlannedStep
@@ -28,9 +30,12 @@ def learning_steps(
     settings: LearningSettings,
     tokens: int,
     has_bank: bool,
+    rounding: LearnedRounding | None = None,
+    sequences: int = 1,
 ) -> list[PlannedStep]:
     """The steps from the calibration text to the scores. `formats`: the candidates below 16 bits of each module;
-    `tokens`: of the calibration text. Only those of the method `gamma` are known beforehand."""
+    `tokens`: of the calibration text, in `sequences`; `rounding`: the quantizer, if it is one that learns. Only those
+    of the method `gamma` are known beforehand."""
     modules = [m for m in inventory.modules if formats.get(m.name)]
     inside, outside = _split(modules)
     all_inside = _split(inventory.modules)[0]
@@ -45,10 +50,17 @@ def learning_steps(
         quantized = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in inside)
         steps.append(PlannedStep("candidates", forward + quantized))
         if embedding and statistics != "none":
-            steps += [PlannedStep(GRADIENTS_STEP, 2 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
+            steps += [PlannedStep(GRADIENTS_STEP, 3 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
         if outside:
             of_outside = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in outside)
             steps.append(PlannedStep(VOCABULARY_STEP, of_outside))
+        if rounding is not None:
+            learned = {f.num_bits for m in inside for f in formats[m.name] if rounding.learns(f)}
+            passes = 1 + rounding.draws + len(learned) * rounding.passes(sequences)
+            steps += [
+                PlannedStep(GRADIENTS_STEP, (1 + rounding.draws) * head),
+                PlannedStep(ROUNDING_STEP, forward * passes),
+            ]
     if settings.method != "gamma":
         return [*steps, PlannedStep("measuring")]
     by_block: dict[int | None, float] = {}
@@ -56,7 +68,7 @@ def learning_steps(
         by_block[m.block] = by_block.get(m.block, 0.0) + _product(inventory, m, tokens)
     swaps = sum(_swap(inventory, m, tokens, by_block) * len(formats[m.name]) for m in inside)
     steps += [
-        PlannedStep(GRADIENTS_STEP, (1 + settings.draws) * head),
+        PlannedStep(GRADIENTS_STEP, 3 * head),  # the logits, and the two terms of the gradients of all draws
         PlannedStep("measuring", swaps + (1 + settings.draws) * forward),
     ]
     if outside:
@@ -81,8 +93,8 @@ def _share(inventory: Inventory, module: Module) -> float:
 
 
 def _swap(inventory: Inventory, module: Module, tokens: int, by_block: dict[int | None, float]) -> float:
-    """An expert is measured alone, every other module by a pass through its block."""
-    return _product(inventory, module, tokens) if ".experts." in module.name else by_block[module.block]
+    """An expert is measured alone, every other module by what lies behind it: about half of the block."""
+    return _product(inventory, module, tokens) if ".experts." in module.name else by_block[module.block] / 2
 
 
 def _quantization(module: Module, widths: int, statistics: Statistics, tokens: int) -> float:

@@ -1,22 +1,22 @@
 """One decoder block with the candidates of its modules: what each of them, swapped in alone, does to the output.
 
-A block with 128 experts has 384 weights to swap, one cut into 8 channel blocks has 16 pieces: running the whole block
-for each of their candidates would cost many times what they do themselves. Nothing before them depends on them, so
-their inputs (and where tokens are routed) are recorded once.
+Nothing before a module depends on it, so the block is run once and then again from the module that is swapped (see
+`blocks.replay`). Where the output is a sum that a module adds to, as down_proj mostly does, that module is not run
+again either: the gradients are taken back through its weight once, and meet the change of its input. A block with 128
+experts has 384 weights to swap: each is run alone, on the tokens that were routed to it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allocator.blocks.products import linear
+from allocator.blocks.replay import Replay, ReplayError
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.structure import Experts
-from allocator.contract.channel_blocks import CUT, REORDERED
-from allocator.contract.modules import parent_of, row_block_name, row_block_of
 from allocator.quantize.candidates import BlockCandidates
 from allocator.run.progress import Progress, silent
 from allocator.score.objective import errors_along
@@ -24,16 +24,19 @@ from allocator.score.objective import errors_along
 __all__ = [
     "Batch",
     "Routes",
-    "errors_of_piece",
     "expert_error",
     "is_expert",
-    "measurable_piece",
     "measure_swaps",
-    "record_mlp_inputs",
     "record_routes",
 ]
 
 _BATCHES_TOGETHER = 8
+_FEW_TOKENS = 8
+_MOST_KEPT_BYTES = 2 << 30
+"""Of several batches, what is kept of the first run of each."""
+
+_MOST_PULLED_BYTES = 1 << 30
+"""Of gradients taken back through a weight; where they are more, the module is run again."""
 
 Found = TypeVar("Found")
 
@@ -58,38 +61,140 @@ def measure_swaps(
     batches: Mapping[int, Callable[[], Batch]],
     reduce: Callable[[Tensor], Found],
     progress: Progress = silent,
+    whole_blocks: bool = False,
 ) -> dict[int, dict[str, Found]]:
     """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, what `reduce`
     makes of the errors of the block's output along the gradients, `[C, B * S * T]`; those of the last candidate, the
     source itself, are 0.
 
-    Batches are read anew for each candidate: one candidate's weight and one batch of states are in memory at a time.
-    All of it is one unit of the step that `progress` is at. Experts are measured on the tokens that chose them, and
-    channel blocks by their own channels, on a few batches at a time.
+    All of it is one unit of the step that `progress` is at. Experts are measured on the tokens that chose them. With
+    `whole_blocks` the whole block is run for each candidate: the same numbers but for rounding, to compare with.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
-    experts = [name for name in candidates.formats if is_expert(block, name)]
-    pieces = {name: piece for name in candidates.formats if (piece := measurable_piece(block, name)) is not None}
-    with torch.inference_mode():
-        for name, formats in candidates.formats.items():
-            if name in experts or name in pieces:
-                continue
-            of_module: dict[int, list[Tensor]] = {number: [] for number in batches}
-            for index in range(len(formats) - 1):
-                weight = candidates.weight(name, index)
-                for number, read in batches.items():
-                    batch = read()
-                    output = stream.run(block, batch.states, {f"{name}.weight": weight})
-                    of_module[number].append(errors_along(output, batch.teacher, batch.gradients).cpu())
-                progress.advance(1 / len(candidates.formats) / (len(formats) - 1), name)
-            for number, errors in of_module.items():
-                found[number][name] = reduce(torch.stack([*errors, torch.zeros_like(errors[0])]))
-        if experts:
+    experts = [] if whole_blocks else [name for name in candidates.formats if is_expert(block, name)]
+    others = [name for name in candidates.formats if name not in experts]
+    ends = {} if whole_blocks else _additive(stream, block)
+    left, few = list(batches) if others else [], 1
+    while left:
+        group, left = left[:few], left[few:]
+        with torch.inference_mode():
+            swapped = {n: _Swapped(stream, block, batches[n](), ends, not whole_blocks) for n in group}
+            if not candidates.kept_bytes:  # read for every few batches: for as many as there is room for
+                few = max(1, _MOST_KEPT_BYTES // max(of_batch.nbytes for of_batch in swapped.values()))
+            _swap_modules(candidates, others, swapped, reduce, found, progress, len(group) / len(batches))
+        swapped.clear()
+    if experts:
+        with torch.inference_mode():
             _swap_experts(stream, block, candidates, batches, experts, reduce, found, progress)
-        if pieces:
-            _swap_pieces(stream, block, candidates, batches, pieces, reduce, found, progress)
     # In the order of the candidates, whichever way they were measured.
     return {number: {name: of_batch[name] for name in candidates.formats} for number, of_batch in found.items()}
+
+
+def _swap_modules(
+    candidates: BlockCandidates,
+    names: list[str],
+    batches: Mapping[int, "_Swapped"],
+    reduce: Callable[[Tensor], Found],
+    found: dict[int, dict[str, Found]],
+    progress: Progress,
+    share: float,
+) -> None:
+    """Put into `found` what `measure_swaps` returns, for the modules `names` on some batches: a share of all."""
+    for name in names:
+        errors: dict[int, list[Tensor]] = {number: [] for number in batches}
+        for index in range(len(candidates.formats[name]) - 1):
+            weight = candidates.weight(name, index)
+            for number, batch in batches.items():
+                errors[number].append(batch.errors(f"{name}.weight", weight).cpu())
+        for number, of_batch in errors.items():
+            found[number][name] = reduce(torch.stack([*of_batch, torch.zeros_like(of_batch[0])]))
+        progress.advance(share / len(candidates.formats), name)
+
+
+def _additive(stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
+    """The weights of those linear modules of `block`, by name, whose output is added to the block's and does nothing
+    else: there the gradient is that of the block's output itself, whatever it is."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 1, _FEW_TOKENS, stream.inventory.config["hidden_size"])
+    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
+    outputs: dict[str, Tensor] = {}
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
+        for name, module in linears.items()
+    ]
+    try:
+        with torch.enable_grad():
+            output = stream.run(block, states.requires_grad_(True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = torch.autograd.grad(output, list(outputs.values()), gradient, allow_unused=True)
+    same = [name for name, own in zip(outputs, found, strict=True) if own is not None and torch.equal(own, gradient)]
+    return {name: block.get_parameter(f"{name}.weight") for name in same if linears[name].bias is None}
+
+
+@dataclass
+class _Swapped:
+    """A batch on which one weight at a time is swapped. `ends`: the weights of modules that add to the output."""
+
+    stream: BlockStream
+    block: nn.Module
+    batch: Batch
+    ends: Mapping[str, Tensor]
+    replays: bool
+    _replay: Replay | None = None
+    _pulled: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.replays:
+            return
+        wide = sum(weight.shape[1] for weight in self.ends.values())
+        if 4 * self.batch.gradients.shape[0] * self.batch.tokens * wide > _MOST_PULLED_BYTES:
+            self.ends = {}
+        self._gradients = _by_token(self.batch.gradients)
+        self._pulled = {name: linear(self._gradients, weight.T) for name, weight in self.ends.items()}
+        self._replay = Replay(self.ends)
+        with self._replay:
+            self._output = self.stream.run(self.block, self.batch.states)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept of the batch."""
+        gradients = 0 if self._replay is None else self._gradients.nbytes + sum(g.nbytes for g in self._pulled.values())
+        return self.batch.gradients.nbytes + gradients + (self._replay.nbytes if self._replay else 0)
+
+    def errors(self, parameter: str, weight: Tensor) -> Tensor:
+        """`errors_along` of the block's output with `weight` in the place of `parameter`: `[B * S * T]`."""
+        if self._replay is not None:
+            try:
+                return self._errors_by_replay(self._replay, parameter, weight)
+            except ReplayError:
+                self._replay = None
+        output = self.stream.run(self.block, self.batch.states, {parameter: weight})
+        return errors_along(output, self.batch.teacher, self.batch.gradients)
+
+    def _errors_by_replay(self, replay: Replay, parameter: str, weight: Tensor) -> Tensor:
+        batch = self.batch
+        with replay:
+            output = self.stream.run(self.block, batch.states, {parameter: weight})
+        along = self._gradients.new_zeros(self._gradients.shape[:2])  # [B * T, S]
+        if output is not self._output:
+            along += _along(self._gradients, output - self._output)  # what rounding the two have in common goes
+        for name, inputs in replay.at_ends.items():
+            along += _along(self._pulled[name], inputs - replay.inputs_of_ends[name])
+        sequences, tokens, _ = batch.states.shape
+        return along.view(sequences, tokens, -1).transpose(1, 2).flatten()
+
+
+def _by_token(gradients: Tensor) -> Tensor:
+    """`[S, B, T, D]` to `[B * T, S, D]`, in one piece."""
+    return gradients.flatten(1, 2).transpose(0, 1).contiguous()
+
+
+def _along(gradients: Tensor, errors: Tensor) -> Tensor:
+    """Errors `[B, T, K]` along gradients `[B * T, S, K]`: `[B * T, S]`."""
+    return torch.bmm(errors.reshape(len(gradients), 1, -1), gradients.transpose(1, 2)).squeeze(1)
 
 
 def _few_at_a_time(batches: Mapping[int, Callable[[], Batch]]) -> Iterator[dict[int, Batch]]:
@@ -125,34 +230,6 @@ def _swap_experts(
                 by_sequence = along[number].reshape(*along[number].shape[:2], *batch.states.shape[:2]).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
             progress.advance(len(together) / len(batches) / len(candidates.formats), name)
-
-
-def _swap_pieces(
-    stream: BlockStream,
-    block: nn.Module,
-    candidates: BlockCandidates,
-    batches: Mapping[int, Callable[[], Batch]],
-    pieces: Mapping[str, int],
-    reduce: Callable[[Tensor], Found],
-    found: dict[int, dict[str, Found]],
-    progress: Progress,
-) -> None:
-    """Put into `found` what `measure_swaps` returns, for channel blocks and their numbers: gate and up together."""
-    for together in _few_at_a_time(batches):
-        inputs = {number: record_mlp_inputs(stream, block, batch.states) for number, batch in together.items()}
-        for piece in sorted(set(pieces.values())):
-            weights = {
-                name: [candidates.weight(name, index) for index in range(len(candidates.formats[name]) - 1)]
-                for name, of_piece in pieces.items()
-                if of_piece == piece
-            }
-            for number, batch in together.items():
-                errors = errors_of_piece(block, piece, weights, inputs[number], batch.gradients.flatten(1, 2))
-                for name, along in errors.items():
-                    by_sequence = along.view(*along.shape[:2], *batch.states.shape[:2]).transpose(1, 2).flatten(1).cpu()
-                    found[number][name] = reduce(torch.cat([by_sequence, torch.zeros_like(by_sequence[:1])]))
-            for name in weights:
-                progress.advance(len(together) / len(batches) / len(candidates.formats), name)
 
 
 @dataclass(frozen=True)
@@ -198,53 +275,3 @@ def expert_error(block: nn.Module, name: str, weight: Tensor, routes: Routes) ->
     inputs = routes.hidden[tokens]
     swapped: Tensor = torch.func.functional_call(expert, {f"{matrix}.weight": weight}, (inputs,))
     return tokens, (swapped - expert(inputs)) * routes.weights[tokens, place, None]
-
-
-_ADDING = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Blocks whose output is the MLP's plus what it has from before; others put a norm in between."""
-
-_MLP = CUT[0].rpartition(".")[0]
-
-
-def measurable_piece(block: nn.Module, name: str) -> int | None:
-    """The number of the piece that the module `name` is, if `errors_of_piece` holds for `block`."""
-    piece = row_block_of(name)
-    return piece[1] if piece is not None and type(block).__name__ in _ADDING else None
-
-
-def record_mlp_inputs(stream: BlockStream, block: nn.Module, states: Tensor) -> Tensor:
-    """The input of the MLP `[B * T, D]` for states `[B, T, D]`."""
-    seen: list[Tensor] = []
-    hook = block.get_submodule(_MLP).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            stream.run(block, states)
-    finally:
-        hook.remove()
-    return seen[0].flatten(0, 1)
-
-
-def errors_of_piece(
-    block: nn.Module, number: int, weights: Mapping[str, Sequence[Tensor]], inputs: Tensor, gradients: Tensor
-) -> dict[str, Tensor]:
-    """The error of the block's output along each gradient, with each of `weights` in the place of the piece's own.
-
-    weights: the candidates `[w, K]` of pieces `number` of gate_proj and up_proj, by name; inputs `[n, D]` of the MLP;
-    gradients `[S, n, D]` at the block's output. By name: `[C, S, n]`.
-    """
-    mlp: Any = block.get_submodule(_MLP)
-    cut: Any = block.get_submodule(CUT[0])
-    gate, up = (F.linear(inputs, block.get_parameter(f"{row_block_name(local, number)}.weight")) for local in CUT)
-    columns = cut.places[number].numbers()
-    channel_gradients = gradients @ block.get_parameter(f"{REORDERED}.weight")[:, columns]
-    active = mlp.act_fn(gate)
-    before = active * up
-    found = {}
-    for name, candidates in weights.items():
-        along = []
-        for weight in candidates:
-            swapped = F.linear(inputs, weight)
-            after = mlp.act_fn(swapped) * up if parent_of(name) == CUT[0] else active * swapped
-            along.append(torch.einsum("nw,snw->sn", after - before, channel_gradients))
-        found[name] = torch.stack(along)
-    return found

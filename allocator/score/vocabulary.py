@@ -1,14 +1,15 @@
 """The modules outside the blocks: what each of their candidates, swapped in alone, does to the predictions.
 
 The embedding's output is boundary 0, so the errors of its rows are read along the gradients there, as in a block. The
-lm_head makes the logits: a change D of its weight changes them by D h, exactly. The gradients by the logits of a probe,
-whose signs are x (see `blocks.gradients`), are x_v sqrt(p_v) - p_v sum_y x_y sqrt(p_y). One module for both has one
-error at both ends, whose numbers add up. So these are numbers of the same kind as those of the blocks, for the same
-positions and probes, and have correlations with all of them.
+lm_head makes the logits: a change D of its weight changes them by D h, exactly. The gradients by the logits of a probe
+are r_v - p_v sum_y r_y, r being x_v sqrt(S p_v) for the tokens that are dealt to it, x their signs, and 0 for others
+(see `blocks.gradients`). One module for both has one error at both ends, whose numbers add up. So these are numbers of
+the same kind as those of the blocks, for the same positions and probes, and have correlations with all of them.
 
 The vocabulary is gone through in stripes of rows: neither `[tokens, vocabulary]` nor a dequantized weight is in memory.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from allocator.blocks.gradients import draw_signs, parts_of_sequence, rows_together
+from allocator.blocks.gradients import dealt, draw_signs, parts_of_sequence, rows_together
+from allocator.blocks.products import linear
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.tensors import read_rows
 from allocator.contract.layout import ModuleFormat
@@ -29,6 +31,9 @@ __all__ = ["Text", "measure_vocabulary"]
 
 _TOGETHER = 8
 """Batches for which a stripe is dequantized once."""
+
+_TOKENS_TOGETHER = 512
+"""Of a batch, so that what is computed of a stripe stays in the cache."""
 
 Found = TypeVar("Found")
 
@@ -48,16 +53,11 @@ class Text:
         for start in range(0, len(numbers), _TOGETHER):
             yield numbers[start : start + _TOGETHER]
 
-    def probe(self, batch: int, probe: int, rows: slice) -> Tensor:
-        """Of the tokens of a batch, for some rows of the vocabulary: int8 `[B * T, rows]`."""
-        return self.signs_of([probe], batch, rows)[0]
-
-    def signs_of(self, probes: Sequence[int], batch: int, rows: slice) -> list[Tensor]:
-        """`signs` of each of `probes`."""
+    def signs(self, batch: int, rows: slice) -> Tensor:
+        """Of the tokens of a batch, for one of `rows_together`: int8 `[B * T, rows]`."""
         parts = parts_of_sequence(self.token_ids.shape[1])
-        of_draw = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
-        drawn = draw_signs(self.seed, [(probe, *one) for probe in probes for one in of_draw])
-        return [torch.cat(drawn[i : i + len(of_draw)]) for i in range(0, len(drawn), len(of_draw))]
+        wanted = [(sequence, part, rows) for sequence in self.batches[batch].tolist() for part in parts]
+        return torch.cat(draw_signs(self.seed, wanted))
 
 
 def measure_vocabulary(
@@ -134,7 +134,7 @@ def _add_head(
             weight = read_rows(stored, rows, stream.device).float()
             steps = [bank.stripe(name, form, rows, stream.device) - weight for form in formats]
             for n, head in heads.items():
-                head.add(weight, steps, text.signs_of(range(head.probes), n, rows))
+                head.add(weight, steps, text.signs(n, rows))
             progress.advance(share * len(group) / len(text.batches) * (rows.stop - rows.start) / stored.shape[0], name)
         for n, head in heads.items():
             sums[n][:-1] += head.result().cpu()
@@ -156,28 +156,34 @@ class _Head:
 
     def see(self, weight: Tensor) -> None:
         """weight: a stripe `[rows, D]` of the original."""
-        self._normaliser = torch.logaddexp(self._normaliser, self._logits(weight).logsumexp(-1))
+        self._normaliser = torch.logaddexp(self._normaliser, self._logits(weight, self._states).logsumexp(-1))
 
-    def add(self, weight: Tensor, steps: Sequence[Tensor], probes: Sequence[Tensor]) -> None:
-        """steps: by candidate how a stripe differs, `[rows, D]`; probes: `rademacher_probe` of each, `[n, rows]`."""
-        logits = self._logits(weight)
-        root = ((logits - self._normaliser.unsqueeze(1)) / 2).exp()
-        signed = torch.stack([probe.to(root.device) * root for probe in probes], 1)  # [n, S, rows]
-        self._roots += signed.sum(-1).T
+    def add(self, weight: Tensor, steps: Sequence[Tensor], signs: Tensor) -> None:
+        """steps: by candidate how a stripe differs, `[rows, D]`; signs: `Text.signs` of it, `[n, rows]`."""
+        for tokens in torch.split(torch.arange(len(self._states)), _TOKENS_TOGETHER):
+            self._add(slice(int(tokens[0]), int(tokens[-1]) + 1), weight, steps, signs)
+
+    def _add(self, tokens: slice, weight: Tensor, steps: Sequence[Tensor], signs: Tensor) -> None:
+        states = self._states[tokens]
+        logits = self._logits(weight, states)
+        root = ((logits - self._normaliser[tokens].unsqueeze(1)) / 2).exp_()
+        probability = root.square().unsqueeze(1)
+        root *= signs[tokens].to(root.device)
+        self._roots[:, tokens] += dealt(root, self.probes, 1).sum(-1)
+        slope = None if self._softcap is None else 1 - (logits / self._softcap).square_()  # to first order
+        # Sums of each probe's own, as a product: `[rows, S]`.
+        own = dealt(torch.eye(len(weight), device=root.device), self.probes, 0).sum(1).T
         for number, step in enumerate(steps):
-            change = self._change(logits, step)
-            self._signed[number] += torch.bmm(signed, change.unsqueeze(-1)).squeeze(-1).T
-            self._mean[number] += (root.square() * change).sum(-1)
+            change = linear(states, step)
+            if slope is not None:
+                change *= slope
+            self._mean[number, tokens] += torch.bmm(probability, change.unsqueeze(2)).flatten()
+            self._signed[number][:, tokens] += (change.mul_(root) @ own).T
 
     def result(self) -> Tensor:
         """The errors along the gradients of each probe, `[C, S, n]`."""
-        return self._signed - self._mean.unsqueeze(1) * self._roots
+        return (self._signed - self._mean.unsqueeze(1) * self._roots) * math.sqrt(self.probes)
 
-    def _logits(self, weight: Tensor) -> Tensor:
-        logits = self._states @ weight.T
+    def _logits(self, weight: Tensor, states: Tensor) -> Tensor:
+        logits = linear(states, weight)
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
-
-    def _change(self, logits: Tensor, step: Tensor) -> Tensor:
-        """Of the logits, to first order behind a soft cap."""
-        change = self._states @ step.T
-        return change if self._softcap is None else change * (1 - (logits / self._softcap).square())

@@ -179,8 +179,8 @@ def _request(settings: PrepareSettings, device: Device | None) -> PlanRequest:
     given: dict[str, Any] = {
         name: getattr(settings, name)
         for name in (
-            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "gpu_memory_utilization",
-            "expert_parallel", "enforce_eager", "lora",
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size",
+            "gpu_memory_utilization", "expert_parallel", "enforce_eager", "lora",
         )
         if getattr(settings, name) is not None
     }  # fmt: skip
@@ -204,6 +204,7 @@ def _checked(settings: PrepareSettings, choice: Selection) -> Selection:
     lora = settings.lora
     given = {
         "tensor-parallel-size": settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else None,
+        "pipeline-parallel-size": settings.pipeline_parallel_size if settings.pipeline_parallel_size > 1 else None,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
         "max-num-batched-tokens": settings.max_num_batched_tokens,

@@ -77,7 +77,9 @@ def _local_bank(store: Store, digest: str, target: Path, progress: Progress) -> 
     at = f"banks/{hex_of(digest)}"
     content = store.backend.read(f"{at}/{BANK_NAME}")
     if content is None:
-        raise InputError(f"{store.url} has no bank {digest}; add it with `gamma store add`")
+        raise InputError(
+            f"{store.url} has no bank {digest}; add it with `gamma store add`, or pull it without --scores-only"
+        )
     if store.backend.folder is not None:
         return store.backend.folder / at
     store.backend.download(f"{at}/{BANK_NAME}", target / BANK_NAME)

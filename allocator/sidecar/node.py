@@ -13,6 +13,7 @@ from allocator.run.progress import Standing
 from allocator.run.progress_lines import standing_of
 from allocator.sidecar.logs import Log
 from allocator.sidecar.metrics import Metrics
+from allocator.sidecar.node_cache import IN_USE_NAME, hold
 from allocator.sidecar.prepared import read_prepared
 from allocator.sidecar.schemas import NodeStatus
 from allocator.sidecar.settings import PrepareSettings, ServiceSettings
@@ -37,6 +38,8 @@ class Node:
             raise InputError("--node prepares a folder, --prepared has one; give one of them")
         if settings.prepared is not None:
             self._take(settings.prepared)
+            if (settings.prepared / IN_USE_NAME).exists():
+                hold(settings.prepared)  # for as long as this service lives, also while vLLM starts again
 
     @property
     def ready(self) -> bool:
@@ -121,6 +124,7 @@ def _options(settings: PrepareSettings) -> list[str]:
         "--gpu": settings.gpu,
         "--gpu-memory": settings.gpu_memory_bytes,
         "--tensor-parallel-size": settings.tensor_parallel_size,
+        "--pipeline-parallel-size": settings.pipeline_parallel_size,
         "--max-model-len": settings.max_model_len,
         "--max-num-seqs": settings.max_num_seqs,
         "--max-num-batched-tokens": settings.max_num_batched_tokens,

@@ -16,6 +16,7 @@ from allocator.contract.outputs import check_output_folder
 from allocator.run.progress import Progress, silent
 from allocator.sidecar.choice import Selection, choose, find_entry
 from allocator.sidecar.materialise import materialise
+from allocator.sidecar.node_cache import make_room, using
 from allocator.sidecar.prepared import PREPARED_NAME, Prepared, read_prepared
 from allocator.sidecar.settings import PrepareSettings
 from allocator.sidecar.store import Entry, Store
@@ -23,13 +24,30 @@ from allocator.sidecar.store import Entry, Store
 __all__ = ["Prepared", "prepare"]
 
 
-def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progress = silent) -> Prepared:
+def prepare(
+    settings: PrepareSettings,
+    store: Store,
+    out: Path,
+    progress: Progress = silent,
+    cache_limit_bytes: int | None = None,
+) -> Prepared:
     """Fill `out`: checkpoint/, vllm.yaml, plan.json (when a GPU is known), manifest.json, and prepared.json.
 
     The checkpoint appears as a whole or not at all, prepared.json last. With the same request and a sound checkpoint
     nothing is done. Raises InputError (no such model, nothing to choose by), ContractError (files that do not belong
     together), InfeasibleBudgetError (it does not fit; says what would).
+
+    With `cache_limit_bytes` the folder of `out` is a node's cache: room is made in it, and `out` marked as used.
     """
+    if cache_limit_bytes is not None:
+        with using(out):
+            return _prepare(settings, store, out, progress, cache_limit_bytes)
+    return _prepare(settings, store, out, progress, None)
+
+
+def _prepare(
+    settings: PrepareSettings, store: Store, out: Path, progress: Progress, cache_limit_bytes: int | None
+) -> Prepared:
     if not (out / PREPARED_NAME).exists():  # else there may be nothing to write
         check_output_folder(out)
     store.check()
@@ -47,6 +65,9 @@ def prepare(settings: PrepareSettings, store: Store, out: Path, progress: Progre
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         present = _present(out, request, choice.manifest)  # another may have done it meanwhile
+        if present is None and cache_limit_bytes is not None:
+            for unused in make_room(out.parent, cache_limit_bytes, choice.manifest.tensor_bytes, keep=out):
+                progress.begin(f"removed {unused.path.name}, unused")
         return present or _fill(out, request, settings, choice, entry, store, progress)
 
 

@@ -19,13 +19,15 @@ class PrepareSettings(Strict):
     """What a user asks of `gamma prepare`. `gpu` and `budget` may be "auto"; an explicit value always wins.
 
     Without `max_num_seqs` vLLM runs as many sequences as it does by default, and the KV cache holds one of
-    `max_model_len` tokens at least. `vllm_args` are what `vllm serve` gets besides; they may not contradict the plan.
+    `max_model_len` tokens at least. Stages of a pipeline are taken to be on nodes of their own, with GPUs like these.
+    `vllm_args` are what `vllm serve` gets besides; they may not contradict the plan.
     """
 
     model: str
     gpu: str = "auto"
     gpu_memory_bytes: int | None = Field(default=None, ge=1)
     tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)

@@ -1,10 +1,12 @@
-"""The whole line on the demo model: learn, solve, export, serve with vLLM, and one completion over the OpenAI API.
+"""The whole line: learn, solve, export, serve with vLLM, and one completion over the OpenAI API.
 
-    make demo
+    make demo                   # on a small model of the project's own
+    make demo MODEL=smollm2     # on SmolLM2-135M-Instruct, or another of benchmarks/real_models; ends with an answer
 
 Everything it writes is in demo-out/. A second run uses the candidates and scores of the first again.
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -16,16 +18,50 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from allocator.contract.errors import GammaError  # noqa: E402
+from benchmarks.real_models.catalogue import real_models  # noqa: E402
+from benchmarks.real_models.models import ready  # noqa: E402
+
 MODEL = Path("benchmarks/demo/model")
 OUT = Path("demo-out")
 BUDGET = "2000000"
-PROMPT = "It was a dark night, and the old man"
 START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Demo:
+    """budget: of `gamma fit`, all its options; chat: the prompt is a message that the model's chat template renders."""
+
+    model: Path
+    out: Path
+    budget: tuple[str, ...]
+    prompt: str
+    chat: bool = False
+
+
+SMALL = Demo(
+    MODEL,
+    OUT,
+    ("--budget", BUDGET, "--group-size", "64", "--sequences", "24", "--sequence-length", "256"),
+    "It was a dark night, and the old man",
+)
+
+
+def real(name: str) -> Demo:
+    """One of benchmarks/real_models, fetched if it is not there: at 4.5 bits a weight, on little text."""
+    model = real_models([name])[0]
+    chat = (ready(model) / "chat_template.jinja").exists()
+    budget = ("--average-bits", "4.5", "--sequences", "16", "--sequence-length", "256")
+    prompt = "What is the capital of France, and what is it known for?" if chat else "The capital of France is"
+    return Demo(model.folder, OUT / name, budget, prompt, chat)
 
 
 def say(text: str) -> None:
@@ -95,42 +131,44 @@ def answers(url: str) -> bool:
         return False
 
 
-def complete(url: str) -> str:
+def complete(url: str, demo: Demo) -> str:
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    if demo.chat:
+        reply = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": demo.prompt}], max_tokens=120, temperature=0
+        )
+        return reply.choices[0].message.content or ""
     answer = client.completions.create(
-        model="demo", prompt=PROMPT, max_tokens=80, temperature=0.7, seed=1, extra_body={"repetition_penalty": 1.1}
+        model="demo", prompt=demo.prompt, max_tokens=80, temperature=0.7, seed=1, extra_body={"repetition_penalty": 1.1}
     )
-    return answer.choices[0].text
+    return demo.prompt + answer.choices[0].text
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", help="a name of benchmarks/real_models/models.json; default: the demo model"
+    )
+    name = parser.parse_args().model
     os.chdir(ROOT)
     started = time.monotonic()
-    OUT.mkdir(exist_ok=True)
-    common = ["--group-size", "64", "--sequences", "24", "--sequence-length", "256"]
+    try:
+        demo = real(name) if name else SMALL
+    except GammaError as error:
+        raise SystemExit(f"demo: {error}") from None
+    demo.out.mkdir(parents=True, exist_ok=True)
+    group_size = demo.budget[demo.budget.index("--group-size") :][:2] if "--group-size" in demo.budget else ()
 
     say("what is in the model")
-    run("gamma", "inspect", str(MODEL), "--group-size", "64")
-    say(f"learn, solve for {BUDGET} bytes, export")
-    mixed = OUT / "checkpoint"
-    run(
-        "gamma",
-        "fit",
-        str(MODEL),
-        "--budget",
-        BUDGET,
-        "--out",
-        str(mixed),
-        "--work",
-        str(OUT / "work"),
-        "--overwrite",
-        *common,
-    )
+    run("gamma", "inspect", str(demo.model), *group_size)
+    say(f"learn, solve for {' '.join(demo.budget[:2]).removeprefix('--')}, export")
+    mixed, work = demo.out / "checkpoint", demo.out / "work"
+    run("gamma", "fit", str(demo.model), "--out", str(mixed), "--work", str(work), "--overwrite", *demo.budget)
     say("serve it with vLLM")
-    with served(mixed, OUT / "server.log") as url:
-        text = complete(url)
+    with served(mixed, demo.out / "server.log") as url:
+        text = complete(url, demo)
     say("the completion, fetched with the openai client")
-    print(PROMPT + text)
+    print(f"{demo.prompt}\n\n{text}" if demo.chat else text)
     say(f"server stopped; done in {time.monotonic() - started:.0f} s")
 
 

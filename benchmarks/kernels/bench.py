@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from allocator.contract.documents import write_atomically  # noqa: E402
 from allocator.contract.packing import pack_zero_points, unpack_codes  # noqa: E402
 from benchmarks.record import claim, read_rows, rewrite_claims, write_result  # noqa: E402
 from gamma_vllm.kernels import humming as adapter  # noqa: E402
@@ -55,6 +56,8 @@ FUSED = {
     "Qwen3-32B gate_up_proj": (5120, [(25600, 2), (25600, 3)], [(51200, 3)]),
 }
 """Columns, and (rows, width) of its modules: free, and tied as fusion would have them."""
+FEW = ("Qwen3-8B q_proj, o_proj", "Qwen3-8B gate_proj", "Qwen3-32B gate_proj", "Qwen3-32B down_proj")
+FEW_TOKENS = (1, 8, 64, 512, 2048)
 BETWEEN = (24, 40, 72, 104, 136, 160, 200, 300, 400, 600, 1000, 2048, 3000)
 """Tokens where humming's own choice differs from ours, and prefills."""
 COLD_BYTES, REPLAYS = 200e6, 9
@@ -64,7 +67,9 @@ RESULT, SEED = "kernels_cuda", 0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--claims", action="store_true", help="the claims of the kept rows anew, measure nothing")
-    if parser.parse_args().claims:
+    parser.add_argument("--few", type=Path, metavar="FILE", help="only what a minute on a card can show, to FILE")
+    args = parser.parse_args()
+    if args.claims:
         rewrite_claims(RESULT, list(_claims(read_rows(RESULT))))
         return
     torch.manual_seed(SEED)
@@ -73,6 +78,9 @@ def main() -> None:
     kernel = HummingKernel(DTYPE)
     bandwidth = _copy_bandwidth()
     rows: list[dict[str, Any]] = [{"copy_gb_per_s": round(bandwidth / 1e9)}]
+    if args.few:
+        _measure_few(kernel, bandwidth, rows, args.few, device)
+        return
     for name, (out, columns) in SHAPES.items():
         rows.append({"layer": name, "kernel": "bfloat16", **_bfloat16(out, columns, device)})
         rows.append({"layer": name, "kernel": "marlin, 4 bits", **_marlin(out, columns, device)})
@@ -90,8 +98,33 @@ def main() -> None:
     _finish(rows)
 
 
+def _measure_few(
+    kernel: HummingKernel, bandwidth: float, rows: list[dict[str, Any]], file: Path, device: torch.device
+) -> None:
+    """Layers of 8B and 32B shapes at 3 bits, and their fused ones with free widths and one; FILE after each row."""
+    for name in FEW:
+        out, columns = SHAPES[name]
+        for kernel_name, figures in (
+            ("bfloat16", _bfloat16(out, columns, device, FEW_TOKENS)),
+            ("humming, 3 bits", _humming(kernel, [(out, 3)], columns, device, FEW_TOKENS)),
+        ):
+            limit = round(figures["nbytes"] / bandwidth * 1e6, 2)
+            rows.append({"layer": name, "kernel": kernel_name, "limit_us": limit, **figures})
+            write_atomically(file, json.dumps(rows, indent=1))
+    for name, (columns, free, tied) in FUSED.items():
+        for kind, modules in (("free", free), ("free, side by side", free), ("tied", tied)):
+            os.environ["GAMMA_HUMMING_SEGMENTS"] = "side-by-side" if "side" in kind else "in-turn"
+            figures = _humming(kernel, modules, columns, device, FEW_TOKENS)
+            rows.append({"layer": name, "kernel": kind, "modules": modules, **figures})
+            write_atomically(file, json.dumps(rows, indent=1))
+
+
 def _humming(
-    kernel: HummingKernel, modules: list[tuple[int, int]], columns: int, device: torch.device
+    kernel: HummingKernel,
+    modules: list[tuple[int, int]],
+    columns: int,
+    device: torch.device,
+    at_tokens: Sequence[int] = TOKENS,
 ) -> dict[str, Any]:
     """Microseconds by tokens, the largest relative error against float32, bytes held, seconds of compiling."""
     segments, held, dense = [], [], []
@@ -115,7 +148,7 @@ def _humming(
     def multiply(x: Tensor, held: list[dict[str, Tensor]]) -> Tensor:
         return kernel.layer(segments, held, x)
 
-    for tokens in TOKENS:
+    for tokens in at_tokens:
         x = torch.randn(tokens, columns, device=device)
         exact = x.float() @ weight.T
         errors.append(float((multiply(x, held).float() - exact).norm() / exact.norm()))
@@ -134,10 +167,10 @@ def _random_module(rows: int, columns: int, bits: int, device: torch.device) -> 
     return tensors, (codes * scale.float().unsqueeze(-1)).reshape(rows, columns)
 
 
-def _bfloat16(rows: int, columns: int, device: torch.device) -> dict[str, Any]:
+def _bfloat16(rows: int, columns: int, device: torch.device, at_tokens: Sequence[int] = TOKENS) -> dict[str, Any]:
     many = [torch.randn(rows, columns, device=device) * 0.02 for _ in range(_copies(2 * rows * columns))]
     figures = {}
-    for tokens in TOKENS:
+    for tokens in at_tokens:
         x = torch.randn(tokens, columns, device=device)
         figures[str(tokens)] = _microseconds(F.linear, x, many)
     return {"nbytes": many[0].nbytes, "us": figures}

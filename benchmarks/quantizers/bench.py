@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -12,14 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from allocator.blocks import BlockStream  # noqa: E402
-from allocator.blocks.calibration import calibration_from_model, calibration_from_text  # noqa: E402
+from allocator.blocks.calibration import Calibration, calibration_from_model, calibration_from_text  # noqa: E402
 from allocator.blocks.calibration.calibration_run import CalibrationRun  # noqa: E402
 from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
 from allocator.contract.bank import ModelReference  # noqa: E402
-from allocator.evaluate import measure_divergence  # noqa: E402
+from allocator.evaluate import Student, measure_divergence  # noqa: E402
 from allocator.model import CandidateFormats, model_digest, read_inventory  # noqa: E402
 from allocator.quantize import (  # noqa: E402
     BankReader,
@@ -29,20 +32,23 @@ from allocator.quantize import (  # noqa: E402
 from benchmarks.record import claim, write_result  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
+REFERENCE = (DATA / "models" / "ref-7m", DATA / "text" / "books.valid.txt")
 QUANTIZERS = ("rtn", "mse", "gptq", "gptq:damping=0.1")
 WIDTHS, GROUPS = (2, 3, 4), (64, 128)
 SEQUENCES, HELD_OUT, LENGTH, SEED = 32, 48, 256, 0
+
+LEARNED = ("gptq", "learned-rounding")
+AUTOROUND, AUTOROUND_PYTHON = "auto-round 0.16.1", "GAMMA_AUTOROUND_PYTHON"
+LEARNED_ON, LEARNED_GROUP = 340, 128
+"""Sequences: the tokens that a model of ref-7m's size is calibrated on by default, here too in sequences of 256."""
+WANTED = {2: 0.55, 3: 0.75, 4: 0.85}
+"""By width, at most so much of gptq's KL."""
 
 
 def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str, Any]]:
     """The rows of one model."""
     if text is not None:
-        content = text.read_text()
-        halves = [work / "calibration.txt", work / "held-out.txt"]
-        for path, part in zip(halves, (content[: len(content) // 2], content[len(content) // 2 :]), strict=True):
-            path.write_text(part)
-        calibration = calibration_from_text(folder, [halves[0]], SEQUENCES, LENGTH, SEED)
-        held_out = calibration_from_text(folder, [halves[1]], HELD_OUT, LENGTH, SEED).token_ids
+        calibration, held_out = _texts(folder, text, work, SEQUENCES)
     else:
         calibration = calibration_from_model(folder, SEQUENCES, LENGTH, SEED)
         held_out = calibration_from_model(folder, HELD_OUT, LENGTH, SEED + 1).token_ids
@@ -75,6 +81,94 @@ def run(name: str, folder: Path, text: Path | None, work: Path) -> list[dict[str
     return rows
 
 
+def learned_row(name: str, folder: Path, text: Path, spec: str, width: int, work: Path) -> dict[str, Any]:
+    """One quantizer at one width, on as much text as is calibrated on by default; `spec` may be auto-round."""
+    calibration, held_out = _texts(folder, text, work, LEARNED_ON)
+    if spec == AUTOROUND:
+        kl, seconds = _auto_round(folder, calibration.token_ids, held_out, width, work)
+    else:
+        kl, seconds = _ours(name, folder, calibration, held_out, spec, width, work)
+    print(f"  {name} group {LEARNED_GROUP} {spec} {width} bits, {LEARNED_ON * LENGTH} tokens: KL {kl:.5f}", flush=True)
+    return {
+        "model": name, "quantizer": spec, "group_size": LEARNED_GROUP, "num_bits": width, "kl": kl,
+        "calibration_tokens": LEARNED_ON * LENGTH, "cpu_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def _texts(folder: Path, text: Path, work: Path, sequences: int) -> tuple[Calibration, torch.Tensor]:
+    """Calibration and held-out sequences, of the two halves of `text`."""
+    content = text.read_text()
+    halves = [work / "calibration.txt", work / "held-out.txt"]
+    for path, part in zip(halves, (content[: len(content) // 2], content[len(content) // 2 :]), strict=True):
+        path.write_text(part)
+    calibration = calibration_from_text(folder, [halves[0]], sequences, LENGTH, SEED)
+    return calibration, calibration_from_text(folder, [halves[1]], HELD_OUT, LENGTH, SEED).token_ids
+
+
+def _ours(
+    name: str, folder: Path, calibration: Calibration, held_out: torch.Tensor, spec: str, width: int, work: Path
+) -> tuple[float, float]:
+    """KL and CPU seconds of building the bank."""
+    inventory = read_inventory(folder)
+    reference = ModelReference(name=name, architecture=inventory.architecture, digest=model_digest(inventory))
+    hidden = HiddenStates(work / "hidden", *calibration.token_ids.shape, inventory.config["hidden_size"])
+    stream, start = BlockStream(inventory), time.process_time()
+    formats = CandidateFormats((width,), LEARNED_GROUP)
+    build_bank(CalibrationRun(stream, calibration, hidden), reference, get_quantizer(spec), formats, work / "bank")
+    seconds, bank = time.process_time() - start, BankReader(work / "bank")
+    blocks = [m.name for m in inventory.modules if m.block is not None and m.name in bank.bank.modules]
+    student = Student(stream, bank, held_out)
+    return float(student.losses({module: bank.formats(module)[0] for module in blocks}).kl.mean()), seconds
+
+
+def _auto_round(
+    folder: Path, tokens: torch.Tensor, held_out: torch.Tensor, width: int, work: Path
+) -> tuple[float, float]:
+    """KL and CPU seconds of the real `auto-round`, in an environment of its own (see autoround.py)."""
+    torch.save(tokens, work / "tokens.pt")
+    script, weights = Path(__file__).with_name("autoround.py"), work / "weights.safetensors"
+    command = [os.environ[AUTOROUND_PYTHON], script, folder, "--tokens", work / "tokens.pt", "--bits", str(width)]
+    done = subprocess.run([*command, "--out", weights], check=True, capture_output=True, text=True)
+    return weights_kl(folder, weights, held_out), json.loads(done.stdout.splitlines()[-1])["cpu_seconds"]
+
+
+def weights_kl(folder: Path, weights: Path, held_out: torch.Tensor) -> float:
+    """KL of the model with `weights` in the place of its own."""
+    original, changed = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    changed.load_state_dict(load_file(weights), strict=False)
+    return measure_divergence(original, changed, held_out).kl
+
+
+def learned_rows(name: str, folder: Path, text: Path, kept: Path) -> list[dict[str, Any]]:
+    """Rows of all quantizers of `LEARNED` at all widths, each kept in `kept` when it is done; those of auto-round where
+    it is at hand, or kept."""
+    rows = []
+    for spec in (*LEARNED, AUTOROUND):
+        for width in WIDTHS:
+            saved = kept / f"learned-{spec.replace(' ', '-')}-{width}.json"
+            if not saved.exists() and (spec != AUTOROUND or AUTOROUND_PYTHON in os.environ):
+                with tempfile.TemporaryDirectory() as work:
+                    saved.write_text(json.dumps(learned_row(name, folder, text, spec, width, Path(work))))
+            if saved.exists():
+                rows.append(json.loads(saved.read_text()))
+    return rows
+
+
+def learned_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What learning is to be worth, by width."""
+    kl = {(r["quantizer"], r["num_bits"]): r["kl"] for r in rows}
+    claims = []
+    for width, most in WANTED.items():
+        ratio = kl["learned-rounding", width] / kl["gptq", width]
+        text = f"KL of learned-rounding over that of gptq, ref-7m, {LEARNED_ON * LENGTH} tokens, {width} bits"
+        claims.append(claim(text, ratio, f"<= {most}", ratio <= most))
+        if (AUTOROUND, width) in kl:
+            ratio = kl["learned-rounding", width] / kl[AUTOROUND, width]
+            text = f"KL of learned-rounding over that of {AUTOROUND}, ref-7m, the same tokens, {width} bits"
+            claims.append(claim(text, ratio, "< 1", ratio < 1))
+    return claims
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one model; its rows are kept for the call that has all")
@@ -82,8 +176,8 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     models: dict[str, tuple[Path, Path | None]] = {"demo": (ROOT / "benchmarks" / "demo" / "model", None)}
-    if (DATA / "models" / "ref-7m").is_dir():
-        models["ref-7m"] = (DATA / "models" / "ref-7m", DATA / "text" / "books.valid.txt")
+    if REFERENCE[0].is_dir():
+        models["ref-7m"] = REFERENCE
     rows, missing = [], []
     for name, (folder, text) in models.items():
         saved = args.folder / f"{name}.json"
@@ -103,6 +197,9 @@ def main() -> None:
         ratio = max(kl[m, better, g, b] / kl[m, worse, g, b] for m in models for g in GROUPS for b in WIDTHS)
         text = f"KL of {better} over that of {worse}, the largest of all models, groups and widths"
         claims.append(claim(text, ratio, "< 1", ratio < 1, None if ratio < 1 else "see the rows"))
+    if "ref-7m" in models:
+        learned = learned_rows("ref-7m", *REFERENCE, args.folder)
+        rows, claims = rows + learned, claims + learned_claims(learned)
     for c in claims:
         print(c)
     print(write_result("quantizers", "make bench-quantizers", [SEED], rows, claims).relative_to(ROOT))

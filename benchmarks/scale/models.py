@@ -36,18 +36,33 @@ SHAPES = {
         "attention_bias": False,
         "mlp_bias": False,
     },
+    "SmolLM2-135M": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "rope_theta": 100000,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    },
 }
 
 
 def make_model(name: str, blocks: int, folder: Path) -> int:
     """Write the model in bfloat16, one file a block, with a byte tokenizer; returns its parameters."""
-    config = SHAPES[name] | {
+    config = {
         "num_hidden_layers": blocks,
         "max_position_embeddings": 40960,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
         "dtype": "bfloat16",
-    }
+    } | SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     hidden, heads, kv, size = (
@@ -79,9 +94,10 @@ def make_model(name: str, blocks: int, folder: Path) -> int:
         else:
             tensors = {
                 "model.embed_tokens.weight": random(words, hidden),
-                "lm_head.weight": random(words, hidden),
                 "model.norm.weight": torch.ones(hidden).bfloat16(),
             }
+            if not config["tie_word_embeddings"]:
+                tensors["lm_head.weight"] = random(words, hidden)
         file = f"model-{part:05d}.safetensors"
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)

@@ -25,7 +25,17 @@ from allocator.contract.scores import Candidate, ScoredModule, Scores
 from allocator.model import Inventory, read_inventory
 from allocator.solve import SolveSettings, solve_scores
 
-__all__ = ["SHAPES", "TOKENIZER", "Fusion", "Vocabulary", "assign", "uniform", "write_checkpoint", "write_model"]
+__all__ = [
+    "SHAPES",
+    "TOKENIZER",
+    "Fusion",
+    "Vocabulary",
+    "assign",
+    "uniform",
+    "write_checkpoint",
+    "write_declaration",
+    "write_model",
+]
 
 TOKENIZER = Path(__file__).parents[1] / "demo" / "model"
 
@@ -173,24 +183,30 @@ def write_checkpoint(model: Path, manifest: Manifest, folder: Path, declared: Fo
     """A checkpoint of `manifest` with random codes, scales and zero points; what is there is left alone."""
     if (folder / "model.safetensors").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     inventory, rng = read_inventory(model), np.random.default_rng(seed)
+    write_declaration(model, manifest, folder, declared)
     tensors: dict[str, Tensor] = {}
     for name, module in manifest.modules.items():
         for spec in module_tensors(name, module, manifest.dtype):
             tensors[spec.name] = _random_tensor(spec, module, rng)
     for other in inventory.others:
         tensors[other.name] = torch.ones(other.shape, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_declaration(model: Path, manifest: Manifest, folder: Path, declared: Format = "gamma") -> Path:
+    """The checkpoint without its tensors: config, manifest and tokenizer, which is what `gamma probe` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in model.glob("tokenizer*"):
         shutil.copy(path, folder)
     if declared == "gamma":
         quantization = CheckpointConfig.of_manifest(manifest).model_dump(mode="json", exclude_none=True)
     else:
         quantization = compressed_tensors_config(manifest.modules)
-    config = dict(inventory.config) | {"quantization_config": quantization}
+    config = dict(read_inventory(model).config) | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     manifest.write(folder / MANIFEST_NAME)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import unpack_codes, unpack_zero_points
 from allocator.contract.resident import ARK_ROWS, segment_bytes
-from gamma_vllm.kernels.base import check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.base import OneByOne, check_columns, define, kinds_of, split_kinds, tensors_of
 from gamma_vllm.kernels.self_test import failed_self_test
 from gamma_vllm.shards import Segment
 
@@ -55,7 +55,7 @@ def _compute_type() -> str:
 
 
 @dataclass(frozen=True)
-class ArkKernel:
+class ArkKernel(OneByOne):
     """Multiplies packed blobs; see `gamma_vllm.kernels.base.Kernel`.
 
     `compute` is in what ARK multiplies: `fp32`, `bf16`, or `int8`, which also quantizes the activations. It is

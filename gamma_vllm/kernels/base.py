@@ -1,7 +1,9 @@
 """What a kernel offers, and what kernels share: layers of several segments, and custom operators for torch.compile."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,11 @@ from torch import Tensor
 from gamma_vllm.shards import Segment
 
 __all__ = [
+    "Activation",
     "Kernel",
+    "OneByOne",
+    "Place",
+    "Stack",
     "check_columns",
     "define",
     "kinds_of",
@@ -18,6 +24,40 @@ __all__ = [
     "split_kinds",
     "tensors_of",
 ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of one segment lies in the 1-D tensor that holds those of all experts: offset in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One of the two weights (w13, w2) of a layer's experts.
+
+    segments: of each local expert. tensors: by the names of `Kernel.tensor_names`, and `weight` at 16 bits, 1-D,
+    those of all experts. places: by expert, number of the segment, and name. index: what `Kernel.index_experts` gave.
+    """
+
+    segments: Sequence[Sequence[Segment]]
+    tensors: dict[str, Tensor]
+    places: dict[tuple[int, int, str], Place]
+    index: Any = None
+
+    def of(self, expert: int, number: int, name: str) -> Tensor:
+        place = self.places[expert, number, name]
+        return self.tensors[name].narrow(0, place.offset, math.prod(place.shape)).view(place.shape)
+
+
+class Activation(NamedTuple):
+    """Of experts. `apply`: `[n, rows of w13]` to `[n, columns of w2]`, row by row. silu: it is silu(gate) * up, which a
+    kernel may do itself."""
+
+    apply: Callable[[Tensor], Tensor]
+    silu: bool
 
 
 class Kernel(Protocol):
@@ -57,6 +97,28 @@ class Kernel(Protocol):
 
         A segment of 16 bits has one tensor, `weight`.
         """
+
+    def index_experts(self, stack: Stack) -> Any:
+        """Once after loading: what `experts` has to know of a stack; None where it cannot multiply it."""
+
+    def experts(
+        self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
+    ) -> Tensor | None:
+        """All experts at once: `x` `[tokens, hidden_size]` to each token's sum over its choices, in float32 in their
+        order, `[tokens, hidden_size]` in the dtype of `x`. None where the kernel cannot: each is multiplied alone then.
+
+        ids: `[tokens, choices]` numbers of local experts, -1 for those of other ranks; weights: the same in float32.
+        """
+
+
+class OneByOne:
+    """For kernels that multiply one expert after the other."""
+
+    def index_experts(self, stack: Stack) -> None:
+        return None
+
+    def experts(self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation) -> None:
+        return None
 
 
 def multiply_in_turn(
@@ -101,9 +163,11 @@ def split_kinds(kinds: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
 _LIBRARY = torch.library.Library("gamma", "FRAGMENT")
 
 
-def define(name: str, schema: str, implementation: Callable[..., Tensor] | None, fake: Callable[..., Tensor]) -> None:
+def define(
+    name: str, schema: str, implementation: Callable[..., Tensor] | None, fake: Callable[..., Tensor] | None
+) -> None:
     """Register operator `torch.ops.gamma.<name>`, opaque to torch.compile. Its implementation may come from
-    elsewhere; nothing happens when it is already there.
+    elsewhere; without a `fake` it cannot be compiled; nothing happens when it is already there.
 
     `torch.ops.vllm` is shared by all plugins, where equal names collide; hence the namespace.
     """
@@ -112,4 +176,5 @@ def define(name: str, schema: str, implementation: Callable[..., Tensor] | None,
     _LIBRARY.define(name + schema)
     if implementation is not None:
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gamma::{name}", fake, lib=_LIBRARY)
+    if fake is not None:
+        torch.library.register_fake(f"gamma::{name}", fake, lib=_LIBRARY)

@@ -13,6 +13,7 @@ multiplies.
 import functools
 import importlib.metadata
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,15 +24,29 @@ from torch import Tensor
 
 from allocator.contract.packing import pack_zero_points, unpack_zero_points
 from allocator.contract.resident import HUMMING_COLUMNS, HUMMING_ROWS, pad
-from gamma_vllm.kernels.base import check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.base import Activation, Stack, check_columns, define, kinds_of, split_kinds, tensors_of
+from gamma_vllm.kernels.humming_experts import Launch, launches_of, multiply_experts, wanted
 from gamma_vllm.shards import Segment
 
-__all__ = ["HummingKernel", "locks_of", "products_of", "schema_of", "standard_tensors"]
+__all__ = [
+    "HummingKernel",
+    "compute_config",
+    "locks_of",
+    "products_of",
+    "schema_of",
+    "schemas_of",
+    "side_streams",
+    "standard_tensors",
+]
 
 _LEAST_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 _LOCKS_A_PROCESSOR = 8
 _OUTPUT_ALIGNMENT = 16
 """Bytes; humming refuses other outputs (a segment that begins at a row that is no multiple of 8)."""
+
+_SEGMENTS_VARIABLE = "GAMMA_HUMMING_SEGMENTS"
+_SIDE_TOKENS = 64
+"""Up to so many tokens a launch costs more than the bytes; above, products fill the GPU one after the other."""
 
 _TUNED_TOKENS = (8, 16, 32, 64, 96, 128, 176, 256, 352, 528, 1056, 8192)
 """176 rows are humming's largest tile on Hopper, the others are multiples of tiles. What it costs: docs/kernels.md."""
@@ -109,14 +124,28 @@ class HummingKernel:
         check_columns(segments, x)
         return torch.ops.gamma.humming_layer(x.contiguous(), tensors_of(self, segments, tensors), kinds_of(segments))
 
+    def index_experts(self, stack: Stack) -> list[Launch] | None:
+        device = stack.tensors[next(iter(stack.tensors))].device
+        return launches_of(stack, device) if wanted() else None
+
+    def experts(
+        self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
+    ) -> Tensor | None:
+        """A launch for each width of w13, and of w2."""
+        if w13.index is None or w2.index is None:
+            return None
+        up = multiply_experts(w13, w13.index, x.contiguous(), ids, ids.shape[1])
+        products = multiply_experts(w2, w2.index, activation.apply(up), ids, 1)
+        return (products.view(*ids.shape, -1).to(torch.float32) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
 
 def schema_of(segment: Segment) -> tuple[Any, Any]:
     """humming's schemas of a segment's weight and of its activations, which are not quantized."""
-    return _schemas(segment.num_bits, segment.group_size or 0, segment.symmetric is False)
+    return schemas_of(segment.num_bits, segment.group_size or 0, segment.symmetric is False)
 
 
 @functools.cache
-def _schemas(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
+def schemas_of(num_bits: int, group_size: int, asymmetric: bool) -> tuple[Any, Any]:
     from humming.schema import BaseWeightSchema, HummingInputSchema
 
     config: dict[str, Any] = {"quant_method": "humming", "dtype": f"uint{num_bits}"}
@@ -159,7 +188,7 @@ def layer_config(
     """humming's description of one GEMM, which its kernels are compiled for."""
     from humming.transform import prepare_layer_config
 
-    schema, inputs = _schemas(num_bits, group_size, asymmetric)
+    schema, inputs = schemas_of(num_bits, group_size, asymmetric)
     return prepare_layer_config(
         shape_n=_rows_with_zero_points(rows) if asymmetric else rows,
         shape_k=columns,
@@ -174,7 +203,7 @@ def layer_config(
 
 
 @functools.cache
-def compute_config() -> str:
+def compute_config(gemm_type: str = "dense") -> str:
     """What vLLM's own settings ask of humming."""
     from vllm import envs
 
@@ -182,7 +211,7 @@ def compute_config() -> str:
         {
             "use_batch_invariant": bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)),
             "use_f16_accum": bool(getattr(envs, "VLLM_HUMMING_USE_F16_ACCUM", False)),
-            "gemm_type": "dense",
+            "gemm_type": gemm_type,
         }
     )
 
@@ -216,13 +245,17 @@ def kernels_of(
 
 class _Product(NamedTuple):
     """One of a layer's products: rows `start` to `start + rows` of its output. `kernels` None: 16 bits. padded: humming
-    makes more rows than there are."""
+    makes more rows than there are. tensors: how many it takes."""
 
     start: int
     rows: int
     kernels: Tensor | None
     asymmetric: bool
     padded: bool
+
+    @property
+    def tensors(self) -> int:
+        return 1 if self.kernels is None else 4 if self.asymmetric else 3
 
 
 @functools.cache
@@ -239,8 +272,6 @@ def products_of(kinds: tuple[int, ...], columns: int, dtype: torch.dtype, device
 
 def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     """`x` `[..., columns]` times each segment (see `kinds_of`), joined along the rows."""
-    from humming.ops import launch_kernel
-
     columns, total = x.shape[-1], sum(kinds[::4])
     flat = x.view(-1, columns)
     tokens = flat.shape[0]
@@ -248,31 +279,71 @@ def _layer(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:
     if not tokens:
         return output.view(*x.shape[:-1], total)
     held = iter(tensors)
-    for start, rows, kernels, asymmetric, padded in products_of(tuple(kinds), columns, x.dtype, x.device):
-        place = output if rows == total else output.narrow(1, start, rows)
-        # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
-        in_place = tokens == 1 or rows == total
-        if kernels is None:
-            if in_place:
-                torch.mm(flat, next(held).t(), out=place)
-            else:
-                place.copy_(F.linear(flat, next(held)))
-            continue
-        weight, scale = next(held), next(held)
-        zero_point = next(held) if asymmetric else None
-        in_place = in_place and not padded and 2 * start % _OUTPUT_ALIGNMENT == 0
-        product = launch_kernel(
-            configs=kernels,
-            inputs=flat,
-            weight=weight,
-            weight_scale=scale,
-            zero_point=zero_point,
-            outputs=place if in_place else None,
-            locks=next(held),
-        )
-        if not in_place:
-            place.copy_(product[:, :rows])
+    products = [
+        (product, [next(held) for _ in range(product.tensors)])
+        for product in products_of(tuple(kinds), columns, x.dtype, x.device)
+    ]
+    if _side_by_side() and tokens <= _SIDE_TOKENS:
+        _multiply_side_by_side(products, flat, output)
+    else:
+        for product, of_product in products:
+            _multiply(product, flat, of_product, output)
     return output.view(*x.shape[:-1], total)
+
+
+def _multiply_side_by_side(products: list[tuple[_Product, list[Tensor]]], flat: Tensor, output: Tensor) -> None:
+    """Each product on a stream of its own. What is forked waits for the input alone, so the first one, which stays, is
+    launched last."""
+    here = torch.cuda.current_stream(flat.device)
+    streams = side_streams(flat.device, len(products) - 1)
+    for stream, (product, held) in zip(streams, products[1:], strict=True):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            _multiply(product, flat, held, output)
+    _multiply(products[0][0], flat, products[0][1], output)
+    for stream in streams:
+        here.wait_stream(stream)
+
+
+def _multiply(product: _Product, flat: Tensor, held: list[Tensor], output: Tensor) -> None:
+    """Activations `[tokens, columns]` times a segment, to its place in `output`."""
+    from humming.ops import launch_kernel
+
+    tokens, total = output.shape
+    place = output if product.rows == total else output.narrow(1, product.start, product.rows)
+    # A slice of the output is contiguous, as humming wants it, for one token; and if it is the whole.
+    in_place = tokens == 1 or product.rows == total
+    if product.kernels is None:
+        if in_place:
+            torch.mm(flat, held[0].t(), out=place)
+        else:
+            place.copy_(F.linear(flat, held[0]))
+        return
+    in_place = in_place and not product.padded and 2 * product.start % _OUTPUT_ALIGNMENT == 0
+    made = launch_kernel(
+        configs=product.kernels,
+        inputs=flat,
+        weight=held[0],
+        weight_scale=held[1],
+        zero_point=held[2] if product.asymmetric else None,
+        outputs=place if in_place else None,
+        locks=held[-1],
+    )
+    if not in_place:
+        place.copy_(made[:, : product.rows])
+
+
+def _side_by_side() -> bool:
+    value = os.environ.get(_SEGMENTS_VARIABLE, "in-turn")
+    if value not in ("in-turn", "side-by-side"):
+        raise ValueError(f"{_SEGMENTS_VARIABLE}={value!r}: expected in-turn or side-by-side")
+    return value == "side-by-side"
+
+
+@functools.cache
+def side_streams(device: torch.device, count: int) -> "list[torch.cuda.Stream]":
+    """The same ones for all layers, which follow each other."""
+    return [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def _fake(x: Tensor, tensors: list[Tensor], kinds: list[int]) -> Tensor:

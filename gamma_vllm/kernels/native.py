@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,16 @@ from torch import Tensor
 
 from allocator.contract.cpu import cpu_flags, why_missing
 from allocator.contract.packing import unpack_zero_points
-from gamma_vllm.kernels.base import check_columns, define, kinds_of, multiply_in_turn, split_kinds, tensors_of
+from gamma_vllm.kernels.base import (
+    Activation,
+    Stack,
+    check_columns,
+    define,
+    kinds_of,
+    multiply_in_turn,
+    split_kinds,
+    tensors_of,
+)
 from gamma_vllm.kernels.self_test import failed_self_test
 from gamma_vllm.memory import empty_weight
 from gamma_vllm.shards import Segment
@@ -47,8 +56,11 @@ _NEEDED: dict[Isa, tuple[str, ...]] = {
 }
 """What the CPU must have, as Linux names it, in order of preference; and what the compiler may use."""
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp")
-_OPERATORS: dict[Isa, str] = {"avx512": "native_layer", "avx2": "native_avx2_layer"}
+_PREFIXES: dict[Isa, str] = {"avx512": "native", "avx2": "native_avx2"}
+"""Of the names of operators, which differ so that both libraries can be in a process."""
 
+_BLOCK = 32
+"""Operators read so many columns at a time."""
 _GEMV_TOKENS = 24
 """Up to so many activations in float16 or float32 are multiplied by gemv, code by code."""
 SPACE_WEIGHTS = 1 << 22
@@ -115,14 +127,62 @@ class NativeKernel:
         held, kinds = tensors_of(self, segments, tensors), kinds_of(segments)
         if x.dtype != torch.bfloat16:
             return torch.ops.gamma.native_wide_layer(x.contiguous(), held, kinds, self.isa)
-        return getattr(torch.ops.gamma, _OPERATORS[self.isa])(x.contiguous(), held, kinds)
+        return self._operator("layer")(x.contiguous(), held, kinds)
+
+    def index_experts(self, stack: Stack) -> tuple[Tensor, Tensor] | None:
+        """The segments of all experts as `Entry` of native_experts.h, and where each expert's begin."""
+        entries, starts = [], [0]
+        for expert, segments in enumerate(stack.segments):
+            start = 0
+            for number, segment in enumerate(segments):
+                if segment.columns % _BLOCK:
+                    return None
+
+                def offset(name: str, of: tuple[int, int] = (expert, number)) -> int:
+                    return stack.places[*of, name].offset * stack.tensors[name].itemsize
+
+                if segment.quantized:
+                    scale_is_bfloat16 = stack.tensors["scale"].dtype == torch.bfloat16
+                    zeros = -1 if segment.symmetric else offset("zero_point")
+                    held = (scale_is_bfloat16, offset("packed"), offset("scale"), zeros)
+                elif stack.tensors["weight"].dtype == torch.bfloat16:
+                    held = (False, offset("weight"), 0, -1)
+                else:
+                    return None
+                entries.append((start, segment.rows, segment.group_size or 0, segment.num_bits, *held))
+                start += segment.rows
+            starts.append(len(entries))
+        with torch.device("cpu"):
+            return torch.tensor(entries, dtype=torch.int64), torch.tensor(starts, dtype=torch.int64)
+
+    def experts(
+        self, w13: Stack, w2: Stack, x: Tensor, ids: Tensor, weights: Tensor, activation: Activation
+    ) -> Tensor | None:
+        """One operator for each of the two weights, and one parallel region."""
+        check_columns(w13.segments[0], x)
+        if x.dtype != torch.bfloat16 or w13.index is None or w2.index is None:
+            return None
+        ids = ids.contiguous()
+        up = self._operator("experts_up")(x.contiguous(), ids, _stack_tensors(w13))
+        activated = up if activation.silu else activation.apply(up)
+        tensors = _stack_tensors(w2)
+        return self._operator("experts_down")(activated, ids, weights.contiguous(), tensors, activation.silu)
 
     def gather_rows(
         self, ids: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int
     ) -> Tensor:
         """What `gamma_vllm.embedding.gather_rows` gives, in bfloat16."""
-        gather = torch.ops.gamma.native_gather_rows if self.isa == "avx512" else torch.ops.gamma.native_avx2_gather_rows
-        return gather(ids.to(torch.int64).contiguous(), packed, scale, zero_point, num_bits)
+        return self._operator("gather_rows")(ids.to(torch.int64).contiguous(), packed, scale, zero_point, num_bits)
+
+    def _operator(self, name: str) -> Callable[..., Tensor]:
+        return getattr(torch.ops.gamma, f"{_PREFIXES[self.isa]}_{name}")
+
+
+def _stack_tensors(stack: Stack) -> list[Tensor]:
+    """As `class Stack` of native_experts.h takes them."""
+    none = stack.index[0]  # any tensor: no segment has one of a kind that is not there
+    held = [stack.tensors.get(name, none) for name in ("packed", "scale", "zero_point", "weight")]
+    return [*held, *stack.index]
 
 
 @functools.cache
@@ -293,6 +353,10 @@ def _fake_wide_layer(x: Tensor, tensors: list[Tensor], kinds: list[int], isa: Is
 
 
 _ARGUMENTS = "(Tensor x, Tensor[] tensors, int[] kinds"
-for _operator in _OPERATORS.values():
-    define(_operator, f"{_ARGUMENTS}) -> Tensor", None, _fake_layer)  # the .cpp files have the implementations
+_EXPERTS = "(Tensor x, Tensor ids"
+for _prefix in _PREFIXES.values():  # the .cpp files have the implementations
+    define(f"{_prefix}_layer", f"{_ARGUMENTS}) -> Tensor", None, _fake_layer)
+    define(f"{_prefix}_experts_up", f"{_EXPERTS}, Tensor[] tensors) -> Tensor", None, None)
+    _schema = f"{_EXPERTS}, Tensor weights, Tensor[] tensors, bool silu) -> Tensor"
+    define(f"{_prefix}_experts_down", _schema, None, None)
 define("native_wide_layer", f"{_ARGUMENTS}, str isa) -> Tensor", _wide_layer, _fake_wide_layer)

@@ -4,6 +4,7 @@
 #include "native_avx2_dense.h"
 #include "native_avx2_gemm.h"
 #include "native_avx2_gemv.h"
+#include "native_experts.h"
 #include "native_operators.h"
 
 namespace {
@@ -62,6 +63,14 @@ Tensor native_avx2_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int6
     return layer_of(x, tensors, kinds, multiply);
 }
 
+Tensor native_avx2_experts_up(Tensor x, Tensor ids, std::vector<Tensor> tensors) {
+    return experts_up(x, ids, tensors, multiply);
+}
+
+Tensor native_avx2_experts_down(Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> tensors, bool silu) {
+    return experts_down(x, ids, weights, tensors, silu, multiply);
+}
+
 Tensor native_avx2_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t bits) {
     std::optional<Tensor> output;
     const bool known = with_codes(bits, [&](const auto& codes) {
@@ -77,6 +86,8 @@ Tensor native_avx2_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
     m.impl("native_avx2_layer", TORCH_BOX(&native_avx2_layer));
+    m.impl("native_avx2_experts_up", TORCH_BOX(&native_avx2_experts_up));
+    m.impl("native_avx2_experts_down", TORCH_BOX(&native_avx2_experts_down));
     m.impl("native_avx2_gather_rows", TORCH_BOX(&native_avx2_gather_rows));
 }
 

@@ -211,16 +211,17 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, long row, const Acti
             });
         }
     }
-    alignas(16) float of_rows[R][M];
-    float* const flat = &of_rows[0][0];
+    // One way of adding up for all R and M: where a module is cut, and how many tokens there are, must not be seen.
+    constexpr int kFours = (R * M + 3) / 4;
+    alignas(16) float of_rows[4 * kFours];
     const __m256* const vectors = &total[0][0];
-    if constexpr (R * M % 4 == 0) {
-        for (int i = 0; i < R * M; i += 4) _mm_store_ps(flat + i, sums_of_lanes(vectors + i));
-    } else {
-        for (int i = 0; i < R * M; i++) flat[i] = sum_of_lanes(vectors[i]);
+    for (int i = 0; i < 4 * kFours; i += 4) {
+        __m256 four[4];
+        for (int j = 0; j < 4; j++) four[j] = vectors[std::min(i + j, R * M - 1)];
+        _mm_store_ps(of_rows + i, sums_of_lanes(four));
     }
     for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r][m]);
+        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r * M + m]);
     }
 }
 

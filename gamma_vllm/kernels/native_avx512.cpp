@@ -3,7 +3,9 @@
 // as the products of a small layer.
 
 #include "native_amx_gemm_codes.h"
+#include "native_avx512_dense.h"
 #include "native_avx512_gemm.h"
+#include "native_experts.h"
 #include "native_operators.h"
 
 namespace {
@@ -82,18 +84,30 @@ void gemm(const std::vector<Part>& parts, const uint16_t* x, long tokens, uint16
     }
 }
 
-Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
-    const auto multiply = [](const std::vector<Part>& all, const uint16_t* x, long tokens, uint16_t* out, long total) {
-        const long most = use_amx ? kGemvTokensBesideAmx : kGemvTokens;
-        std::vector<Part> for_gemv, for_gemm;
-        for (const Part& part : all) (tokens <= most && part.weight.bits != 16 ? for_gemv : for_gemm).push_back(part);
-        if (!for_gemm.empty()) gemm(for_gemm, x, tokens, out, total);
-        if (!for_gemv.empty()) {
+// Activations x [tokens, columns] times the segments: to their places in out [tokens, total].
+void multiply(const std::vector<Part>& all, const uint16_t* x, long tokens, uint16_t* out, long total) {
+    const long most = use_amx ? kGemvTokensBesideAmx : kGemvTokens;
+    if (tokens > most) return gemm(all, x, tokens, out, total);
 #pragma omp parallel
-            for (const auto& [weight, start] : for_gemv) gemv(weight, x, tokens, out + start, total);
+    for (const auto& [weight, start] : all) {
+        if (weight.bits == 16) {
+            multiply_dense(weight, x, tokens, out + start, total);
+        } else {
+            gemv(weight, x, tokens, out + start, total);
         }
-    };
+    }
+}
+
+Tensor native_layer(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> kinds) {
     return layer_of(x, tensors, kinds, multiply);
+}
+
+Tensor native_experts_up(Tensor x, Tensor ids, std::vector<Tensor> tensors) {
+    return experts_up(x, ids, tensors, multiply);
+}
+
+Tensor native_experts_down(Tensor x, Tensor ids, Tensor weights, std::vector<Tensor> tensors, bool silu) {
+    return experts_down(x, ids, weights, tensors, silu, multiply);
 }
 
 Tensor native_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t bits) {
@@ -111,6 +125,8 @@ Tensor native_gather_rows(Tensor ids, Tensor packed, Tensor scale, std::optional
 
 STABLE_TORCH_LIBRARY_IMPL(gamma, CPU, m) {
     m.impl("native_layer", TORCH_BOX(&native_layer));
+    m.impl("native_experts_up", TORCH_BOX(&native_experts_up));
+    m.impl("native_experts_down", TORCH_BOX(&native_experts_down));
     m.impl("native_gather_rows", TORCH_BOX(&native_gather_rows));
 }
 

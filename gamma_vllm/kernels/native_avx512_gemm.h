@@ -102,8 +102,8 @@ template <typename Fill>
 void gemm(const Weight& w, const Fill& fill, const uint16_t* x, long tokens, uint16_t* out, long out_stride) {
     const long panel_bytes = w.columns * kPanelRows * long(sizeof(uint16_t));
     const long panels = panels_of_chunk(w.rows, kPanelRows, std::min(kChunkPanels, kChunkBytes / panel_bytes));
-    std::vector<uint16_t> space(panels * kPanelRows * w.columns + kBlock);
-    uint16_t* const held = (uint16_t*)((uintptr_t(space.data()) + 63) & ~uintptr_t(63));
+    thread_local AlignedSpace<uint16_t> space;
+    uint16_t* const held = space.of(panels * kPanelRows * w.columns);
     for_each_chunk(
         w.rows, tokens, panels, kPanelRows, kTileTokens,
         [&](long row, long end) {

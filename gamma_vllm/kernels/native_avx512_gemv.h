@@ -290,16 +290,19 @@ void multiply_rows(const Weight& w, const Step<BITS>& step, const ScaleOrder<BIT
             }
         }
     }
-    alignas(16) float of_rows[R][M];
-    float* const flat = &of_rows[0][0];
+    // One way of adding up for all R and M: where a module is cut, and how many tokens there are, must not be seen.
+    constexpr int kFours = (R * M + 3) / 4;
+    alignas(16) float of_rows[4 * kFours];
     const __m512* const vectors = &total[0][0];
-    if constexpr (R * M % 4 == 0) {
-        for (int i = 0; i < R * M; i += 4) _mm_store_ps(flat + i, sums_of_lanes(vectors + i));
-    } else {
-        for (int i = 0; i < R * M; i++) flat[i] = _mm512_reduce_add_ps(vectors[i]);
+    for (int i = 0; i < 4 * kFours; i += 4) {
+        __m512 four[4];
+        for (int j = 0; j < 4; j++) four[j] = vectors[std::min(i + j, R * M - 1)];
+        _mm_store_ps(of_rows + i, sums_of_lanes(four));
     }
-    for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) put(out + m * out_stride + row + r, of_rows[r][m]);
+    for (int m = 0; m < M; m++) {
+        Out of_token[R];  // neighbours, so that they are rounded and stored together
+        for (int r = 0; r < R; r++) put(of_token + r, of_rows[r * M + m]);
+        std::memcpy(out + m * out_stride + row, of_token, sizeof(of_token));
     }
 }
 

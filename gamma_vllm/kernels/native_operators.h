@@ -48,17 +48,23 @@ inline std::vector<Part> read_segments(const std::vector<Tensor>& tensors, const
     return all;
 }
 
-// A new tensor [..., columns] in bfloat16 with the leading sizes of `like`. By way of the dispatcher it takes 1 us longer.
-inline Tensor new_rows(const Tensor& like, int64_t leading, int64_t columns) {
-    std::vector<int64_t> shape, strides(leading + 1, 1);
-    for (int64_t i = 0; i < leading; i++) shape.push_back(like.size(i));
-    shape.push_back(columns);
-    for (int64_t i = leading; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
+// A new tensor in bfloat16. By way of the dispatcher it takes 1 us longer.
+inline Tensor new_tensor(const std::vector<int64_t>& shape) {
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
     AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(leading + 1, shape.data(), strides.data(),
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
                                                            aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0,
                                                            &made));
     return Tensor(made);
+}
+
+// One of shape [..., columns], with the leading sizes of `like`.
+inline Tensor new_rows(const Tensor& like, int64_t leading, int64_t columns) {
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < leading; i++) shape.push_back(like.size(i));
+    shape.push_back(columns);
+    return new_tensor(shape);
 }
 
 // Zero point of a row in words packed along the rows, [words, groups]; a code may lie across two words.

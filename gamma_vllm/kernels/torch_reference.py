@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allocator.contract.packing import dequantize
-from gamma_vllm.kernels.base import define, multiply_in_turn
+from gamma_vllm.kernels.base import OneByOne, define, multiply_in_turn
 from gamma_vllm.shards import Segment
 
 __all__ = ["BLOCK_ELEMENTS", "TorchKernel"]
@@ -18,7 +18,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class TorchKernel:
+class TorchKernel(OneByOne):
     """Multiplies with the checkpoint's own tensors; see `gamma_vllm.kernels.base.Kernel`."""
 
     name = "torch"

@@ -18,6 +18,7 @@ VERBS = [
     "learn",
     "solve",
     "refine",
+    "tune",
     "export",
     "fit",
     "show",
@@ -150,7 +151,9 @@ def test_an_unknown_quantizer_is_refused_before_work(tiny_model: Callable[[str],
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache"])
+@pytest.mark.parametrize(
+    "name", ["bank", "scores", "manifest", "checkpoint", "plan", "gpus", "probe", "kv_cache", "share"]
+)
 def test_schemas_are_published(name: str) -> None:
     assert json.loads(gamma("schema", name).stdout)["properties"]
 

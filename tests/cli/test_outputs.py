@@ -13,6 +13,7 @@ VERBS = {
     "solve": ["solve", "no-scores", "--average-bits", "4", "--out", "{file}"],
     "plan": ["plan", "no-model", "--gpu", "l4", "--out", "{file}"],
     "refine": ["refine", "no-manifest", "--scores", "none", "--out", "{file}"],
+    "tune": ["tune", "none", "--model", "m", "--bank", "b", "--text", "t", "--out", "{folder}"],
     "export": ["export", "no-model", "--manifest", "none", "--bank", "none", "--out", "{folder}"],
     "fit": ["fit", "no-model", "--average-bits", "4", "--out", "{folder}"],
     "fit, work": ["fit", "no-model", "--average-bits", "4", "--out", "new", "--work", "{folder}"],

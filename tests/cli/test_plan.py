@@ -31,6 +31,14 @@ def test_no_comes_with_the_number_that_makes_it_yes(capsys):
     assert "GiB more: --max-model-len 5120 fits" in out
 
 
+def test_one_sequence_at_a_time_is_said_where_nobody_gave_a_number(capsys):
+    """vLLM is told the number of the plan, and would run more."""
+    assert main(["plan", MODEL, "--gpu", "rtx4090", "--max-model-len", "8192"]) == 0
+    assert "planned for one sequence at a time" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", MODEL, "--gpu", "rtx4090", "--max-model-len", "8192", "--max-num-seqs", "1"]) == 0
+    assert "one sequence at a time" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_a_gpu_it_says_which_ones_do(capsys):
     assert main(["plan", MODEL, "--max-model-len", "8192", "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)

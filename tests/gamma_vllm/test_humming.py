@@ -15,8 +15,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from allocator.contract.packing import unpack_zero_points
+from allocator.contract.packing import dequantize, unpack_zero_points
 from gamma_vllm.kernels import humming as adapter
+from gamma_vllm.kernels import humming_experts
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.humming import HummingKernel
 from tests.gamma_vllm.test_kernels import make_segment, planned_bytes, relative_error
@@ -149,6 +150,31 @@ def test_the_call_fits_their_signature_and_one_token_is_not_copied(device, monke
         assert all(math.prod(c["locks"].shape) == 132 * 8 for c in calls)
     assert kernel.layer(segments, held, torch.zeros(2, 0, 128, dtype=torch.bfloat16)).shape == (2, 0, len(whole))
 
+    # Side by side: a stream for each product but one, forked from the first before that is launched, and all joined.
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    main, side = Stream("main"), [Stream(f"side {i}") for i in range(3)]
+    monkeypatch.setenv("GAMMA_HUMMING_SEGMENTS", "side-by-side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.append(stream.name)))
+    monkeypatch.setattr(adapter, "side_streams", lambda _device, count: side[:count])
+    assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+    assert events == [
+        *(text for i in range(3) for text in (f"side {i} waits for main", f"side {i}")),
+        *(f"main waits for side {i}" for i in range(3)),
+    ]
+    x = torch.randn(100, 128).to(torch.bfloat16)
+    events.clear()
+    assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
+    assert not events  # many tokens fill the GPU one product after the other
+
 
 @needs_humming
 @pytest.mark.parametrize("asymmetric", [True, False])
@@ -194,3 +220,74 @@ def test_it_is_preferred_on_a_gpu_that_can_and_says_why_it_cannot_elsewhere(monk
     reason = HummingKernel.why_not(CUDA)
     assert choose_kernel(CUDA).name == ("humming" if reason is None else "torch")
     assert reason is None or "humming-kernels cannot be imported" in reason
+
+
+def blocks_by_expert(ids, block_size, num_experts, expert_map, ignore_invalid_experts):
+    """What vLLM's operator does on a GPU: the pairs of each expert on the map, filled up to whole blocks."""
+    assert ignore_invalid_experts
+    assert len(expert_map) == num_experts
+    sorted_ids, expert_ids = [], []
+    for number in range(int(expert_map.max()) + 1):
+        pairs = (expert_map[ids.flatten().long()] == number).nonzero().flatten().tolist()
+        for first in range(0, len(pairs), block_size):
+            block = pairs[first : first + block_size]
+            sorted_ids += block + [ids.numel()] * (block_size - len(block))
+            expert_ids.append(number)
+    padded = torch.tensor([len(sorted_ids)])
+    return torch.tensor(sorted_ids, dtype=torch.int64), torch.tensor(expert_ids, dtype=torch.int64), padded
+
+
+@needs_humming
+@pytest.mark.parametrize("local", [range(4), (1, 3)], ids=["all experts", "those of a rank"])
+def test_experts_of_a_width_are_one_launch(device, monkeypatch, parallel, local):
+    """Each launch, computed here, gets the experts of its width, and their sums are those over all experts."""
+    from vllm.model_executor.layers.fused_moe import moe_align_block_size as vllm_blocks
+
+    from tests.gamma_vllm import test_moe
+
+    kinds = [(3, 32, True), (5, 64, False), (3, 32, True), (3, 32, False)]
+    declared = {
+        (expert, part): test_moe.declare(*(form.shape), *kinds[(expert + (part == "up" and expert == 2)) % 4])
+        for (expert, part), form in test_moe.modules().items()
+    }
+    monkeypatch.setenv("GAMMA_HUMMING_EXPERTS", "together")
+    monkeypatch.setattr("gamma_vllm.moe.choose_kernel", lambda _device: HummingKernel(torch.bfloat16))
+    weights_of, launches, pack = {}, [], HummingKernel.pack
+
+    def packed(kernel, segment, tensors):
+        held = pack(kernel, segment, tensors)
+        zeros = tensors.get("zero_point")
+        key = tuple(held["packed"].flatten().tolist())
+        weights_of[key] = dequantize(tensors["packed"], tensors["scale"], zeros, segment.num_bits)
+        return held
+
+    def multiply(kernels, x, held, routed, choices, output):
+        launches.append(held["packed"].shape[0])
+        sorted_ids, expert_ids, padded = routed
+        assert int(padded) == len(sorted_ids)
+        for block, expert in zip(sorted_ids.view(-1, 4), expert_ids.tolist(), strict=True):
+            pairs = block[block < output.shape[0]]
+            weight = weights_of[tuple(held["packed"][expert].flatten().tolist())]
+            output[pairs] = (x[pairs // choices].float() @ weight.T).to(output.dtype)
+
+    monkeypatch.setattr(HummingKernel, "pack", packed)
+    monkeypatch.setattr(humming_experts, "launch_indexed", multiply)
+    monkeypatch.setattr(humming_experts, "kernels_of_experts", lambda *kind: (None, [(1 << 30, 4)]))
+    monkeypatch.setattr(vllm_blocks, "moe_align_block_size", blocks_by_expert)
+    layer, weights = test_moe.ready_layer(declared, local=local)
+    for tokens in (1, 40):
+        x, shares, ids = test_moe.route(tokens)
+        launches.clear()
+        result = layer.quant_method.multiply(layer, x, shares, ids)
+        there = torch.tensor([i in local for i in range(4)])
+        exact = test_moe.expected(weights, x.float(), shares * there[ids.long()], ids)
+        assert relative_error(result, exact) < 1e-2
+        if len(local) == 4:  # w13: three experts alone, gate and up of another; w2: two together, two alone
+            assert sorted(launches) == sorted([1, 1, 1, 1, 1, 2, 1, 1])
+
+
+def test_an_unknown_way_to_multiply_experts_is_refused(monkeypatch):
+    assert not humming_experts.wanted()
+    monkeypatch.setenv("GAMMA_HUMMING_EXPERTS", "yes")
+    with pytest.raises(ValueError, match="GAMMA_HUMMING_EXPERTS='yes': expected alone or together"):
+        humming_experts.wanted()

@@ -13,9 +13,12 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from allocator.contract.errors import ContractError
+from gamma_vllm.kernels.base import Activation, Place, Stack
+from gamma_vllm.kernels.native import NativeKernel, usable_isas
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
-from gamma_vllm.shards import CheckpointModule
+from gamma_vllm.shards import CheckpointModule, Segment
 from tests.gamma_vllm.layers import declare, stored_tensors
+from tests.skips import lacking_kernel
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 128, 4, 2
 FORMS = [(4, 32, True), (3, 64, False), (16,), (8, 64, True), (2, 32, False), (3, 64, False), (5, 32, True)]
@@ -37,7 +40,7 @@ def modules():
     return made
 
 
-def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False):
+def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False, dtype=torch.float32):
     """A layer as vLLM makes it: tensor-parallel (rank, size), or with the experts `local` only."""
     layer = nn.Module()
     slots = {g: i for i, g in enumerate(local)}
@@ -55,7 +58,7 @@ def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False):
     named = {key: CheckpointModule(f"a.experts.{key[0]}.{key[1]}_proj", form) for key, form in declared.items()}
     experts = [ExpertModules((named[i, "gate"], named[i, "up"]), named[i, "down"]) for i in range(EXPERTS)]
     layer.quant_method = GammaMoEMethod(layer, experts, "BF16")
-    layer.quant_method.create_weights(layer, len(slots), HIDDEN, INTERMEDIATE // tp[1], torch.float32)
+    layer.quant_method.create_weights(layer, len(slots), HIDDEN, INTERMEDIATE // tp[1], dtype)
     return layer
 
 
@@ -144,3 +147,113 @@ def test_an_expert_of_another_shape_is_refused(parallel):
     declared = modules() | {(2, "up"): declare(96, HIDDEN, 4)}
     with pytest.raises(ContractError, match=r"a\.experts\.2\.up_proj: .* \[96, 64\], the layer a\.experts has 128"):
         make_layer(declared)
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def native_kernel(request, monkeypatch):
+    """The kernel of each instruction set that this CPU has, chosen for all layers."""
+    if request.param not in usable_isas():
+        reason = NativeKernel.why_not(torch.device("cpu"))
+        pytest.skip(lacking_kernel(reason or f"this CPU has not all of {request.param}"))
+    monkeypatch.setattr("gamma_vllm.moe.choose_kernel", lambda device: NativeKernel(request.param))
+    return NativeKernel(request.param)
+
+
+def ready_layer(declared=None, **options):
+    """A loaded layer in bfloat16, and the float32 weights."""
+    declared = declared or modules()
+    layer = make_layer(declared, dtype=torch.bfloat16, **options)
+    weights = load(layer, declared)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer, weights
+
+
+def route(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator).to(torch.bfloat16)
+    ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
+    return x, torch.rand(tokens, TOP_K, generator=generator), ids
+
+
+def one_by_one(layer, *routed):
+    """What the layer gives when its kernel does not multiply all experts at once."""
+    kept = [stack.index for stack in layer.quant_method.stacks]
+    for stack in layer.quant_method.stacks:
+        stack.index = None
+    result = layer.quant_method.multiply(layer, *routed)
+    for stack, index in zip(layer.quant_method.stacks, kept, strict=True):
+        assert index is not None  # they were multiplied at once before
+        stack.index = index
+    return result
+
+
+TOKENS = (1, 5, 40, 200)  # few and many for each expert
+
+
+def test_all_experts_at_once_give_the_sum_over_experts(parallel, native_kernel):
+    dense = {key: declare(*form.shape, 16) if key[0] in (0, 3) else form for key, form in modules().items()}
+    for declared in (modules(), dense):
+        layer, weights = ready_layer(declared)
+        for tokens in TOKENS:
+            x, shares, ids = route(tokens)
+            exact = expected(weights, x.float(), shares, ids)
+            for result in (layer.quant_method.multiply(layer, x, shares, ids), one_by_one(layer, x, shares, ids)):
+                assert (result.float() - exact).norm() < 1e-2 * exact.norm(), tokens
+
+
+@pytest.mark.parametrize("local", [range(EXPERTS), (1, 3)], ids=["all experts", "those of a rank"])
+def test_all_experts_at_once_are_each_alone_to_the_last_bit(parallel, native_kernel, local):
+    """With an activation of vLLM's, and shares whose products are exact: other than these, nothing is computed anew."""
+    layer, _ = ready_layer(local=local)
+    layer.activation = MoEActivation.GELU
+    for tokens in TOKENS:
+        x, shares, ids = route(tokens)
+        shares = torch.exp2(-torch.ceil(4 * shares))
+        ids[0] = torch.tensor([0, 2])  # of no expert of the second rank
+        together = layer.quant_method.multiply(layer, x, shares, ids)
+        assert torch.equal(together, one_by_one(layer, x, shares, ids)), tokens
+
+
+def test_how_many_threads_multiply_experts_is_not_seen(parallel, native_kernel):
+    layer, _ = ready_layer()
+    before = torch.get_num_threads()
+    try:
+        for tokens in TOKENS:
+            results = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                results.append(layer.quant_method.multiply(layer, *route(tokens)))
+            assert torch.equal(*results), tokens
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_of_another_layer_is_refused(parallel, native_kernel):
+    layer, _ = ready_layer()
+    x, shares, ids = route(2)
+    ids[1, 0] = EXPERTS
+    with pytest.raises(RuntimeError, match="expert 4 of 4"):
+        layer.quant_method.multiply(layer, x, shares, ids)
+    with pytest.raises(ValueError, match="32 activations for a weight of 64 columns"):
+        layer.quant_method.multiply(layer, x[:, :32], shares, ids)
+
+
+def test_gates_of_all_sizes(native_kernel):
+    """The kernel's own silu(gate) * up: an expert whose w2 is the identity gives it back."""
+    segment = Segment((0,), 16, None, None, 64, 64)
+    eye = {"weight": torch.eye(64, dtype=torch.bfloat16).flatten()}
+    w2 = Stack([[segment]], eye, {(0, 0, "weight"): Place(0, (64, 64))})
+    w13 = Stack([[Segment((0, 1), 16, None, None, 128, 64)]], {"weight": eye["weight"].repeat(2)}, {
+        (0, 0, "weight"): Place(0, (128, 64)),
+    })  # fmt: skip
+    silu = Activation(lambda hidden: hidden, silu=True)
+    stacks = [Stack(s.segments, s.tensors, s.places, native_kernel.index_experts(s)) for s in (w13, w2)]
+    for largest in (1e-3, 1.0, 20.0, 100.0, 1e4):
+        x = torch.linspace(-largest, largest, 10 * 64).view(10, 64).to(torch.bfloat16)
+        ids = torch.zeros(10, 1, dtype=torch.int64)
+        given = native_kernel.experts(*stacks, x, ids, torch.ones(10, 1), silu)
+        torch.testing.assert_close(given.float(), F.silu(x.float()) * x.float(), rtol=4e-3, atol=1e-30)
+    x[3, 7] = torch.nan
+    assert native_kernel.experts(*stacks, x, ids, torch.ones(10, 1), silu).isnan().any(1).tolist() == [
+        token == 3 for token in range(10)
+    ]

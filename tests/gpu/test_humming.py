@@ -9,9 +9,13 @@ pytest.importorskip("vllm")
 from gamma_vllm.kernels.choose import choose_kernel
 from gamma_vllm.kernels.humming import HummingKernel
 from gamma_vllm.shards import Segment
+from tests.gamma_vllm import test_moe
+from tests.gamma_vllm.conftest import parallel
+from tests.gamma_vllm.layers import declare
 from tests.gamma_vllm.test_kernels import make_segment, planned_bytes, relative_error
 from tests.skips import lacking
 
+__all__ = ["parallel"]
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CUDA = torch.device("cuda", 0)
@@ -68,6 +72,26 @@ def test_a_layer_of_several_widths_and_a_dense_part(kernel):
         assert relative_error(kernel.layer(segments, held, x), x.float() @ whole.T) < 1e-2
 
 
+def test_products_side_by_side_are_those_in_turn(kernel, monkeypatch):
+    """The products of a layer on streams of their own, as they are captured too."""
+    parts = [make_segment(rows, 512, bits, 64, False) for rows, bits in ((2048, 3), (512, 4), (512, 5))]
+    segments = [segment for segment, _, _ in parts]
+    held = [kernel.pack(segment, on_gpu(tensors)) for segment, tensors, _ in parts]
+    x = torch.randn(4, 512, device=CUDA, dtype=kernel.dtype)
+    expected = kernel.layer(segments, held, x)
+    monkeypatch.setenv("GAMMA_HUMMING_SEGMENTS", "side-by-side")
+    assert torch.equal(kernel.layer(segments, held, x), expected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernel.layer(segments, held, x)
+    x.neg_()
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, -expected)
+
+
 def test_a_captured_graph_gives_the_same_products(kernel):
     segment, tensors, _ = make_segment(1024, 1024, 3, 128, False)
     packed = kernel.pack(segment, on_gpu(tensors))
@@ -83,6 +107,37 @@ def test_a_captured_graph_gives_the_same_products(kernel):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("way", ["alone", "together"])
+def test_experts(kernel, parallel, monkeypatch, way):
+    """Alone: a launch for each expert's part. Together: one for all of a width, in a captured graph too."""
+    monkeypatch.setenv("GAMMA_HUMMING_EXPERTS", way)
+    kinds = [(3, 32, True), (5, 64, False), (3, 32, True), (4, 32, False)]
+    declared = {
+        (expert, part): declare(*form.shape, *kinds[(expert + (part == "up" and expert == 2)) % 4])
+        for (expert, part), form in test_moe.modules().items()
+    }
+    with CUDA:
+        layer = test_moe.make_layer(declared, dtype=BFLOAT16)
+    weights = test_moe.load(layer, declared)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert all(stack.index is None for stack in layer.quant_method.stacks) == (way == "alone")
+    for tokens in (1, 5, 200):
+        x, shares, ids = test_moe.route(tokens)
+        exact = test_moe.expected(weights, x.float(), shares, ids)
+        on_card = [tensor.to(CUDA) for tensor in (x, shares, ids)]
+        given = layer.quant_method.multiply(layer, *on_card)
+        assert relative_error(given, exact.to(CUDA)) < 1e-2
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer.quant_method.multiply(layer, *on_card)
+        on_card[2].copy_(ids.flip(1))
+        on_card[1].copy_(shares.flip(1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(output, exact.to(CUDA)) < 1e-2
 
 
 def test_vllm_prefers_it(kernel):

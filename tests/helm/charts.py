@@ -8,7 +8,19 @@ import yaml
 
 from tests.programs import program
 
-__all__ = ["CHART", "CLOUDS", "EXAMPLES", "KUBERNETES", "OLDEST", "Helm", "allocation", "by_kind", "fail", "render"]
+__all__ = [
+    "CHART",
+    "CLOUDS",
+    "EXAMPLES",
+    "KUBERNETES",
+    "OLDEST",
+    "Helm",
+    "allocation",
+    "by_kind",
+    "fail",
+    "pod_templates",
+    "render",
+]
 
 CHART = Path(__file__).parents[2] / "helm" / "gamma"
 EXAMPLES = {path.stem: path for path in sorted((CHART / "examples").glob("*.yaml"))}
@@ -63,6 +75,16 @@ def by_kind(objects: list[Object], kind: str, component: str | None = None) -> l
     if component is not None:
         chosen = [o for o in chosen if o["metadata"]["labels"].get("app.kubernetes.io/component") == component]
     return chosen
+
+
+def pod_templates(item: Object) -> list[Object]:
+    """The templates of an object's pods; a pod is its own."""
+    if item["kind"] == "Pod":
+        return [item]
+    if item["kind"] == "LeaderWorkerSet":
+        group = item["spec"]["leaderWorkerTemplate"]
+        return [group["leaderTemplate"], group["workerTemplate"]]
+    return [item["spec"]["template"]] if item["kind"] in ("Deployment", "Job") else []
 
 
 def allocation(**changes: Any) -> dict[str, Any]:

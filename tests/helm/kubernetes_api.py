@@ -40,8 +40,10 @@ RESOURCES = {
     "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy", "ingresses": "Ingress"},
     "gateway.networking.k8s.io/v1": {"httproutes": "HTTPRoute"},
     "resource.k8s.io/v1": {"resourceclaimtemplates": "ResourceClaimTemplate"},
+    "rbac.authorization.k8s.io/v1": {"roles": "Role", "rolebindings": "RoleBinding"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "monitoring.coreos.com/v1": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
+    "leaderworkerset.x-k8s.io/v1": {"leaderworkersets": "LeaderWorkerSet"},
     "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
 }
 VERSION = "1.34"

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.helm.charts import EXAMPLES, render
+from tests.helm.charts import EXAMPLES, pod_templates, render
 from tests.programs import program
 
 OPEN = {
@@ -18,6 +18,7 @@ OPEN = {
 ONLY_FOR_TEST_POD = {"CKV_K8S_8", "CKV_K8S_9"}
 DIGEST = "sha256:" + "0" * 64
 IMAGES = {"images": {name: {"repository": f"r/{name}", "digest": DIGEST} for name in ("vllm", "sidecar")}}
+IMAGES |= {"router": {"image": {"repository": "r/router", "digest": DIGEST}}}
 
 
 @pytest.mark.slow
@@ -46,23 +47,25 @@ def test_images_can_be_named_by_digest(helm4):
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
 
-# Whether image volumes (ready-checkpoints) are of it depends on the version of Kubernetes.
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("cpu", "ready-checkpoints")])
+# Whether image volumes (ready-checkpoints) are of it depends on the version of Kubernetes. A node's folder is not.
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("cpu", "node-cache", "ready-checkpoints")])
 def test_pods_are_of_the_restricted_level(helm4, name):
     for item in render(helm4, EXAMPLES[name]):
-        if item["kind"] not in ("Deployment", "Job", "Pod"):
-            continue
-        spec = item["spec"] if item["kind"] == "Pod" else item["spec"]["template"]["spec"]
-        assert spec["securityContext"]["runAsNonRoot"]
-        assert spec["securityContext"]["runAsUser"] >= 10_000
-        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
-        assert spec["automountServiceAccountToken"] is False
-        for volume in spec.get("volumes", []):
-            assert set(volume) - {"name"} <= VOLUMES
-        for container in [*spec.get("initContainers", []), *spec["containers"]]:
-            context = container["securityContext"]
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            assert context["allowPrivilegeEscalation"] is False
-            assert context["readOnlyRootFilesystem"] is True
-            assert not [port for port in container.get("ports", []) if "hostPort" in port]
+        for template in pod_templates(item):
+            check_restricted(template["spec"])
+
+
+def check_restricted(spec):
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["runAsUser"] >= 10_000
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+    assert spec["automountServiceAccountToken"] is False
+    for volume in spec.get("volumes", []):
+        assert set(volume) - {"name"} <= VOLUMES
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        context = container["securityContext"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert not [port for port in container.get("ports", []) if "hostPort" in port]

@@ -37,7 +37,7 @@ def leaves(values, path=""):
 
 # Sections whose keys are Kubernetes' or the user's.
 FREE = {"gpuProfiles", "podSecurityContext", "securityContext"} | {
-    f"{part}.resources" for part in ("prepare", "vllm", "sidecar", "clusterSidecar", "learn")
+    f"{part}.resources" for part in ("prepare", "vllm", "sidecar", "clusterSidecar", "learn", "router")
 } | {"monitoring.dashboard.labels"}  # fmt: skip
 
 

@@ -4,13 +4,14 @@ import argparse
 import re
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
 from allocator.plan import PlanRequest
-from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, OLDEST, allocation, by_kind, render
+from tests.helm.charts import CHART, EXAMPLES, KUBERNETES, OLDEST, allocation, by_kind, pod_templates, render
 from tests.helm.golden import CASES, GOLDEN, compact, expand
 from tests.helm.validation import check_object
 
@@ -93,6 +94,7 @@ def test_a_budget_changes_the_pods_and_nothing_else(helm4):
         {"model": "Qwen3-4B"},
         {"gpu": "h100"},
         {"count": 2},
+        {"nodes": 2},
         {"maxModelLen": 8192},
         {"maxNumSeqs": 9},
         {"kvCacheDtype": "fp8"},
@@ -107,8 +109,8 @@ def test_every_part_of_a_request_has_a_folder_of_its_own(helm4, change):
     """Pods of a former budget that share the volume keep their checkpoint."""
 
     def folder(objects):
-        (deployment,) = by_kind(objects, "Deployment")
-        return deployment["spec"]["template"]["spec"]["containers"][0]["args"][1]
+        (template, *_) = [template for item in objects if item["kind"] != "Pod" for template in pod_templates(item)]
+        return template["spec"]["containers"][0]["args"][1]
 
     assert folder(render(helm4, allocation())) != folder(render(helm4, allocation(**change)))
 
@@ -223,6 +225,88 @@ def test_devices_are_claimed_once_a_pod(helm4):
     assert "--fusion=auto" in spec["initContainers"][0]["args"]
 
 
+def group_of(helm, **changes):
+    """Leader and worker of an allocation of two nodes, and all objects."""
+    objects = render(helm, allocation(**{"gpu": "h100", "count": 8, "nodes": 2} | changes))
+    (group,) = by_kind(objects, "LeaderWorkerSet")
+    assert not by_kind(objects, "Deployment", "serving")
+    return *(template["spec"] for template in pod_templates(group)), objects
+
+
+def test_several_nodes_serve_as_one(helm4):
+    """Each prepares for a plan of all GPUs, and is told its place; the first answers, for all."""
+    leader, worker, objects = group_of(helm4)
+    for pod in (leader, worker):
+        (prepare,) = pod["initContainers"]
+        assert {"--tensor-parallel-size=8", "--pipeline-parallel-size=2"} <= set(prepare["args"])
+        vllm = pod["containers"][0]
+        assert vllm["resources"]["limits"]["nvidia.com/gpu"] == 8
+        place = ["--nnodes=$(LWS_GROUP_SIZE)", "--node-rank=$(LWS_WORKER_INDEX)", "--master-addr=$(LWS_LEADER_ADDRESS)"]
+        assert [word for word in vllm["args"] if "LWS" in word] == place
+        assert "VLLM_HOST_IP" in [variable["name"] for variable in vllm["env"]]
+    assert [c["name"] for c in leader["containers"]] == ["vllm", "sidecar"]
+    assert [c["name"] for c in worker["containers"]] == ["vllm"]
+    assert "--headless" in worker["containers"][0]["args"]
+    assert "--headless" not in leader["containers"][0]["args"]
+    assert not {"ports", "startupProbe", "livenessProbe", "readinessProbe"} & set(worker["containers"][0])
+    (service,) = by_kind(objects, "Service")
+    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+    (policy,) = [p for p in by_kind(objects, "NetworkPolicy") if p["metadata"]["name"].endswith("serving")]
+    among = {"podSelector": {"matchLabels": policy["spec"]["podSelector"]["matchLabels"]}}
+    assert {"from": [among]} in policy["spec"]["ingress"]
+    assert {"to": [among]} in policy["spec"]["egress"]
+
+
+def test_vllm_knows_what_the_nodes_are_told():
+    vllm = pytest.importorskip("vllm")
+    root = Path(vllm.__file__).parent
+    source = "".join(path.read_text() for path in (root / "engine" / "arg_utils.py", *root.rglob("serve.py")))
+    for option in ("--nnodes", "--node-rank", "--master-addr", "--pipeline-parallel-size"):
+        assert f'"{option}"' in source, option
+    assert "args.headless" in source
+
+
+def test_a_group_scales_and_rolls_like_others(helm4):
+    keda = {"type": "keda", "keda": {"serverAddress": "http://p:9090"}}
+    for autoscaling, kind in (({"type": "hpa"}, "HorizontalPodAutoscaler"), (keda, "ScaledObject")):
+        *_, objects = group_of(helm4, autoscaling=autoscaling, rollout={"maxSurge": 1})
+        for item in objects:
+            check_object(item, "1.34")
+        (scaler,) = by_kind(objects, kind)
+        wanted = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": "demo-gamma-one"}
+        assert scaler["spec"]["scaleTargetRef"] == wanted
+        (group,) = by_kind(objects, "LeaderWorkerSet")
+        assert "replicas" not in group["spec"]
+        assert group["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"] == {"maxSurge": 1, "maxUnavailable": 1}
+
+
+def test_checkpoints_and_graphs_stay_on_the_node(helm4):
+    """prepare makes room, vLLM runs with both locked, the sidecar too; nothing that grows lies beside the entries."""
+    spec = by_kind(render(helm4, EXAMPLES["node-cache"]), "Deployment")[0]["spec"]["template"]["spec"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "model"]
+    assert volume["hostPath"]["path"] == "/var/lib/gamma"
+    (prepare,), (vllm, sidecar) = spec["initContainers"], spec["containers"]
+    (folder,) = [a.partition("=")[2] for a in prepare["args"] if a.startswith("--out=")]
+    assert "--cache-limit=300GiB" in prepare["args"]
+    assert vllm["command"] == ["gamma", "cache", "run"]
+    assert f"--entry={folder}" in vllm["args"]
+    rest = vllm["args"][vllm["args"].index("--") + 1 :]
+    assert rest[:4] == ["vllm", "serve", "--config", f"{folder}/vllm.yaml"]
+    assert {"name": "model", "mountPath": "/model"} in vllm["volumeMounts"]
+    assert not [v for v in vllm["env"] if v["value"].startswith("/cache/vllm")]
+    assert f"--prepared={folder}" in sidecar["args"]
+    assert {"name": "HF_HOME", "value": "/cache/huggingface"} in prepare["env"]
+
+
+def test_another_image_compiles_anew(helm4):
+    def compiled(**image):
+        values = yaml.safe_load(EXAMPLES["node-cache"].read_text()) | {"images": {"vllm": image}}
+        vllm = by_kind(render(helm4, values), "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]
+        return vllm["args"][1]
+
+    assert compiled(tag="1") == compiled(tag="1") != compiled(tag="2")
+
+
 def test_another_claim_is_another_template(helm4):
     """Kubernetes refuses to change one, and pods that run keep theirs."""
 
@@ -292,12 +376,12 @@ def test_the_share_of_the_memory_is_the_planners():
 
 def test_a_read_only_root_has_every_writable_path_mounted(helm4):
     """HOME and every cache that the environment names lie on a mounted volume that may be written."""
-    for case in ("cluster-virginia", "native-sidecar", "learn", "mig"):
+    for case in ("cluster-virginia", "native-sidecar", "learn", "mig", "multi-node"):
         for item in render(helm4, EXAMPLES[case]):
-            template = item["spec"].get("template", item) if item["kind"] in ("Deployment", "Job", "Pod") else None
-            if template is None:
-                continue
-            for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
+            containers = [
+                c for t in pod_templates(item) for c in t["spec"].get("initContainers", []) + t["spec"]["containers"]
+            ]
+            for container in containers:
                 assert container["securityContext"]["readOnlyRootFilesystem"]
                 writable = [m["mountPath"] for m in container.get("volumeMounts", []) if not m.get("readOnly")]
                 for variable in container.get("env", []):
@@ -376,9 +460,9 @@ def test_arguments_are_those_of_the_programs(helm4, name):
     """Every `gamma` command line of the pods is one that the program takes."""
     seen = 0
     for item in render(helm4, EXAMPLES[name]):
-        spec = item["spec"].get("template", {}).get("spec") if item["kind"] in ("Deployment", "Job") else None
-        for container in [*spec.get("initContainers", []), *spec["containers"]] if spec else []:
-            words = [*container["command"], *container["args"]]
+        specs = [template["spec"] for template in pod_templates(item)]
+        for container in [c for spec in specs for c in [*spec.get("initContainers", []), *spec["containers"]]]:
+            words = [*container["command"], *container.get("args", [])]
             if "gamma" not in words:
                 continue
             _, verb, *arguments = words[words.index("gamma") :]

@@ -69,6 +69,8 @@ BY_SCHEMA = {
     "autoscaler": ("autoscaling.type", "vpa", "type"),
     "address of Prometheus": ("autoscaling.keda.serverAddress", "prometheus:9090", "serverAddress"),
     "toleration effect": ("tolerations", [{"key": "a", "effect": "Never"}], "tolerations"),
+    "policy of the router": ("router.policy", "prefix", "policy"),
+    "size of the node cache": ("nodeCache.size", "500Gi", "size"),
     "scrape interval": ("monitoring.serviceMonitor.interval", "30 sec", "interval"),
     "label that is no text": ("podLabels", {"a": 1}, "podLabels"),
     "service type": ("service.type", "Ingress", "type"),
@@ -113,6 +115,18 @@ BY_CHECK = {
     "MIG slices together": (allocation(gpu="h100-mig-3g.40gb", count=2), "MIG slices cannot work together"),
     "GPUs of a pod without a GPU": (allocation(gpu="cpu", count=2), "count is 2, but profile cpu has no resource"),
     "more GPUs than a node has": (allocation(gpu="l4", count=9), "count is 9, but a node of profile l4 has 8 GPUs"),
+    "nodes without a GPU": (allocation(gpu="cpu", nodes=2), "nodes is 2, but profile cpu has no resource"),
+    "nodes of MIG slices": (allocation(gpu="h100-mig-3g.40gb", nodes=2), "MIG slices cannot work together"),
+    "nodes that wait for the first": (
+        {**allocation(nodes=2), "prepare": {"mode": "native"}},
+        "set prepare.mode to init",
+    ),
+    "one-pod claim, two nodes": ({**allocation(nodes=2), "modelVolume": {"type": "pvc"}}, "serves one pod at a time"),
+    "nodes by argument": (
+        allocation(vllmArgs=["--nnodes=2"]),
+        "argument --nnodes=2 for vllm is the chart's; set nodes",
+    ),
+    "pipeline by argument": (allocation(vllmArgs=["-pp=2"]), "contradicts what is planned; set nodes"),
     "more GPUs to learn with than a node has": (
         {"store": {"url": "s3://a/b"}, "learn": {"enabled": True, "model": "m", "gpu": "l4", "count": 16}},
         "learn.count is 16",
@@ -191,6 +205,19 @@ BY_CHECK = {
     "GPUs twice": (
         {**allocation(), "gpuProfiles": {"l4": {"deviceClass": "gpu.nvidia.com"}}},
         "gpuProfiles.l4 has resource and deviceClass",
+    ),
+    "router's ports": ({**allocation(), "router": {"metricsPort": 8000}}, "router.metricsPort are equal"),
+    "two places for checkpoints": (
+        {**allocation(), "modelVolume": {"type": "pvc"}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "are two places for checkpoints",
+    ),
+    "node cache of a native sidecar": (
+        {**allocation(), "prepare": {"mode": "native"}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "nodeCache needs prepare.mode init",
+    ),
+    "node cache without a sidecar": (
+        {**allocation(), "sidecar": {"enabled": False}, "nodeCache": {"volume": {"hostPath": {"path": "/a"}}}},
+        "nodeCache needs sidecar.enabled",
     ),
     "learn what": ({"store": {"url": "s3://a/b"}, "learn": {"enabled": True}}, "learn.model is empty"),
     "learn where": (

@@ -45,6 +45,16 @@ def seen(
     )  # fmt: skip
 
 
+def signs_of(seen: SimpleNamespace, probe: int) -> torch.Tensor:
+    """Of the tokens that are dealt to a probe, each stripe in turn, and 0 for the others: `[B, T, V]`."""
+    found = []
+    for rows in rows_together(320):
+        number = torch.arange(rows.stop - rows.start) % DRAWS
+        signs = torch.cat([seen.text.signs(batch, rows) for batch in (0, 1)])
+        found.append(signs * (number == probe) * DRAWS**0.5)
+    return torch.cat(found, 1).view(8, 32, 320)
+
+
 def along_all_at_once(seen: SimpleNamespace, name: str, step: torch.Tensor) -> torch.Tensor:
     """What `measure_vocabulary` gives for a change of a weight, from whole logits and autograd: `[S, B, T]`."""
     found = torch.zeros(DRAWS, 8, 32)
@@ -53,9 +63,7 @@ def along_all_at_once(seen: SimpleNamespace, name: str, step: torch.Tensor) -> t
     logprobs = logits.log_softmax(-1)
     for probe in range(DRAWS):
         if name == seen.candidates.head:
-            whole = torch.cat([seen.text.probe(0, probe, rows) for rows in rows_together(320)], 1).view(5, 32, 320)
-            rest = torch.cat([seen.text.probe(1, probe, rows) for rows in rows_together(320)], 1).view(3, 32, 320)
-            weights = torch.cat([whole, rest]) * (logprobs.detach() / 2).exp()
+            weights = signs_of(seen, probe) * (logprobs.detach() / 2).exp()
             (slope,) = torch.autograd.grad(logprobs, logits, weights, retain_graph=True)
             found[probe] += (slope * (normed @ step.T)).sum(-1)
         if name == seen.candidates.embedding:
@@ -92,9 +100,6 @@ def test_the_lm_heads_gradients_are_those_of_the_blocks(seen: SimpleNamespace) -
     next(backward_by_block(seen.stream, last, teacher.gradients, SEED))
     gradients = teacher.gradients_at(seen.stream, seen.stream.blocks, torch.arange(8))
     for probe in range(DRAWS):
-        signs = torch.cat(
-            [torch.cat([seen.text.probe(b, probe, rows) for b in (0, 1)]) for rows in rows_together(320)], 1
-        )
-        by_logits = (signs.view(8, 32, 320) * (logprobs / 2).exp() * changed).sum(-1)
+        by_logits = (signs_of(seen, probe) * (logprobs / 2).exp() * changed).sum(-1)
         by_states = (gradients[probe] * change).sum(-1)
         torch.testing.assert_close(by_states, by_logits, rtol=0.05, atol=1e-4)  # gradients are kept in bfloat16

@@ -1,6 +1,8 @@
 """The console in a real browser: headless Chromium against a real service."""
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -179,9 +181,16 @@ def test_what_does_not_fit_is_drawn_over_the_limit_and_not_made(page: Page, side
     assert "left to others" not in _text(page, "#memory-legend")
     assert page.js("document.querySelectorAll('#memory-bar .m-over').length") == 2
     assert page.js("document.querySelector('#make').disabled")
+    commands = (
+        "['.tabs', '#pane', '#copy'].filter((what) => document.querySelector(what).getClientRects().length).length"
+    )
+    assert page.js(commands) == 0
+    assert page.js("document.querySelector('#use-not').getClientRects().length") == 1
     page.js("document.querySelector('#fit').click()")
     page.until("document.querySelector('#verdict b').textContent === 'Fits.'")
     assert not page.js("document.querySelector('#make').disabled")
+    assert page.js(commands) == 3
+    assert page.js("document.querySelector('#use-not').getClientRects().length") == 0
     assert "left to others" in _text(page, "#memory-legend")
 
 
@@ -218,6 +227,42 @@ def test_what_is_chosen_lies_on_the_chart_and_axes_have_titles(page: Page, sidec
     assert numbers
     assert max(numbers) <= 3
     assert (_text(page, "#f-loss").startswith("unusable")) == (size < 15_000_000_000)
+
+
+@contextmanager
+def _refusing(page: Page, where: str, code: int, **error: str) -> Iterator[None]:
+    """The service's answer to requests for which `where` (JavaScript of `url` and `body`) holds is this error."""
+    source = f"""(() => {{ const real = window.fetch; window.fetch = (url, options = {{}}) => {{
+        const body = String(options.body || '');
+        if (!({where.replace("url", "String(url)")})) return real(url, options);
+        return Promise.resolve(new Response({json.dumps(json.dumps({"error": error}))},
+            {{status: {code}, headers: {{'content-type': 'application/json'}}}}));
+    }}; }})()"""
+    made = page.send("Page.addScriptToEvaluateOnNewDocument", source=source)
+    try:
+        yield
+    finally:
+        page.send("Page.removeScriptToEvaluateOnNewDocument", identifier=made["identifier"])
+
+
+def test_a_curve_that_fails_leaves_the_answer_standing(page: Page, sidecar: Running) -> None:
+    with _refusing(page, "url.includes('v1/sweeps')", 500, type="internal", message="the solvers are gone"):
+        _open(page, sidecar, TINY[1:], "document.querySelector('#curve').textContent === 'the solvers are gone'")
+        assert _text(page, "#verdict b") == "Fits."
+        assert page.js("document.querySelectorAll('#map svg rect').length") > 14
+        assert _text(page, "#code").startswith("vllm serve")
+
+
+def test_a_size_that_nothing_fits_is_let_go(page: Page, sidecar: Running) -> None:
+    """The slider is hidden then, so that nobody could take it back."""
+    refused = {"type": "infeasible_budget", "message": "no assignment is so small", "param": "budget"}
+    with _refusing(page, """url.includes('v1/fits') && body.includes('"budget"')""", 422, **refused):
+        _open(page, sidecar, f"{TINY[1:]}&bytes=100000", "document.querySelector('.verdict.bad')")
+        assert "no assignment is so small" in _text(page, "#verdict")
+        page.js("document.querySelector('#gpu').value = 'l40s'")
+        page.js("document.querySelector('#gpu').dispatchEvent(new Event('change', {bubbles: true}))")
+        page.until("document.querySelector('#verdict b').textContent === 'Fits.'")
+        assert "bytes=" not in page.js("location.hash")
 
 
 def test_an_empty_store_says_how_to_add_a_model(page: Page, tmp_path: Path) -> None:

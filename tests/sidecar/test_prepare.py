@@ -19,6 +19,7 @@ from allocator.sidecar.store import Store
 from tests.plan.nvml import L4, NEEDED, library
 
 from .conftest import gamma
+from .scores import publish_scores
 
 
 def test_prepare_writes_a_served_folder_and_has_nothing_to_do_the_second_time(
@@ -55,6 +56,42 @@ def test_options_come_from_the_environment_and_flags_win(tiny_store: Path, tmp_p
     assert (tmp_path / "a/vllm.yaml").read_text().splitlines()[1:] == ['served-model-name: "chat"', "max-num-seqs: 2"]
     wrong = gamma("prepare", code=2, **environment | {"GAMMA_KV_CACHE_DTYPE": "int3"})
     assert "GAMMA_KV_CACHE_DTYPE" in wrong.stderr
+
+
+def test_memory_of_a_gpu_is_a_gpu_on_any_machine(tmp_path: Path) -> None:
+    """Its plan is one for CUDA, where one width a fused layer decodes faster; for a CPU one says --fusion free."""
+    publish_scores(tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    entry = find_entry(store, "Qwen3-32B")
+    asked = PrepareSettings(model="Qwen3-32B", gpu_memory_bytes=24 << 30, max_model_len=4096, max_num_seqs=1)
+
+    def widths_of(settings: PrepareSettings) -> tuple[set[int], str]:
+        """How many widths q, k and v of a block have, over all blocks; the reason."""
+        chosen = choose(settings, entry, store, silent)
+        bits = {name: form.num_bits for name, form in chosen.manifest.modules.items()}
+        blocks = [[bits[f"model.layers.{i}.self_attn.{part}_proj"] for part in "qkv"] for i in range(64)]
+        return {len(set(block)) for block in blocks}, chosen.reason
+
+    tied, reason = widths_of(asked)
+    assert tied == {1}
+    assert "one width a fused layer costs" in reason
+    free, _ = widths_of(asked.model_copy(update={"fusion": "free"}))
+    assert max(free) > 1
+
+
+def test_stages_on_other_nodes_are_counted(tmp_path: Path) -> None:
+    """Two nodes hold what one cannot, and vLLM is told of both."""
+    publish_scores(tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    entry = find_entry(store, "Qwen3-32B")
+    one = PrepareSettings(model="Qwen3-32B", gpu="l4", max_model_len=8192, max_num_seqs=4, kv_cache_dtype="fp8")
+    two = one.model_copy(update={"pipeline_parallel_size": 2})
+    half, whole = (choose(settings, entry, store, silent) for settings in (one, two))
+    assert half.manifest.tensor_bytes < 20e9 < whole.manifest.tensor_bytes
+    assert "pipeline-parallel-size" not in half.vllm_arguments
+    assert whole.vllm_arguments["pipeline-parallel-size"] == 2
+    by_bits = choose(two.model_copy(update={"budget": "3bits"}), entry, store, silent)
+    assert by_bits.vllm_arguments["pipeline-parallel-size"] == 2
 
 
 def test_a_stored_manifest_can_be_asked_for(tiny_store: Path, tmp_path: Path) -> None:

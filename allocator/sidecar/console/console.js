@@ -182,8 +182,9 @@ function show() {
   if (state.url) URL.revokeObjectURL(state.url);
   state.url = URL.createObjectURL(new Blob([state.manifestText], { type: "application/json" }));
   $("manifest").href = state.url;
-  $("make").disabled = !told.fits;
-  $("job").textContent = told.fits ? "" : "What does not fit is not made.";
+  state.fits = told.fits;
+  panels.usable(told.fits);
+  $("job").textContent = "";
 }
 
 // The curve takes longer than the rest for a large model: it is drawn when it is there.
@@ -304,7 +305,7 @@ async function make() {
     if (error.status === 401) fail(error);
   } finally {
     $("job-bar").hidden = $("cancel").hidden = true;
-    $("make").disabled = false;
+    $("make").disabled = !state.fits;
   }
 }
 

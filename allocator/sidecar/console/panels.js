@@ -72,6 +72,13 @@ export function advice(items, onTake) {
   );
 }
 
+// Commands for what does not fit would fail on the machine that they are pasted to.
+export function usable(fits) {
+  document.querySelector(".tabs").hidden = $("pane").hidden = !fits;
+  $("use-not").hidden = fits;
+  $("make").disabled = !fits;
+}
+
 export function figures(allocation, sweep) {
   const set = (id, text, small) => {
     $(id).replaceChildren(text);

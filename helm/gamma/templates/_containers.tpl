@@ -4,6 +4,7 @@
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
 {{- /* A catalogue of auto reads the device, so this container must see it: init containers and containers share. */}}
+{{- $hubCache := ternary "/cache/huggingface" "/model/.huggingface" (not (empty $values.nodeCache.volume)) -}}
 {{- $device := and (not $a.profile.gpuMemory) (eq (default "auto" $a.profile.catalogue) "auto") -}}
 name: prepare
 {{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
@@ -11,8 +12,11 @@ command: [gamma, prepare]
 args:
   - {{ $a.model }}
   {{- include "gamma.requestArgs" . | nindent 2 }}
+  {{- if $values.nodeCache.volume }}
+  - --cache-limit={{ $values.nodeCache.size }}
+  {{- end }}
 env:
-  {{- include "gamma.env" (dict "root" .root "hubCache" "/model/.huggingface") | nindent 2 }}
+  {{- include "gamma.env" (dict "root" .root "hubCache" $hubCache) | nindent 2 }}
   {{- with $values.prepare.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -99,32 +103,63 @@ volumeMounts:
 {{- define "gamma.vllmContainer" -}}
 {{- $a := include "gamma.allocation" . | fromJson -}}
 {{- $values := .root.Values -}}
+{{- /* Of several nodes the first answers for all. */}}
+{{- $answers := ne (default "" .role) "worker" -}}
 name: vllm
 {{ include "gamma.servingImage" (dict "root" .root "image" $a.image) }}
+{{- $cached := and (not (empty $values.nodeCache.volume)) (eq $a.mode "init") }}
+{{- if $cached }}
+command: [gamma, cache, run]
+args:
+  - --entry={{ include "gamma.outFolder" . }}
+  - --compiled={{ $a.name }}-compiled-{{ include "gamma.servingImage" (dict "root" .root "image" $a.image) | sha256sum | trunc 8 }}
+  - --
+  - vllm
+  - serve
+{{- else }}
 command: [vllm, serve]
 args:
+{{- end }}
   {{- if $a.checkpoint }}
   {{- include "gamma.servedArgs" (dict "allocation" $a) | nindent 2 }}
   {{- else }}
   - --config
   - {{ include "gamma.outFolder" . }}/vllm.yaml
   {{- end }}
+  {{- if gt (int64 $a.nodes) 1 }}
+  - --nnodes=$(LWS_GROUP_SIZE)
+  - --node-rank=$(LWS_WORKER_INDEX)
+  - --master-addr=$(LWS_LEADER_ADDRESS)
+  {{- end }}
+  {{- if $answers }}
   - --host=0.0.0.0
   - --port={{ int64 $values.vllm.port }}
+  {{- else }}
+  - --headless
+  {{- end }}
   {{- range concat $values.vllm.extraArgs $a.vllmArgs }}
   - {{ . | quote }}
   {{- end }}
 env:
   {{- $fromHub := hasPrefix "hf://" $a.checkpoint }}
   {{- include "gamma.env" (dict "root" .root "hubCache" (ternary "/model/.huggingface" "/cache/huggingface" $fromHub)) | nindent 2 }}
+  {{- if not $cached }}
   - name: VLLM_CACHE_ROOT
     value: /cache/vllm
+  {{- end }}
   - name: VLLM_NO_USAGE_STATS
     value: "1"
+  {{- if not $cached }}
   - name: TRITON_CACHE_DIR
     value: /cache/triton
   - name: TORCHINDUCTOR_CACHE_DIR
     value: /cache/inductor
+  {{- end }}
+  {{- if gt (int64 $a.nodes) 1 }}
+  - name: VLLM_HOST_IP
+    valueFrom:
+      fieldRef: {fieldPath: status.podIP}
+  {{- end }}
   {{- if $values.vllm.apiKeySecret }}
   - name: VLLM_API_KEY
     valueFrom:
@@ -141,6 +176,7 @@ env:
 envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- if $answers }}
 ports:
   - name: http
     containerPort: {{ int64 $values.vllm.port }}
@@ -159,6 +195,7 @@ readinessProbe:
   periodSeconds: {{ $values.vllm.readiness.periodSeconds }}
   timeoutSeconds: 5
   failureThreshold: {{ $values.vllm.readiness.failureThreshold }}
+{{- end }}
 lifecycle:
   preStop:
     exec:
@@ -168,7 +205,7 @@ resources:
 volumeMounts:
   - name: model
     mountPath: /model
-    {{- if not $fromHub }}
+    {{- if not (or $fromHub $cached) }}
     readOnly: true
     {{- end }}
   - name: shm
@@ -195,6 +232,8 @@ name: model
 image:
   reference: {{ trimPrefix "oci://" $a.checkpoint }}
   pullPolicy: {{ .root.Values.images.vllm.pullPolicy }}
+{{- else if and .root.Values.nodeCache.volume (eq $a.mode "init") }}
+{{- toYaml .root.Values.nodeCache.volume | nindent 0 }}
 {{- else if eq $volume.type "emptyDir" }}
 emptyDir:
   sizeLimit: {{ $volume.size }}

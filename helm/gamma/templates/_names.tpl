@@ -16,6 +16,22 @@
 {{- printf "%s-%s" (include "gamma.fullname" .root) .allocation.name | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* dict root allocation -> what scales and rolls its pods, as YAML: apiVersion, kind, name */}}
+{{- define "gamma.workload" -}}
+{{- $several := gt (int64 (include "gamma.allocation" . | fromJson).nodes) 1 -}}
+{apiVersion: {{ ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" $several }}, kind: {{ ternary "LeaderWorkerSet" "Deployment" $several }}, name: {{ include "gamma.allocationName" . }}}
+{{- end -}}
+
+{{/* dict root allocation -> name of the router in front of an allocation */}}
+{{- define "gamma.routerName" -}}
+{{- printf "%s-router" (include "gamma.allocationName" . | trunc 56 | trimSuffix "-") -}}
+{{- end -}}
+
+{{/* dict root allocation -> Service that clients ask */}}
+{{- define "gamma.frontName" -}}
+{{- ternary (include "gamma.routerName" .) (include "gamma.allocationName" .) (include "gamma.allocation" . | fromJson).router.enabled -}}
+{{- end -}}
+
 {{/* dict allocation domain -> host name under which clients ask for the allocation; empty if nothing says it */}}
 {{- define "gamma.host" -}}
 {{- if .allocation.host -}}
@@ -49,7 +65,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 labels have no colon and 63 characters at most. */}}
 {{- define "gamma.shownLabels" -}}
 gamma/budget: {{ .allocation.budget | replace "sha256:" "sha256-" | trunc 19 | quote }}
-gamma/gpu: {{ printf "%dx%s" (int64 .allocation.count) (regexReplaceAll "[^A-Za-z0-9_.-]" .allocation.gpu "-") | trunc 63 | trimAll "-._" | quote }}
+gamma/gpu: {{ printf "%dx%s" (mul (int64 .allocation.count) (int64 .allocation.nodes)) (regexReplaceAll "[^A-Za-z0-9_.-]" .allocation.gpu "-") | trunc 63 | trimAll "-._" | quote }}
 {{- end -}}
 
 {{/* metadata: dict root name component [allocation] [annotations] [labels] */}}

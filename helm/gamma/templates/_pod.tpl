@@ -1,10 +1,10 @@
 {{/* Parts of pods that all components share. */}}
 
-{{/* dict root [profile] [nodeSelector] [tolerations] [priorityClassName] [claimant count]: identity, security and place of a pod */}}
+{{/* dict root [serviceAccountName] [profile] [nodeSelector] [tolerations] [priorityClassName] [claimant count]: identity, security and place of a pod */}}
 {{- define "gamma.podBase" -}}
 {{- $values := .root.Values -}}
 {{- $profile := default dict .profile -}}
-serviceAccountName: {{ include "gamma.serviceAccountName" .root }}
+serviceAccountName: {{ default (include "gamma.serviceAccountName" .root) .serviceAccountName }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with $values.images.pullSecrets }}

@@ -4,10 +4,11 @@
 {{- define "gamma.allocation" -}}
 {{- $values := .root.Values -}}
 {{- $a := deepCopy .allocation -}}
-{{- $defaults := dict "count" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "priorityClassName" "" "topologySpreadConstraints" $values.topologySpreadConstraints "image" dict "volumes" list "volumeMounts" list "modelPath" $values.modelVolume.path "checkpoint" "" -}}
+{{- $defaults := dict "count" 1 "nodes" 1 "replicas" 1 "kvCacheDtype" "auto" "budget" "auto" "gpuMemoryUtilization" $values.vllm.gpuMemoryUtilization "vllmArgs" list "prepareArgs" list "env" list "tolerations" list "nodeSelector" dict "affinity" $values.affinity "podAnnotations" dict "priorityClassName" "" "topologySpreadConstraints" $values.topologySpreadConstraints "image" dict "volumes" list "volumeMounts" list "modelPath" $values.modelVolume.path "checkpoint" "" -}}
 {{- $a = mergeOverwrite $defaults $a -}}
 {{- $_ := set $a "rollout" (mergeOverwrite (deepCopy $values.rollout) (default dict .allocation.rollout)) -}}
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
+{{- $_ = set $a "router" (mergeOverwrite (deepCopy $values.router) (default dict .allocation.router)) -}}
 {{- $_ = set $a "profile" (default dict (get $values.gpuProfiles $a.gpu)) -}}
 {{- /* Without a GPU every width is multiplied in one call: nothing is won by one width a fused layer. */ -}}
 {{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (and (empty $a.profile.resource) (empty $a.profile.deviceClass)))) $a.fusion) -}}
@@ -30,6 +31,7 @@
 {{- range list "model" "count" "maxModelLen" "maxNumSeqs" "kvCacheDtype" "budget" "fusion" "lora" "servedModelName" "gpuMemoryUtilization" "prepareArgs" -}}
 {{- $_ := set $request . (get $a .) -}}
 {{- end -}}
+{{- if gt (int64 $a.nodes) 1 -}}{{- $_ := set $request "nodes" $a.nodes -}}{{- end -}}
 {{- toJson $request | sha256sum | trunc 16 -}}
 {{- end -}}
 
@@ -55,6 +57,9 @@ the pods that still serve it and for a rollback. */}}
 - --gpu={{ default "auto" $a.profile.catalogue }}
 {{- end }}
 - --tensor-parallel-size={{ $a.count }}
+{{- if gt (int64 $a.nodes) 1 }}
+- --pipeline-parallel-size={{ int64 $a.nodes }}
+{{- end }}
 {{- with $a.maxModelLen }}
 - --max-model-len={{ int64 . }}
 {{- end }}
@@ -99,6 +104,9 @@ the pods that still serve it and for a rollback. */}}
 {{- end }}
 - --served-model-name={{ default $a.model $a.servedModelName }}
 - --tensor-parallel-size={{ $a.count }}
+{{- if gt (int64 $a.nodes) 1 }}
+- --pipeline-parallel-size={{ int64 $a.nodes }}
+{{- end }}
 - --gpu-memory-utilization={{ $a.gpuMemoryUtilization }}
 - --kv-cache-dtype={{ $a.kvCacheDtype }}
 {{- with $a.maxModelLen }}
@@ -133,10 +141,21 @@ max-num-batched-tokens: prepareArgs
 max-num-seqs: maxNumSeqs
 model: ""
 num-gpu-blocks-override: budget
-pipeline-parallel-size: ""
+pipeline-parallel-size: nodes
 quantization: ""
 served-model-name: servedModelName
 tensor-parallel-size: count
+{{- end -}}
+
+{{/* Options of `vllm serve` that are the chart's, whatever is planned -> where to say them. */}}
+{{- define "gamma.chartOptions" -}}
+headless: nodes
+host: ""
+master-addr: nodes
+master-port: nodes
+nnodes: nodes
+node-rank: nodes
+port: vllm.port
 {{- end -}}
 
 {{/* Options of `gamma prepare` that the chart gives -> the field they come from. */}}
@@ -154,6 +173,7 @@ max-loras: lora.maxLoras
 max-model-len: maxModelLen
 max-num-seqs: maxNumSeqs
 out: ""
+pipeline-parallel-size: nodes
 served-model-name: servedModelName
 store: ""
 tensor-parallel-size: count

@@ -1,0 +1,132 @@
+"""GAMMA on models that people know, against uniform widths, llama.cpp and AutoRound, at equal bytes.
+
+    make bench-real           # all of it; says first how much it downloads, and about how long it takes
+    make bench-real ARGS="--models smollm2 --budgets 2.5 3 --rivals uniform"
+
+Every row is kept in bench-out/real_models as it is measured, so that a stopped run goes on. Writes
+benchmarks/results/real_models.json and docs/figures/real_models_*.{png,svg}; --report does only that.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from allocator.contract.errors import GammaError, InputError  # noqa: E402
+from benchmarks.real_models.autoround import AutoRound  # noqa: E402
+from benchmarks.real_models.catalogue import MOVED, RealModel, real_models  # noqa: E402
+from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
+from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
+from benchmarks.real_models.models import ready  # noqa: E402
+from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
+from benchmarks.real_models.ours import Ours  # noqa: E402
+from benchmarks.real_models.report import write_report  # noqa: E402
+
+BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
+RIVALS = ("uniform", "llama.cpp", "autoround")
+CALIBRATION, WINDOWS = (32, 512), (8, 512)
+
+
+def estimate(models: list[RealModel]) -> str:
+    """What will be downloaded, and how long it takes, before anything is done."""
+    missing = [model for model in models if not (model.folder / "config.json").exists()]
+    megabytes = sum(model.download_bytes for model in missing if not model.gguf.exists()) / 1e6
+    hours = sum(model.hours for model in models)
+    titles = ", ".join(model.title for model in models)
+    return (
+        f"{titles}: {megabytes:.0f} MB of models to download, and 70 MB of packages (rivals, chats) the first time; "
+        f"about {hours:.0f} hours on two cores where nothing is there yet. It can be stopped, and goes on where it was."
+    )
+
+
+def rescalable(bench: Bench) -> bool:
+    """Whether rows off the file's grid can be made, and are not those of the model itself."""
+    return bench.inventory.config["model_type"] in RESCALABLE and not bench.model.name.endswith(MOVED)
+
+
+def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], bank_only: bool) -> None:
+    """Every row of one model: what is GAMMA's alone first, for each row of another program GAMMA at its bytes last."""
+    ours.learn("uniform" if bank_only else "gamma")
+    ours.floor()
+    if "uniform" in rivals:
+        ours.uniform()
+        if rescalable(bench):
+            ours.off_grid()
+    if not bank_only:
+        at_budgets(bench, ours, bits)
+    if "llama.cpp" in rivals:
+        llama = LlamaCpp(bench, ours.calibration())
+        for file_type in FILE_TYPES:
+            llama.row(file_type)
+        if rescalable(bench):
+            llama.off_grid()
+    if "autoround" in rivals:
+        AutoRound(bench, ours.calibration()).rows(bits)
+    if not bank_only:
+        at_bytes_of_rivals(bench, ours)
+
+
+def at_budgets(bench: Bench, ours: Ours, bits: list[float]) -> None:
+    for wanted, budget in ours.budgets(bits).items():
+        if budget is None:
+            print(f"{bench.model.name}: no assignment has {wanted} average bits", flush=True)
+        else:
+            ours.gamma(f"gamma {wanted}", budget, bits=wanted, widest_uniform=ours.widest_uniform(budget))
+
+
+def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:
+    smallest = ours.scores.feasible_bytes()[0]
+    for row in bench.rows():
+        if "rival" in row and not row["row"].endswith(OFF_GRID) and row["tensor_bytes"] > smallest:
+            ours.gamma(f"gamma at the bytes of {row['row']}", row["tensor_bytes"], beside=row["row"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help="names in models.json, or with -moved after them; default: all")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BITS), help="average bits")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--work", type=Path, default=ROOT / "bench-out" / "real_models", help="folder for the rows")
+    parser.add_argument(
+        "--texts", type=Path, default=ROOT.parent / "shared" / "data" / "text", help="wikitext2.valid.raw, c4.calib.txt"
+    )
+    parser.add_argument("--calibration", type=int, nargs=2, default=CALIBRATION, metavar=("SEQUENCES", "LENGTH"))
+    parser.add_argument(
+        "--windows", type=int, nargs=2, default=WINDOWS, metavar=("SEQUENCES", "LENGTH"), help="of each text"
+    )
+    parser.add_argument("--bank-only", action="store_true", help="candidates and rivals, without learning scores")
+    parser.add_argument("--report", action="store_true", help="only write the result of the rows that there are")
+    args = parser.parse_args()
+    try:
+        models = real_models(args.models)
+        for name in ("wikitext2.valid.raw", "c4.calib.txt"):
+            if not (args.texts / name).is_file():
+                raise InputError(f"{args.texts} has no {name}; give the folder of the texts with --texts")
+        if not args.report:
+            print(estimate(models), flush=True)
+        benches = []
+        for model in models:
+            if args.report and not (args.work / model.name / "cells").is_dir():
+                continue
+            bench = Bench(
+                model, ready(model), args.work / model.name, args.texts / "wikitext2.valid.raw", *args.windows
+            )
+            benches.append(bench)
+            if not args.report:
+                ours = Ours(bench, args.texts / "c4.calib.txt", tuple(args.calibration))
+                run(bench, ours, args.budgets, args.rivals, args.bank_only)
+        if not args.bank_only:
+            settings = {
+                "budgets": args.budgets,
+                "calibration": ["c4.calib.txt", *args.calibration],
+                "windows": args.windows,
+            }
+            write_report(benches, settings)
+    except GammaError as error:
+        raise SystemExit(f"bench-real: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A command run to its end, with what it cost."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from allocator.contract.errors import InputError
+
+__all__ = ["NO_COST", "Cost", "run_command", "run_gamma"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU seconds, and the most memory that was resident, of a process and those it waited for."""
+
+    cpu_seconds: float
+    peak_gib: float
+
+    def record(self) -> dict[str, float]:
+        return {key: round(value, 3) for key, value in asdict(self).items()}
+
+
+NO_COST = Cost(0.0, 0.0)
+
+
+def run_gamma(*arguments: str) -> Cost:
+    return run_command([sys.executable, "-m", "allocator.cli.main", *arguments], f"gamma {' '.join(arguments)}")
+
+
+def run_command(command: Sequence[str], name: str, environment: dict[str, Any] | None = None) -> Cost:
+    """Raises InputError where it fails; what it says goes to our output."""
+    print(f"$ {name}", flush=True)
+    given = os.environ | (environment or {})
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), given.get("PYTHONPATH")]))
+    process = subprocess.Popen(command, env=given | {"PYTHONPATH": path})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise InputError(f"`{name}` ended with {process.returncode}")
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)

@@ -1,0 +1,59 @@
+"""What a swapped candidate does to its block, from where it is swapped on, is what running the whole block gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from allocator.blocks import BlockStream
+from allocator.contract.layout import ModuleFormat
+from allocator.model import cut_unsorted, read_inventory
+from allocator.score.swaps import Batch, measure_swaps
+
+FORM = ModuleFormat(shape=(32, 32), num_bits=4, group_size=32, symmetric=False)
+
+
+class Moved:
+    """Two candidates of every linear module of a block, a small and a large step away, and the source."""
+
+    kept_bytes = 0
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        self.formats = {name: [FORM, FORM, FORM] for name in names if not name.endswith("mlp.gate")}
+
+    def weight(self, name: str, candidate: int) -> torch.Tensor:
+        source = self._block.get_parameter(f"{name}.weight").data
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(candidate))
+        return source + (0.2, 0.01)[candidate] * source.std() * noise
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "qwen3_moe", "mixtral", "cut"])
+def test_errors_are_those_of_whole_blocks(kind: str, tiny_model: Callable[[str], Path]) -> None:
+    inventory = read_inventory(tiny_model("llama" if kind == "cut" else kind))
+    stream = BlockStream(cut_unsorted(inventory, 3) if kind == "cut" else inventory)
+    block = stream.block(1)
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(3, 40, 64, generator=generator)
+    with torch.inference_mode():
+        teacher = stream.run(block, states)
+    gradients = torch.randn(4, 3, 40, 64, generator=generator)
+    batches = {
+        number: Batch(states[rows], teacher[rows], gradients[:, rows])
+        for number, rows in {0: slice(0, 2), 5: slice(2, 3)}.items()
+    }
+    read = {number: lambda batch=batch: batch for number, batch in batches.items()}
+    fast, whole = (
+        measure_swaps(stream, block, Moved(block), read, torch.clone, whole_blocks=whole) for whole in (False, True)
+    )
+    assert list(fast[5]) == list(whole[5])
+    assert len(fast[0]) > 3
+    for number, of_batch in whole.items():
+        for name, errors in of_batch.items():
+            for found, expected in zip(fast[number][name], errors, strict=True):
+                assert float((found - expected).norm()) <= 2e-4 * float(expected.norm()), (name, number)
+            assert not fast[number][name][-1].any()
+            assert errors[:-1].square().sum(1).min() > 0 or ".experts." in name
