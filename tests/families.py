@@ -121,9 +121,12 @@ LIKE_OTHERS = (
 
 _OWN_KEYS = "vLLM reads keys of config.json that transformers does not write ({})"
 _TORCHVISION = "vLLM imports torchvision for it, which its CPU build does not bring"
+_ALIKE = "vLLM's CPU build answers otherwise than transformers, without quantization too"
 NOT_SERVED: dict[str, str] = {
     "afmoe": _OWN_KEYS.format("score_func"),
-    "cohere2": "beyond its window vLLM's CPU build answers otherwise than transformers, without quantization too",
+    "cohere2": f"beyond its window {_ALIKE}",
+    "deepseek_v2": _ALIKE,
+    "deepseek_v3": _ALIKE,
     "glm4_moe_lite": _OWN_KEYS.format("first_k_dense_replace"),
     "laguna": "vLLM's CPU build routes by softmax only",
     "mimo_v2_flash": _OWN_KEYS.format("hybrid_layer_pattern"),
@@ -133,7 +136,7 @@ NOT_SERVED: dict[str, str] = {
 }
 """Why vLLM's answers are not those of transformers; the same without quantization."""
 
-NOT_TRIED = ("cwm", "hyperclovax", "jais2", "olmo", "vaultgemma", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3")
+NOT_TRIED = ("vaultgemma",)
 """Not served yet."""
 
 ONLY_BFLOAT16 = ("qwen3_next",)

@@ -156,6 +156,11 @@ def _others(shape: ModelShape, ranks: Ranks, stages: list[range]) -> list[int]:
                 totals[i] += nbytes * sum(1 for block in other.numbers if block in stage)
         else:
             totals[-1 if other.name.endswith("model.norm.weight") else 0] += nbytes * other.count
+    for kind in shape.modules if any(layer.kind == "mla" for layer in shape.attention) else ():
+        if kind.name.endswith("kv_b_proj"):  # of which vLLM keeps a copy at 16 bits, for decoding in the latent space
+            for i, stage in enumerate(stages):
+                here = sum(1 for block in kind.blocks if block in stage)
+                totals[i] += here * 2 * prod(kind.shape) // ranks.tensor_parallel_size
     return totals
 
 
