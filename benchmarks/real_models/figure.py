@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 
 from allocator.report.figures import new_figure, save_figure
+from benchmarks.real_models.cells import OFF_GRID
 
 __all__ = ["draw"]
 
@@ -36,7 +37,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             for row in found:
                 if row["row"].startswith(_LABELLED):
                     place = row["tensor_bytes"] / 1e6, row[text]["kl"]
-                    name = row["row"].removeprefix("llama.cpp ").removeprefix("AutoRound ")
+                    name = row["row"].removeprefix("llama.cpp ").removeprefix("AutoRound ").replace(OFF_GRID, ", moved")
                     axes.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
         axes.set_yscale("log")
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
