@@ -31,8 +31,8 @@ WHY = (
     "the blocks draw by draw, and candidates take what they took; on short text they weigh more"
 )
 ROUNDING = (
-    "at 8 bits: there the error is near float32's rounding of the states that whole blocks take it from; at the narrower "
-    "widths of the first run it was 2e-6, 4e-6, 6e-6, 1.4e-5 and 4.4e-5"
+    "at 8 bits: there the error is near float32's rounding of the states that whole blocks take it from; at the "
+    "narrower widths of the first run it was 2e-6, 4e-6, 6e-6, 1.4e-5 and 4.4e-5"
 )
 SETTINGS = "gptq, groups of 64, widths 2,3,4,5,6,8, 8 draws"
 
