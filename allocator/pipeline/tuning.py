@@ -121,7 +121,7 @@ def _fingerprint(request: TuneRequest, text: Calibration, quantizer: str) -> Run
 
 def _run(inventory: Inventory, text: Calibration, folder: WorkFolder, progress: Progress) -> CalibrationRun:
     sequences, length = text.token_ids.shape
-    hidden = HiddenStates(folder.hidden, sequences, length, inventory.config["hidden_size"])
+    hidden = HiddenStates(folder.hidden, sequences, length, inventory.shape.hidden_size)
     return CalibrationRun(BlockStream(inventory, compute_device()), text, hidden, progress, folder.journal)
 
 

@@ -115,7 +115,7 @@ def _additive(stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
     """The weights of those linear modules of `block`, by name, whose output is added to the block's and does nothing
     else: there the gradient is that of the block's output itself, whatever it is."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, 1, _FEW_TOKENS, stream.inventory.config["hidden_size"])
+    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
     states, gradient = torch.randn(shape, generator=generator).to(stream.device)
     outputs: dict[str, Tensor] = {}
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -1,6 +1,7 @@
 """A node's cache of checkpoints and compiled graphs: bounded, the longest unused goes first, never one in use."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -99,7 +100,7 @@ def test_vllm_is_run_with_the_slot_as_its_caches(tmp_path: Path) -> None:
 
 def test_prepare_makes_room_for_a_new_budget(tiny_store: Path, tmp_path: Path) -> None:
     """The former checkpoint stays while its pod may come back, and goes when it was not used for longer."""
-    root, store = tmp_path / "node", Store(str(tiny_store))
+    root, store = tmp_path / "node", Store(str(shutil.copytree(tiny_store, tmp_path / "store")))
 
     def prepared(budget: str, limit: int) -> Path:
         out = root / f"tiny-{budget}"

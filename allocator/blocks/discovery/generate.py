@@ -136,7 +136,8 @@ class _Finder:
         if [self._text(trace) for trace in shapes[embedding]] != where:
             raise InputError(f"{self.architecture}: its embedding is not one row of hidden_size a token")
         of_layers = set(self.first.layer_kinds or ())
-        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"}
+        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim"}
+        self.used |= {"max_position_embeddings", "original_max_position_embeddings"}  # LongRoPE
         by_kind = any("kinds" in rule for rule in linears + others) or rules["window"] == "pattern"
         if by_kind or of_layers - {"full_attention", "sliding_attention"}:
             rules["layer_kinds"] = self._layer_kinds()
