@@ -50,7 +50,7 @@ bench-vocabulary: setup ## what embedding and lm_head in the program are worth, 
 bench-channel-blocks: setup ## whether widths by block of output channels beat widths by module, at equal bytes
 	@$(PYTHON) benchmarks/channel_blocks/bench.py
 
-bench-quantizers: setup ## KL of rtn, mse and gptq at 2, 3 and 4 bits, groups of 64 and 128
+bench-quantizers: setup ## KL of rtn, mse, gptq and learned-rounding at 2, 3 and 4 bits, groups of 64 and 128
 	@$(PYTHON) benchmarks/quantizers/bench.py
 
 bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, side by side (an hour of CPU)

@@ -19,8 +19,10 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--manifest", type=Path, required=True, help="manifest of `gamma solve`")
-    parser.add_argument("--bank", type=Path, required=True, help="bank folder of `gamma learn`")
+    parser.add_argument("--manifest", type=Path, required=True, help="manifest of `gamma solve`, `refine` or `tune`")
+    parser.add_argument(
+        "--bank", type=Path, required=True, help="bank folder of `gamma learn`, or of `tune` with its manifest"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
         "--format",

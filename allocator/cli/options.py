@@ -205,8 +205,12 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         default=3.0,
         help="budget that `relaxed` learns at (default 3.0); its scores serve every other budget too",
     )
-    learning.add_argument("--draws", type=int, default=8, help="gradients a position that losses are measured with")
-    learning.add_argument("--seed", type=int, default=0)
+    learning.add_argument(
+        "--draws", type=int, default=8, help="gradients a position that losses are measured with (default 8)"
+    )
+    learning.add_argument(
+        "--seed", type=int, default=0, help="which windows of the text, which signs of the gradients (default 0)"
+    )
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     removal.add_argument("which", metavar="NAME", help="name in the store, or digest of scores or of a model")
     removal.add_argument("--dry-run", action="store_true", help="say what would go and what would stay, delete nothing")
     for verb in (add, more, pushing, pulling, listing, removal):
-        verb.add_argument("--store", required=True, metavar="DIR_OR_URL")
+        verb.add_argument("--store", required=True, metavar="DIR_OR_URL", help="a folder, s3:// or gs://")
         add_json(verb)
     for verb in (add, pushing, pulling):
         add_progress(verb)

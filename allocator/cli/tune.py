@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, help="as for learn")
     parser.add_argument("--seed", type=int, default=1, help="which windows of the text (default 1)")
     parser.add_argument(
-        "--quantizer", default="learned-rounding", help="with settings, as in learned-rounding:iterations=400"
+        "--quantizer", default="learned-rounding", help="settings to learn with, as in learned-rounding:iterations=400"
     )
     add_resume(parser)
     add_json(parser)

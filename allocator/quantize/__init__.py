@@ -3,7 +3,7 @@
 from allocator.quantize.bank_builder import build_bank
 from allocator.quantize.bank_reader import BankReader, make_servable
 from allocator.quantize.candidates import BlockCandidates, VocabularyCandidates
-from allocator.quantize.channel_order import find_channel_order, in_order
+from allocator.quantize.channel_order import in_order
 from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import InputStatistics, QuantizedModule, Quantizer, Statistics
 from allocator.quantize.registry import get_quantizer, quantizer_names
@@ -18,7 +18,6 @@ __all__ = [
     "Statistics",
     "VocabularyCandidates",
     "build_bank",
-    "find_channel_order",
     "get_quantizer",
     "in_order",
     "make_servable",

@@ -46,7 +46,11 @@ What a **yes** means.
 Llama and Qwen3 were, elsewhere (`tests/gpu`). `gamma plan` refuses models with linear attention or chunked windows,
 whose cache it does not know yet, and most multimodal ones, of which it knows the language model only. Of these the
 language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
-language model, which no test has tried: vLLM's CPU build needs torchvision for them.
+language model, which tests try layer by layer and not in a server: vLLM's CPU build needs torchvision for them.
+
+What vLLM builds without a quantization config stays at 16 bits, embeddings and lm_heads of some families among it;
+`gamma inspect` says so of each module. *but experts* means that the experts are stored in a way that is not cut into
+modules, and are copied: only the rest is quantized.
 
 | architecture | inspect | learn | serve on CPU |
 |---|---|---|---|
@@ -75,7 +79,8 @@ def row(name: str, families: dict[str, str]) -> str:
     serve = (
         f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
     )
-    return f"| {name} | yes | {state} | {serve} |"
+    copied = any(".experts." in other.name and len(other.shape) == 3 for other in rules.others)
+    return f"| {name} | yes | {state}{', but experts' if copied else ''} | {serve} |"
 
 
 def page() -> str:

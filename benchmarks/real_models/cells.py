@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allocator.contract.documents import write_atomically
-from allocator.contract.errors import InputError
 from allocator.model import read_inventory
 from benchmarks.real_models.catalogue import RealModel
 from benchmarks.real_models.losses import Reference, TokenLosses
@@ -135,7 +134,3 @@ class Bench:
 
     def losses(self, name: str, text: str) -> TokenLosses:
         return TokenLosses.load(self.losses_path(name, text))
-
-    def require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise InputError(f"{self.model.title}: {message}")
