@@ -115,7 +115,7 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 LIKE_OTHERS = (
     "apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3",
     "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe", "granitemoe",
-    "hunyuan_v1_moe", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "olmoe", "qwen3_5_moe_text",
+    "hunyuan_v1_moe", "mellum", "mimo_v2_flash", "minimax_m2", "olmoe", "qwen3_5_moe_text",
 )  # fmt: skip
 """Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
 

@@ -13,7 +13,7 @@ from allocator.blocks.finite import first_not_finite, require_finite
 from allocator.blocks.hf_model import build_skeleton, open_config
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.skeleton import Skeleton
-from allocator.blocks.structure import as_stored, cut_rows
+from allocator.blocks.structure import as_stored, cut_rows, name_as_stored
 from allocator.blocks.tensors import read_tensor
 from allocator.model import Inventory
 from allocator.run.journal import Journal
@@ -80,6 +80,8 @@ class BlockStream:
         names = {name: self._skeleton.stored_as(index, name) for name in layer.state_dict()}
         state = {name: self.read(prefix + stored).float() for name, stored in names.items()}
         layer.load_state_dict(state, assign=True)
+        for name, stored_name in names.items():
+            name_as_stored(layer, name.rpartition(".")[0], stored_name.rpartition(".")[0])
         layer.block_index = index  # type: ignore[assignment]
         return layer.eval().requires_grad_(False)
 

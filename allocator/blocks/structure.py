@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from allocator.contract.modules import Rows
 
-__all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows"]
+__all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows", "name_as_stored"]
 
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -30,6 +30,19 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
             parent, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(parent), attribute, Experts(module, names))
     return layer
+
+
+def name_as_stored(layer: nn.Module, name: str, stored: str) -> None:
+    """Let module `name` of `layer` be found under its checkpoint's name too: Laguna's `mlp.shared_expert.up_proj` is
+    `mlp.shared_experts.up_proj` in transformers. Nothing is done where more than one part of the name differs."""
+    own, other = name.split("."), stored.split(".")
+    differing = [number for number, parts in enumerate(zip(own, other, strict=False)) if parts[0] != parts[1]]
+    if len(own) != len(other) or len(differing) != 1:
+        return
+    above, alias = own[: differing[0]], other[differing[0]]
+    parent = layer.get_submodule(".".join(above))
+    if not hasattr(parent, alias):
+        parent.add_module(alias, parent.get_submodule(own[differing[0]]))
 
 
 def cut_rows(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> None:
