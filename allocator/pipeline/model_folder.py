@@ -7,7 +7,7 @@ from allocator.model import DIGEST_CACHE_NAME, Inventory, cached_model_digest, m
 from allocator.model.hf_config import split_hub
 from allocator.run.progress import Progress
 
-__all__ = ["digest_of_model", "resolve_model", "work_folder_at"]
+__all__ = ["digest_of_model", "name_of_model", "resolve_model", "work_folder_at"]
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -28,6 +28,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise InputError(
             f"{model}: cannot be downloaded ({reason}); give a local folder, or check id and network"
         ) from None
+
+
+def name_of_model(folder: Path) -> str:
+    """What the model in `folder` is called: the folder, or in the hub's cache the end of the id, not the commit."""
+    folder = folder.resolve()
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.rpartition("--")[2]
+    return folder.name
 
 
 def digest_of_model(inventory: Inventory, work: Path | None, progress: Progress) -> str:

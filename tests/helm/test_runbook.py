@@ -12,10 +12,11 @@ from allocator.cli.deployment import prepare_settings
 from allocator.contract.errors import ContractError, InfeasibleBudgetError, InputError
 from allocator.plan import PlanRequest, find_gpu, make_plan
 from tests.configs import shape_of
-from tests.helm.charts import CHART, allocation, by_kind, render
+from tests.helm.charts import CHART, CLOUDS, allocation, by_kind, render
 
 TEXT = (CHART.parents[1] / "docs" / "operations.md").read_text()
 ALERTS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", TEXT, re.MULTILINE | re.DOTALL))
+ON_L40S, ON_L4 = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 FIELDS = json.loads((CHART / "values.schema.json").read_text())["definitions"]["allocation"]["properties"]
 # An allocation that fits with something to spare, so that every remedy can be seen.
@@ -46,6 +47,21 @@ def plan_of(helm, **changes):
 
 def headroom(plan):
     return plan.weight_budget_bytes - plan.smallest_weight_bytes
+
+
+@pytest.mark.parametrize("values", [ON_L40S, ON_L4], ids=["l40s", "l4"])
+def test_the_values_of_two_clusters_are_taken_and_their_plans_fit(helm, values):
+    deployments = by_kind(render(helm, CLOUDS["eks"], values), "Deployment", "serving")
+    containers = {item["metadata"]["name"]: item["spec"]["template"]["spec"]["initContainers"] for item in deployments}
+    for one in values["allocations"]:
+        (container,) = containers[f"demo-gamma-{one['name']}"]
+        asked = prepare_settings(parsed(prepare, container))
+        request = PlanRequest(
+            max_model_len=asked.max_model_len, max_num_seqs=asked.max_num_seqs, kv_cache_dtype=asked.kv_cache_dtype,
+            tensor_parallel_size=one.get("count", 1), gpu_memory_utilization=asked.gpu_memory_utilization,
+        )  # fmt: skip
+        plan = make_plan(shape_of(one["model"].lower()), find_gpu(asked.gpu), request)
+        assert headroom(plan) > 0
 
 
 @pytest.mark.parametrize("alert", ALERTS)
