@@ -13,12 +13,13 @@ __all__ = [
     "LIKE_OTHERS",
     "NOT_SERVED",
     "NOT_TRIED",
+    "SIZES",
     "WRAPPERS",
     "make_family",
     "make_wrapper",
 ]
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -147,7 +148,7 @@ def make_family(model_type: str, folder: Path) -> Path:
     """Write a random model to `folder`, which is returned; biases and what begins as ones or zeros are random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **(_SIZES | FAMILIES[model_type]))
+    config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[model_type]))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
@@ -185,7 +186,7 @@ def make_wrapper(model_type: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     text_type, beside, changes = WRAPPERS[model_type]
-    text = AutoConfig.for_model(text_type, **(_SIZES | changes)).to_dict()
+    text = AutoConfig.for_model(text_type, **(SIZES | changes)).to_dict()
     config = AutoConfig.for_model(model_type, text_config=text, tie_word_embeddings=False, **beside)
     torch.manual_seed(1)
     AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(folder)

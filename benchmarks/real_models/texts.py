@@ -42,7 +42,7 @@ class Text:
 def texts_of(tokenizer: Any, wikitext: Path, sequences: int, length: int) -> list[Text]:
     """WikiText-2 from the file `wikitext`, and the chats. Raises InputError if one cannot be had or is too short."""
     if not wikitext.is_file():
-        raise InputError(f"{wikitext}: no such file; give that of WikiText-2 (raw, validation or test) with --wikitext")
+        raise InputError(f"{wikitext}: no such file; --texts names the folder that has WikiText-2 (raw)")
     sources = {"WikiText-2": wikitext.read_text(), "chat": "\n".join(_chats(tokenizer))}
     return [Text(name, windows(tokenizer, text, sequences, length)) for name, text in sources.items()]
 

@@ -4,22 +4,11 @@ from pathlib import Path
 
 import torch
 
+from tests.families import SIZES
+
 __all__ = ["KINDS", "make_model"]
 
-_SIZES = {
-    "vocab_size": 200,  # vLLM pads it to 256
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-}
+_SIZES = SIZES | {"vocab_size": 200, "intermediate_size": 256}  # vLLM pads the vocabulary to 256
 _EXPERTS = {"num_experts_per_tok": 2}
 
 KINDS = {

@@ -5,18 +5,26 @@ those that transformers makes.
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 from allocator.blocks.discovery.expressions import Expressions, Trace
 from allocator.blocks.discovery.probes import BLOCKS, PROBES, Probe, blocks_key, config_class, probe, sizes_of
+from allocator.blocks.discovery.tensors import (
+    ProbedTensor,
+    check_rules,
+    experts_of,
+    module_name,
+    numbered,
+    parent_name,
+    probed_tensors,
+)
 from allocator.blocks.discovery.vllm_source import ServedModel, served_model
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
 from allocator.model.architectures import Architecture
 from allocator.model.expert_stacks import STACKS
-from allocator.model.shape import shape_of
 
 __all__ = ["find_architecture"]
 
@@ -40,18 +48,6 @@ _SPARSE_RULES: dict[str, dict[str, Any]] = {
     "first_k_dense_replace": {"first_k_dense_replace": 3},
     "decoder_sparse_step": {"decoder_sparse_step": 2},
 }
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """Tensors of one name up to numbers, of one shape in each probe, in some blocks (none: outside of them)."""
-
-    name: str
-    shape: tuple[Trace, ...]
-    linear: bool
-    blocks: tuple[int, ...]
-    when: str | None = None
-    unless: str | None = None
 
 
 def find_architecture(model_type: str, architecture: str, inside_another: bool = False) -> Architecture:
@@ -99,7 +95,7 @@ class _Finder:
             if type(value := getattr(self.first.config, name, None)) is int and name not in ("num_hidden_layers",)
         }
         self.expressions = Expressions(self.sizes, constant)
-        self.modules: dict[str, _Tensor] = {}
+        self.modules: dict[str, ProbedTensor] = {}
         self.experts: Trace = ()
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
@@ -110,7 +106,7 @@ class _Finder:
         inside = [part for t in inside for part in self._unstacked(t)]
         sparse_blocks = {b for t in inside if "{e}" in t.name for b in t.blocks}
         experts = self._experts(inside, sparse_blocks)
-        self.modules = {_module(t): t for t in inside if self._is_module(t)}
+        self.modules = {module_name(t): t for t in inside if self._is_module(t)}
         linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
         others = [self._other(t, sparse_blocks) for t in inside if not self._is_module(t)]
         plan_only = None
@@ -144,7 +140,7 @@ class _Finder:
         rules["defaults"] = self._defaults(experts)
         found = Architecture.model_validate({k: v for k, v in rules.items() if v not in (None, False)})
         for one in self.probes:
-            _check(found, one, self.architecture)
+            check_rules(found, one, self.architecture)
         return found
 
     # Tensors
@@ -162,14 +158,14 @@ class _Finder:
                 ) from error
         return models
 
-    def _with_switches(self) -> list[_Tensor]:
+    def _with_switches(self) -> list[ProbedTensor]:
         """The tensors of the model, and those that it has for another value of a key that is true or false."""
-        usual = {(t.name, t.blocks): t for t in _tensors(self.probes)}
-        gained: list[_Tensor] = []
+        usual = {(t.name, t.blocks): t for t in probed_tensors(self.probes)}
+        gained: list[ProbedTensor] = []
         for key, other in self._switches():
             if not self._matters({key: other}):
                 continue
-            changed = {(t.name, t.blocks): t for t in _tensors(self._probes({key: other}))}
+            changed = {(t.name, t.blocks): t for t in probed_tensors(self._probes({key: other}))}
             self.used.add(key)
             lost = not other
             for place in usual.keys() - changed.keys():
@@ -200,26 +196,26 @@ class _Finder:
             return False
         return changed.stored.keys() != self.first.stored.keys()
 
-    def _in_order(self, tensors: list[_Tensor]) -> list[_Tensor]:
+    def _in_order(self, tensors: list[ProbedTensor]) -> list[ProbedTensor]:
         """As the model has them; of experts gate, up and down, which is vLLM's order in a fused layer."""
         places: dict[str, int] = {}
         for name, place in self.first.in_order.items():
-            places.setdefault(_numbered(f"{name}.weight", self.first), place)
+            places.setdefault(numbered(f"{name}.weight", self.first), place)
         leaves = list(_EXPERT_LEAVES)
         parents: dict[str, int] = {}
         for name, place in places.items():
-            parents.setdefault(_parent(name), place)
+            parents.setdefault(parent_name(name), place)
 
-        def place_of(tensor: _Tensor) -> tuple[int, bool, int]:
+        def place_of(tensor: ProbedTensor) -> tuple[int, bool, int]:
             if "{e}" in tensor.name:
                 return len(places), False, leaves.index(tensor.name.split(".")[-2])
             # What takes the outputs of its neighbours comes after them, in whatever order a class makes them.
             last = self._is_module(tensor) and self._split(tensor) == "row"
-            return parents.get(_parent(tensor.name), len(places)), last, places.get(tensor.name, len(places))
+            return parents.get(parent_name(tensor.name), len(places)), last, places.get(tensor.name, len(places))
 
         return sorted(tensors, key=place_of)
 
-    def _unstacked(self, tensor: _Tensor) -> list[_Tensor]:
+    def _unstacked(self, tensor: ProbedTensor) -> list[ProbedTensor]:
         """The matrices of which a tensor `[experts, rows, in_features]` is made, in the layout of `nn.Linear`."""
         parent, _, leaf = tensor.name.rpartition(".")
         parts = STACKS.get(leaf)
@@ -238,18 +234,18 @@ class _Finder:
 
     def _stacked(self, experts: str) -> bool:
         """Whether gate_up_proj and down_proj of `experts` have rows and columns as linear modules have."""
-        of = {t.name: t.shape for t in _tensors(self.probes)}
+        of = {t.name: t.shape for t in probed_tensors(self.probes)}
         gate_up, down = of.get(f"{experts}.gate_up_proj"), of.get(f"{experts}.down_proj")
         if gate_up is None or down is None or f"{experts}.gate_up_proj_bias" in of:
             return False
         return gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2])
 
-    def _is_module(self, tensor: _Tensor) -> bool:
+    def _is_module(self, tensor: ProbedTensor) -> bool:
         return tensor.linear and len(tensor.shape) == 2 and bool(tensor.blocks)
 
-    def _linear(self, tensor: _Tensor, sparse: set[int]) -> list[dict[str, Any]]:
+    def _linear(self, tensor: ProbedTensor, sparse: set[int]) -> list[dict[str, Any]]:
         """The rules of a module: two if it is fused with one that is not always there."""
-        name = _module(tensor).removeprefix(f"{self.first.block_prefix}.{{i}}.")
+        name = module_name(tensor).removeprefix(f"{self.first.block_prefix}.{{i}}.")
         parent, _, leaf = name.rpartition(".")
         rule: dict[str, Any] = {"name": name, "shape": [self._text(trace) for trace in tensor.shape]}
         where = self._where(tensor, sparse)
@@ -261,7 +257,7 @@ class _Finder:
                 raise InputError(f"{self.architecture}: experts of {leaf} are not known to vLLM's fused layer")
             rule |= {"split": "expert_column" if stack == "w13" else "expert_row"}
             return [rule | {"fused": f"{parent.removesuffix('.{e}')}.{stack}"} | where]
-        fused = self._fused(_parent(tensor.name), leaf)
+        fused = self._fused(parent_name(tensor.name), leaf)
         if fused is None:
             return [rule | self._alone(leaf) | where]
         whole, split, when = fused
@@ -298,9 +294,9 @@ class _Finder:
         rule: dict[str, Any] = {"split": _SPLITS[layer.kind]}
         return rule if layer.quantized else rule | {"why_16": "vLLM builds this layer without a quantization config"}
 
-    def _split(self, tensor: _Tensor) -> Split:
-        leaf = _module(tensor).rpartition(".")[2]
-        fused = self._fused(_parent(tensor.name), leaf)
+    def _split(self, tensor: ProbedTensor) -> Split:
+        leaf = module_name(tensor).rpartition(".")[2]
+        fused = self._fused(parent_name(tensor.name), leaf)
         split: Split = self._alone(leaf)["split"] if fused is None else fused[1]
         return split
 
@@ -313,7 +309,7 @@ class _Finder:
         what = "embedding" if kind == "VocabParallelEmbedding" else "lm_head"
         return {"why_16": f"vLLM builds this {what} without a quantization config"}
 
-    def _other(self, tensor: _Tensor, sparse: set[int]) -> dict[str, Any]:
+    def _other(self, tensor: ProbedTensor, sparse: set[int]) -> dict[str, Any]:
         rule: dict[str, Any] = {"name": tensor.name, "shape": [self._text(trace) for trace in tensor.shape]}
         parent, _, part = tensor.name.rpartition(".")
         weight = self.modules.get(parent)
@@ -323,7 +319,7 @@ class _Finder:
             rule["float32"] = True
         return rule | self._where(tensor, sparse)
 
-    def _where(self, tensor: _Tensor, sparse: set[int]) -> dict[str, Any]:
+    def _where(self, tensor: ProbedTensor, sparse: set[int]) -> dict[str, Any]:
         rule: dict[str, Any] = {key: value for key in ("when", "unless") if (value := getattr(tensor, key)) is not None}
         if not tensor.blocks or len(tensor.blocks) == BLOCKS:
             return rule
@@ -356,10 +352,10 @@ class _Finder:
         self.used |= set(re.findall(r"[a-z_][a-zA-Z_0-9]*", text))
         return text
 
-    def _experts(self, tensors: Iterable[_Tensor], sparse: set[int]) -> dict[str, Any] | None:
+    def _experts(self, tensors: Iterable[ProbedTensor], sparse: set[int]) -> dict[str, Any] | None:
         if not sparse:
             return None
-        counts = self.experts = tuple(_count(p) for p in self.probes)
+        counts = self.experts = tuple(experts_of(p) for p in self.probes)
         down = next(t for t in tensors if "{e}" in t.name and _EXPERT_LEAVES.get(t.name.split(".")[-2]) == "w2")
         if len(sparse) == BLOCKS:
             rule = "all"
@@ -445,79 +441,3 @@ class _Finder:
                 key_of_period = next((k for k in _PERIOD_KEYS if self._kinds_with({k: period + 1}) != kinds), None)
                 return rule | ({"period_key": key_of_period} if key_of_period else {})
         return rule
-
-
-def _check(rules: Architecture, of: Probe, architecture: str) -> None:
-    """Raises InputError where `rules` do not say of a model what transformers makes of it."""
-    config = of.config.to_dict() | {"architectures": [architecture]}
-    shape = shape_of(architecture, rules, config)
-    said: dict[str, tuple[int, ...]] = {}
-    for module in shape.modules:
-        for block in module.blocks or (0,):
-            for expert in range(module.experts or 1):
-                said[f"{module.name}.weight".replace("{i}", str(block)).replace("{e}", str(expert))] = module.shape
-    said |= {name: other.shape for other in shape.others for name in other.names()}
-    made = {
-        name: size
-        for name, size in _single(of.stored, said).items()
-        if not (shape.tied and name == f"{of.head}.weight")
-    }
-    if odd := sorted(set(said.items()) ^ set(made.items())):
-        name = odd[0][0]
-        raise InputError(
-            f"{architecture}: {name} is {made.get(name)} in transformers, {said.get(name)} by what was found"
-        )
-
-
-def _single(stored: dict[str, tuple[int, ...]], said: Container[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, with stacks of experts as single matrices where these are said to be there."""
-    found = {}
-    for name, size in stored.items():
-        parent, _, leaf = name.rpartition(".")
-        parts = STACKS.get(leaf, ())
-        if not parts or f"{parent}.0.{parts[0]}.weight" not in said:
-            found[name] = size
-            continue
-        experts, rows, columns = size
-        found |= {f"{parent}.{e}.{p}.weight": (rows // len(parts), columns) for e in range(experts) for p in parts}
-    return found
-
-
-def _tensors(probes: list[Probe]) -> list[_Tensor]:
-    """Tensors of one name and shape, and the blocks that have them."""
-    first = probes[0]
-    blocks: dict[tuple[str, tuple[Trace, ...], bool], set[int]] = {}
-    for name in first.stored:
-        if re.search(r"\.experts\.[1-9]\d*\.", name):
-            continue
-        shapes = [p.stored.get(name) for p in probes]
-        if None in shapes:
-            raise InputError(f"{type(first.config).__name__}: {name} is there in some sizes only")
-        found: Any = shapes
-        traces = tuple(zip(*found, strict=True))
-        pattern = _numbered(name, first)
-        linear = name.removesuffix(".weight") in first.linear or ("{e}" in pattern and name.endswith(".weight"))
-        match = re.match(re.escape(first.block_prefix) + r"\.(\d+)\.", name)
-        blocks.setdefault((pattern, traces, linear), set()).update({int(match[1])} if match else set())
-    return [_Tensor(name, shape, linear, tuple(sorted(where))) for (name, shape, linear), where in blocks.items()]
-
-
-def _numbered(name: str, of: Probe) -> str:
-    name = re.sub(re.escape(of.block_prefix) + r"\.\d+\.", f"{of.block_prefix}.{{i}}.", name)
-    return re.sub(r"\.experts\.\d+\.", ".experts.{e}.", name)
-
-
-def _module(tensor: _Tensor) -> str:
-    return tensor.name.removesuffix(".weight")
-
-
-def _parent(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[0]
-
-
-def _count(of: Probe) -> int:
-    stacks = [shape[0] for name, shape in of.stored.items() if name.endswith(".experts.down_proj")]
-    if stacks:
-        return stacks[0]
-    found = [re.search(r"\.experts\.(\d+)\.", name) for name in of.stored]
-    return 1 + max(int(m[1]) for m in found if m)
