@@ -43,8 +43,8 @@ _EXTRAS = {"sidecar": "sidecar", "remote": "sidecar"}
 """What brings the packages of a verb, if not the extra `learn`."""
 _REASON_CHARACTERS = 300
 _EPILOG = """exit codes: 0 done, 1 unexpected error (its traceback is kept in a file), 2 bad argument or input,
-3 a file was refused, 4 the budget cannot be met, 75 stopped by SIGTERM after a finished step (run it again),
-130 interrupted"""
+3 a file was refused, 4 the budget cannot be met or a plan's answer is no, 75 stopped by SIGTERM after a finished step
+(run it again), 130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
     try:
-        parsed.run(parsed)
+        code: int | None = parsed.run(parsed)
     except GammaError as error:
         print(f"gamma {parsed.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(f"gamma {parsed.verb}: {_unexpected(error)}", file=sys.stderr)
         return GammaError.exit_code
-    return 0
+    return code or 0
 
 
 def _unexpected(error: Exception) -> str:

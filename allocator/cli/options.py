@@ -253,8 +253,9 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
         "--resume",
         choices=["auto", "must", "never"],
         default="auto",
-        help="auto: go on from what an earlier run left in the work folder and still fits (default); must: fail if "
-        "that is nothing, or if model, text, settings or versions differ; never: delete it and begin anew",
+        help="auto: go on from what an earlier run left in the work folder and still fits; another model's work is "
+        "refused (default). must: fail if there is nothing to go on from, or if text, settings or versions differ. "
+        "never: delete it and begin anew",
     )
 
 

@@ -1,7 +1,8 @@
 """Plan a GPU's memory for a model and its traffic: what is left for the weights, and whether that is enough.
 
 Reads config.json only: a folder, or of a hub id that one file. Without a GPU it says which cards do. For a gamma
-checkpoint it says how many tokens and sequences its KV cache holds.
+checkpoint it says how many tokens and sequences its KV cache holds. The exit code is 0 for yes and 4 for no, with
+--json too; without a GPU it is 4 if no card does.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from allocator.cli.planning import (
     probe_of,
     sequences_note,
 )
+from allocator.contract.errors import InfeasibleBudgetError
 from allocator.contract.layout import GROUP_SIZES
 from allocator.contract.outputs import check_output_file
 
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """0 for yes; the code of a budget that cannot be met for no, so that a script need not read the answer."""
     from allocator.plan.plan import PlannedWeights, make_plan, plans_of_catalogue
     from allocator.plan.vllm_arguments import vllm_arguments
     from allocator.plan.weights import read_model
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             print_json([plan.payload() for plan in plans])
         else:
             print_tables(devices_table(plans))
-        return
+        return 0 if any(plan.verdict.fits for plan in plans) else InfeasibleBudgetError.exit_code
     probe = probe_of(args, model.shape, device, request)
     plan = make_plan(model.shape, device, request, model=model.name, weights=weights, probe=probe)
     if args.out is not None:
@@ -73,3 +76,4 @@ def run(args: argparse.Namespace) -> None:
         print_tables(*plan_tables(plan), *filter(None, [sequences_note(args, plan)]))
         if model.formats is not None and plan.verdict.fits:
             print_tables("serve it: " + shlex.join(vllm_arguments(plan, args.model)))
+    return 0 if plan.verdict.fits else InfeasibleBudgetError.exit_code

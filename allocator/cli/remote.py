@@ -6,12 +6,13 @@ The address comes from --url or GAMMA_URL, a bearer token from GAMMA_TOKEN: othe
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocator.cli.options import add_progress
 from allocator.cli.output import print_json, print_tables, show_progress
-from allocator.contract.errors import InputError
+from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.outputs import check_output_file
 from allocator.run.progress import Progress, Standing
 
@@ -75,11 +76,11 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, metavar="PART")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     from allocator.sidecar.client import Client
 
     client = Client(args.url, os.environ.get("GAMMA_TOKEN"))
-    _ACTIONS[args.action](args, client)
+    return _ACTIONS[args.action](args, client)
 
 
 def _models(args: argparse.Namespace, client: "Client") -> None:
@@ -104,14 +105,16 @@ def _gpus(args: argparse.Namespace, client: "Client") -> None:
     print_tables(*(f"{g.id:28} {g.memory_bytes / 2**30:7.1f} GiB  {g.name}" for g in gpus))
 
 
-def _plan(args: argparse.Namespace, client: "Client") -> None:
+def _plan(args: argparse.Namespace, client: "Client") -> int:
     plan = client.plan(model=args.model, **_hardware(args))
     if args.json:
-        return print_json(plan.payload() | {"digest": plan.digest})
-    print_tables(
-        f"{plan.model} on {plan.device.name}: {plan.verdict.message}",
-        *(f"  {line.name:22} {line.nbytes:>18,} bytes  {line.note}" for line in plan.lines),
-    )
+        print_json(plan.payload() | {"digest": plan.digest})
+    else:
+        print_tables(
+            f"{plan.model} on {plan.device.name}: {plan.verdict.message}",
+            *(f"  {line.name:22} {line.nbytes:>18,} bytes  {line.note}" for line in plan.lines),
+        )
+    return 0 if plan.verdict.fits else InfeasibleBudgetError.exit_code
 
 
 def _allocate(args: argparse.Namespace, client: "Client") -> None:
@@ -198,7 +201,7 @@ def _hardware(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-_ACTIONS = {
+_ACTIONS: dict[str, Callable[[argparse.Namespace, "Client"], int | None]] = {
     "models": _models, "gpus": _gpus, "plan": _plan, "allocate": _allocate, "sweep": _sweep, "checkpoint": _checkpoint,
     "jobs": _jobs, "cancel": _cancel, "delete-job": _delete_job,
 }  # fmt: skip

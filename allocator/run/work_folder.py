@@ -43,6 +43,11 @@ class RunFingerprint(Document):
     learning: dict[str, Any]
     environment: dict[str, Any]
 
+    @property
+    def tunes(self) -> bool:
+        """Whether it is a run of `gamma tune`, whose candidates are those of a manifest."""
+        return "manifest" in self.candidates
+
     def differences(self, now: "RunFingerprint") -> dict[str, str]:
         """Field -> "was ..., is ..." for each field in which `now` is another."""
         before, after = _flat(self.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
@@ -106,11 +111,14 @@ class WorkFolder:
         """Make the folder fit for a run of fingerprint `now`: what depends on what differs is forgotten, and all if
         there is no valid fingerprint.
 
-        auto: goes on from what fits, and logs which fields differ. must: raises InputError if a field differs or there
-        is nothing to go on from. never: deletes what an earlier run left here.
+        auto: goes on from what fits, and logs which fields differ; raises InputError if the work is another model's, or
+        of another kind. must: raises it also if a field differs or there is nothing to go on from. never: deletes what
+        an earlier run left here.
         """
         path = self.folder / RUN_NAME
         before = self.process_group.from_leader(lambda: _read(RunFingerprint, path))
+        if resume != "never":
+            self._refuse_others(before, now)
         if resume == "must":
             self._insist(before, now)
         if resume == "never":
@@ -154,6 +162,25 @@ class WorkFolder:
                 (self.bank / BANK_NAME).unlink(missing_ok=True)
         for section in sorted(sections):
             self.journal.section(section).clear()
+
+    def _refuse_others(self, before: RunFingerprint | None, now: RunFingerprint) -> None:
+        """Hours of work that is no earlier attempt at this run are not deleted because a folder was mistyped."""
+        found = self.process_group.from_leader(lambda: self._model_here(before))
+        advice = "give another folder, or --resume never to delete it and begin anew"
+        if found is not None and found.digest != now.model.digest:
+            raise InputError(
+                f"{self.folder}: holds the work of {found.name} ({found.digest}), and this is {now.model.name} "
+                f"({now.model.digest}); {advice}"
+            )
+        if before is not None and before.tunes != now.tunes:
+            kinds = ("what was tuned", "what was learned")
+            kept, asked = kinds if before.tunes else kinds[::-1]
+            raise InputError(f"{self.folder}: holds {kept}, and this would be {asked}; {advice}")
+
+    def _model_here(self, before: RunFingerprint | None) -> ModelReference | None:
+        """Whose work is here: results say so too, if run.json was lost."""
+        document = before or self.finished_scores() or self.finished_bank()
+        return None if document is None else document.model
 
     def _insist(self, before: RunFingerprint | None, now: RunFingerprint) -> None:
         if before is None:

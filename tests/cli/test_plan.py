@@ -25,10 +25,22 @@ def test_plan_prints_every_line_with_its_basis_and_the_verdict(capsys):
 
 
 def test_no_comes_with_the_number_that_makes_it_yes(capsys):
-    assert main(["plan", MODEL, "--gpu", "rtx4080", "--max-model-len", "16384", "--max-num-seqs", "4"]) == 0
+    assert main(["plan", MODEL, "--gpu", "rtx4080", "--max-model-len", "16384", "--max-num-seqs", "4"]) == 4
     out = capsys.readouterr().out
     assert "no: needs 11." in out
     assert "GiB more: --max-model-len 5120 fits" in out
+
+
+def test_scripts_learn_the_answer_by_the_exit_code(capsys, tmp_path):
+    """As for every budget that cannot be met; the plan is printed and written all the same."""
+    command = ["plan", MODEL, "--max-model-len", "16384", "--max-num-seqs", "4", "--json"]
+    for gpu, code in (("h100", 0), ("rtx4080", 4)):
+        assert main([*command, "--gpu", gpu, "--out", str(tmp_path / "plan.json")]) == code
+        assert json.loads(capsys.readouterr().out)["verdict"]["fits"] == (code == 0)
+        assert json.loads((tmp_path / "plan.json").read_text())["verdict"]["fits"] == (code == 0)
+    many = ["plan", MODEL, "--max-model-len", "40960", "--max-num-seqs", "65536"]
+    assert main([*many, "--json"]) == 4
+    assert not any(plan["verdict"]["fits"] for plan in json.loads(capsys.readouterr().out))
 
 
 def test_one_sequence_at_a_time_is_said_where_nobody_gave_a_number(capsys):

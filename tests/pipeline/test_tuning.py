@@ -73,6 +73,14 @@ def test_what_is_no_better_is_not_kept(solved: Solved, tmp_path: Path) -> None:
     assert found.tuning.kl == found.tuning.kl_before
 
 
+def test_tuning_does_not_delete_what_was_learned(solved: Solved) -> None:
+    before = BankReader(solved.bank).bank.digest
+    with pytest.raises(InputError, match="holds what was learned, and this would be what was tuned"):
+        tune(solved.request(solved.bank.parent))
+    assert BankReader(solved.bank).bank.digest == before
+    assert (solved.bank.parent / "scores.json").exists()
+
+
 def test_a_tuning_that_is_stopped_ends_in_the_same_bytes(
     solved: Solved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

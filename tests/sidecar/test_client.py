@@ -87,6 +87,8 @@ def test_remote_verbs_print_what_the_local_ones_compute(
     assert "tiny" in gamma("remote", "models", *url).stdout
     assert "l4" in gamma("remote", "gpus", *url).stdout
     assert "fits at" in gamma("remote", "plan", "Qwen3-32B", "--gpu", "l4", "--max-model-len", 4096, *url).stdout
+    no = gamma("remote", "plan", "Qwen3-32B", "--gpu", "rtx4060", "--max-model-len", 40960, "--json", *url, code=4)
+    assert not json.loads(no.stdout)["verdict"]["fits"]
     assert "nats" in gamma("remote", "sweep", "tiny", "--points", 3, *url).stdout
     assert "feasible are" in gamma("remote", "allocate", "tiny", "--budget", "1kB", *url, code=4).stderr
     assert "needs --gpu" in gamma("remote", "plan", "tiny", "--max-model-len", 5, *url, code=2).stderr
