@@ -4,7 +4,6 @@ import argparse
 import re
 import shutil
 from importlib import import_module
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -223,61 +222,6 @@ def test_devices_are_claimed_once_a_pod(helm4):
     assert "nvidia.com/gpu" not in vllm["resources"]["limits"]
     assert "claims" not in sidecar["resources"]
     assert "--fusion=auto" in spec["initContainers"][0]["args"]
-
-
-def group_of(helm, **changes):
-    """Leader and worker of an allocation of two nodes, and all objects."""
-    objects = render(helm, allocation(**{"gpu": "h100", "count": 8, "nodes": 2} | changes))
-    (group,) = by_kind(objects, "LeaderWorkerSet")
-    assert not by_kind(objects, "Deployment", "serving")
-    return *(template["spec"] for template in pod_templates(group)), objects
-
-
-def test_several_nodes_serve_as_one(helm4):
-    """Each prepares for a plan of all GPUs, and is told its place; the first answers, for all."""
-    leader, worker, objects = group_of(helm4)
-    for pod in (leader, worker):
-        (prepare,) = pod["initContainers"]
-        assert {"--tensor-parallel-size=8", "--pipeline-parallel-size=2"} <= set(prepare["args"])
-        vllm = pod["containers"][0]
-        assert vllm["resources"]["limits"]["nvidia.com/gpu"] == 8
-        place = ["--nnodes=$(LWS_GROUP_SIZE)", "--node-rank=$(LWS_WORKER_INDEX)", "--master-addr=$(LWS_LEADER_ADDRESS)"]
-        assert [word for word in vllm["args"] if "LWS" in word] == place
-        assert "VLLM_HOST_IP" in [variable["name"] for variable in vllm["env"]]
-    assert [c["name"] for c in leader["containers"]] == ["vllm", "sidecar"]
-    assert [c["name"] for c in worker["containers"]] == ["vllm"]
-    assert "--headless" in worker["containers"][0]["args"]
-    assert "--headless" not in leader["containers"][0]["args"]
-    assert not {"ports", "startupProbe", "livenessProbe", "readinessProbe"} & set(worker["containers"][0])
-    (service,) = by_kind(objects, "Service")
-    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
-    (policy,) = [p for p in by_kind(objects, "NetworkPolicy") if p["metadata"]["name"].endswith("serving")]
-    among = {"podSelector": {"matchLabels": policy["spec"]["podSelector"]["matchLabels"]}}
-    assert {"from": [among]} in policy["spec"]["ingress"]
-    assert {"to": [among]} in policy["spec"]["egress"]
-
-
-def test_vllm_knows_what_the_nodes_are_told():
-    vllm = pytest.importorskip("vllm")
-    root = Path(vllm.__file__).parent
-    source = "".join(path.read_text() for path in (root / "engine" / "arg_utils.py", *root.rglob("serve.py")))
-    for option in ("--nnodes", "--node-rank", "--master-addr", "--pipeline-parallel-size"):
-        assert f'"{option}"' in source, option
-    assert "args.headless" in source
-
-
-def test_a_group_scales_and_rolls_like_others(helm4):
-    keda = {"type": "keda", "keda": {"serverAddress": "http://p:9090"}}
-    for autoscaling, kind in (({"type": "hpa"}, "HorizontalPodAutoscaler"), (keda, "ScaledObject")):
-        *_, objects = group_of(helm4, autoscaling=autoscaling, rollout={"maxSurge": 1})
-        for item in objects:
-            check_object(item, "1.34")
-        (scaler,) = by_kind(objects, kind)
-        wanted = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": "demo-gamma-one"}
-        assert scaler["spec"]["scaleTargetRef"] == wanted
-        (group,) = by_kind(objects, "LeaderWorkerSet")
-        assert "replicas" not in group["spec"]
-        assert group["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"] == {"maxSurge": 1, "maxUnavailable": 1}
 
 
 def test_checkpoints_and_graphs_stay_on_the_node(helm4):

@@ -70,6 +70,7 @@ BY_SCHEMA = {
     "address of Prometheus": ("autoscaling.keda.serverAddress", "prometheus:9090", "serverAddress"),
     "toleration effect": ("tolerations", [{"key": "a", "effect": "Never"}], "tolerations"),
     "policy of the router": ("router.policy", "prefix", "policy"),
+    "failure of the picker": ("inferencePool.failureMode", "FailClosed", "failureMode"),
     "size of the node cache": ("nodeCache.size", "500Gi", "size"),
     "scrape interval": ("monitoring.serviceMonitor.interval", "30 sec", "interval"),
     "label that is no text": ("podLabels", {"a": 1}, "podLabels"),
@@ -121,6 +122,11 @@ BY_CHECK = {
         {**allocation(nodes=2), "prepare": {"mode": "native"}},
         "set prepare.mode to init",
     ),
+    "nodes and a long name": (
+        allocation(nodes=2, name="a" * 32) | {"fullnameOverride": "r" * 20},
+        "53 characters, of which 48 may be",
+    ),
+    "Services that begin with a digit": (allocation() | {"fullnameOverride": "7b"}, "set fullnameOverride"),
     "one-pod claim, two nodes": ({**allocation(nodes=2), "modelVolume": {"type": "pvc"}}, "serves one pod at a time"),
     "nodes by argument": (
         allocation(vllmArgs=["--nnodes=2"]),
@@ -205,6 +211,10 @@ BY_CHECK = {
     "GPUs twice": (
         {**allocation(), "gpuProfiles": {"l4": {"deviceClass": "gpu.nvidia.com"}}},
         "gpuProfiles.l4 has resource and deviceClass",
+    ),
+    "router and pool": (
+        {**allocation(), "router": {"enabled": True}, "inferencePool": {"enabled": True}},
+        "router and inferencePool would both choose the pod",
     ),
     "router's ports": ({**allocation(), "router": {"metricsPort": 8000}}, "router.metricsPort are equal"),
     "two places for checkpoints": (

@@ -13,7 +13,7 @@ __all__ = ["check_object"]
 
 # The schemas of one version are megabytes, read anew for each object otherwise.
 kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
-_CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute", "LeaderWorkerSet"}
+_CRDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute", "InferencePool", "LeaderWorkerSet"}
 
 
 @cache

@@ -32,6 +32,13 @@
 {{- ternary (include "gamma.routerName" .) (include "gamma.allocationName" .) (include "gamma.allocation" . | fromJson).router.enabled -}}
 {{- end -}}
 
+{{/* dict root allocation -> Service of the endpoint picker of an allocation's InferencePool; unless named what llm-d's chart
+calls it in a release of the pool's name */}}
+{{- define "gamma.pickerName" -}}
+{{- $picker := (include "gamma.allocation" . | fromJson).inferencePool.endpointPicker -}}
+{{- default (printf "%s-epp" (include "gamma.allocationName" . | trunc 40)) $picker.service -}}
+{{- end -}}
+
 {{/* dict allocation domain -> host name under which clients ask for the allocation; empty if nothing says it */}}
 {{- define "gamma.host" -}}
 {{- if .allocation.host -}}
@@ -48,6 +55,14 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- with .allocation }}
 gamma/allocation: {{ .name }}
+{{- end }}
+{{- end -}}
+
+{{/* dict root allocation -> labels of the pods that answer: of several nodes the first */}}
+{{- define "gamma.answeringLabels" -}}
+{{ include "gamma.selectorLabels" (dict "root" .root "component" "serving" "allocation" .allocation) }}
+{{- if gt (int64 (default 1 .allocation.nodes)) 1 }}
+leaderworkerset.sigs.k8s.io/worker-index: "0"
 {{- end }}
 {{- end -}}
 

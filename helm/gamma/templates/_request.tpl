@@ -9,6 +9,7 @@
 {{- $_ := set $a "rollout" (mergeOverwrite (deepCopy $values.rollout) (default dict .allocation.rollout)) -}}
 {{- $_ = set $a "autoscaling" (mergeOverwrite (deepCopy $values.autoscaling) (default dict .allocation.autoscaling)) -}}
 {{- $_ = set $a "router" (mergeOverwrite (deepCopy $values.router) (default dict .allocation.router)) -}}
+{{- $_ = set $a "inferencePool" (mergeOverwrite (deepCopy $values.inferencePool) (default dict .allocation.inferencePool)) -}}
 {{- $_ = set $a "profile" (default dict (get $values.gpuProfiles $a.gpu)) -}}
 {{- /* Without a GPU every width is multiplied in one call: nothing is won by one width a fused layer. */ -}}
 {{- $_ = set $a "fusion" (default (ternary "auto" "free" (not (and (empty $a.profile.resource) (empty $a.profile.deviceClass)))) $a.fusion) -}}
