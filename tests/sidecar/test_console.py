@@ -120,7 +120,7 @@ def test_what_is_too_large_is_drawn_as_large_as_it_is(page: Page, sidecar: Runni
     assert too_much in page.js("document.querySelector('#verdict').textContent")
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 360), ("dark", 768), ("light", 1280)])
+@pytest.mark.parametrize(("scheme", "width"), [(s, w) for w in (360, 768, 1280) for s in ("light", "dark")])
 def test_nothing_is_cut_off(page: Page, sidecar: Running, scheme: str, width: int) -> None:
     page.size(width, 740, mobile=width < 500)
     page.scheme(scheme)
@@ -213,7 +213,7 @@ def test_a_wrong_value_leaves_no_other_answer_standing(page: Page, sidecar: Runn
 
 @pytest.mark.parametrize("size", [11_500_000_000, 20_000_000_000, 65_000_000_000])
 def test_what_is_chosen_lies_on_the_chart_and_axes_have_titles(page: Page, sidecar: Running, size: int) -> None:
-    _open(page, sidecar, f"model=Qwen3-32B&gpu=b200&length=8192&bytes={size}")
+    _open(page, sidecar, f"model=Qwen3-32B&gpu=b200&length=8192&fusion=free&bytes={size}")
     inside = """(() => { const d = document.querySelector('#curve .dot').getBoundingClientRect(),
         h = document.querySelector('#curve .hit').getBoundingClientRect();
         const x = (d.left + d.right) / 2, y = (d.top + d.bottom) / 2;
@@ -299,16 +299,53 @@ def test_a_page_needs_no_replica_twice(page: Page, store: Path, tmp_path: Path) 
         assert Manifest.read(tmp_path / "manifest.json").tensor_bytes <= 180_000
 
 
-def test_one_width_a_layer_is_said_in_all_commands(page: Page, sidecar: Running) -> None:
-    _open(page, sidecar, "model=tiny&gpu=l4&length=128&fusion=tied")
+def test_one_width_a_layer_is_what_a_gpu_gets_and_every_command_says_which(page: Page, sidecar: Running) -> None:
+    """Without a word prepare and chart take one width on a GPU, and solve takes a width each."""
+    _open(page, sidecar, "model=tiny&gpu=l4&length=128&bytes=120000")
+    page.until("document.querySelector('#fusion-hint').textContent.startsWith('One width costs ')")
     assert "gamma solve WORK/scores.json" in _text(page, "#code")
     for tab, said in (("serve", "--fusion tied"), ("helm", "fusion: tied"), ("prepare", "--fusion tied")):
         page.js(f"document.querySelector('#tab-{tab}').click()")
         assert said in _text(page, "#code")
     page.js("document.querySelector('input[name=fusion][value=free]').click()")
-    for tab in ("serve", "helm", "prepare"):
+    for tab, said in (("helm", "fusion: free"), ("prepare", "--fusion free")):
         page.js(f"document.querySelector('#tab-{tab}').click()")
-        page.until("!document.querySelector('#code').textContent.includes('fusion')")
+        page.until(f"document.querySelector('#code').textContent.includes({said!r})")
+    page.js("document.querySelector('#tab-serve').click()")
+    assert "fusion" not in _text(page, "#code")
+    page.until("document.querySelector('#fusion-hint').textContent.startsWith('One width costs ')")
+
+
+def test_while_it_is_worked_out_the_page_says_so(page: Page, sidecar: Running) -> None:
+    never = """(() => { const real = window.fetch; window.fetch = (url, options) =>
+        String(url).includes('v1/fits') ? new Promise(() => {}) : real(url, options); })()"""
+    made = page.send("Page.addScriptToEvaluateOnNewDocument", source=never)
+    try:
+        _open(
+            page,
+            sidecar,
+            TINY[1:],
+            "document.querySelector('#verdict').textContent.startsWith('Working out what fits')",
+        )
+        assert page.js("document.querySelector('#verdict').getClientRects().length") == 1
+    finally:
+        page.send("Page.removeScriptToEvaluateOnNewDocument", identifier=made["identifier"])
+
+
+def test_names_of_points_cover_no_others(page: Page, sidecar: Running) -> None:
+    page.size(360, 740, mobile=True)
+    page.open("about:blank")
+    page.open(f"{sidecar.url}/#model=Qwen3-32B&gpu=rtx4090&length=8192&fusion=free")
+    page.until(READY)
+    boxes = page.js("[...document.querySelectorAll('#curve text')].filter((e) => e.textContent.startsWith('all '))"
+                    ".map((e) => e.getBoundingClientRect().toJSON())")  # fmt: skip
+    assert len(boxes) >= 2
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            apart = (
+                a["left"] >= b["right"] or b["left"] >= a["right"] or a["top"] >= b["bottom"] or b["top"] >= a["bottom"]
+            )
+            assert apart
 
 
 def test_helm_values_of_every_gpu_are_taken_by_the_chart(page: Page, sidecar: Running, tmp_path: Path) -> None:

@@ -98,11 +98,16 @@ export function curve(holder, { points, uniform, measured, gpus, unit, chosen, o
   }
   svg.append(draw("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom, fill: "transparent", class: "hit" }));
   svg.append(draw("path", { d: shown.map((p, i) => `${i ? "L" : "M"}${x(p.budget_bytes).toFixed(1)} ${y(p.predicted_loss).toFixed(1)}`).join(""), class: "curve" }));
+  const texts = [];
   for (const [bits, point] of Object.entries(uniform)) {
     if (point.predicted_loss < least || point.predicted_loss > most || point.tensor_bytes > maxX || point.tensor_bytes < minX) continue;
     const cx = x(point.tensor_bytes), cy = y(point.predicted_loss);
     svg.append(draw("circle", { cx, cy, r: 4, class: "uniform" }, draw("title", {}, `all modules at ${bits} bits: ${gib(point.tensor_bytes)}, ${lossIn(point.predicted_loss, unit)}`)));
-    svg.append(draw("text", { x: cx + 8, y: cy < top + 12 ? cy + 15 : cy - 6 }, `all ${bits}`));
+    // Above or below its point, where it covers no other; else its title says it.
+    const free = [cy - 6, cy + 15].find((at) => at > top + 6 && !texts.some(([tx, ty]) => Math.abs(tx - cx) < 38 && Math.abs(ty - at) < 14));
+    if (free === undefined) continue;
+    texts.push([cx, free]);
+    svg.append(draw("text", { x: cx + 8, y: free }, `all ${bits}`));
   }
   if (Number.isFinite(chosen.bytes)) {
     const at = x(chosen.bytes);

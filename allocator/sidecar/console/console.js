@@ -114,7 +114,7 @@ async function refresh() {
     show();
     document.querySelector(".answer").classList.remove("busy");
     try {
-      await Promise.all([sweep(signal, run), marks(signal, run)]);
+      await Promise.all([sweep(signal, run), marks(signal, run), price(signal, run)]);
       if (run === state.run) showCurve();
     } catch (error) {
       if (error.name === "AbortError" || error.status === 401) throw error;
@@ -127,16 +127,29 @@ async function refresh() {
   }
 }
 
+function fitted(fusion, signal) {
+  const body = { model: model().name, hardware: hardware(), fusion };
+  if (!state.automatic) body.budget = String(state.bytes);
+  return askPatiently("POST", "v1/fits", body, signal);
+}
+
 // Plan, assignment and manifest in one answer: the next request may reach another replica, which knows nothing of this one.
 async function fit(signal, run) {
-  const body = { model: model().name, hardware: hardware(), fusion: radio("fusion") };
-  if (!state.automatic) body.budget = String(state.bytes);
-  const found = await askPatiently("POST", "v1/fits", body, signal);
+  const found = await fitted(radio("fusion"), signal);
   if (run !== state.run) return;
   const { manifest, ...allocation } = found.allocation;
   Object.assign(state, { plan: found.plan, filled: found.planned, allocation, manifest: JSON.parse(manifest), manifestText: manifest, checkpoint: null });
   if (state.automatic) state.bytes = allocation.budget_bytes;
   await compare(signal);
+}
+
+// What one width a fused layer costs at this budget: the page asks what the other choice would lose.
+async function price(signal, run) {
+  const fusion = radio("fusion");
+  const other = await fitted(fusion === "free" ? "tied" : "free", signal).catch((error) => (error.name === "AbortError" ? Promise.reject(error) : null));
+  if (run !== state.run || !other) return;
+  const losses = { [fusion]: state.allocation, [other.allocation.request.fusion]: other.allocation };
+  panels.fusionPrice(state.fits ? losses : null);
 }
 
 const sweepKey = () => `${model().scores_digest} ${radio("fusion")}`;
@@ -172,6 +185,7 @@ function show() {
   } else {
     panels.verdict("bad", "Does not fit.", `${allocation.model} on ${device} needs ${gib(told.needs_bytes)} more a GPU.`, told === plan.verdict ? (plan.advice.length ? "One of these would make it fit:" : "No single change makes it fit; take a larger GPU or more of them.") : "Choose less, or fill the GPU.");
   }
+  panels.fusionPrice(null);
   panels.advice(told.fits ? [] : (state.automatic ? plan : filled).advice, takeAdvice);
   panels.answered();
   showCurve();

@@ -48,7 +48,7 @@ export function serveCommand(state) {
   lines.push(`--gpu-memory-utilization ${state.utilization}`);
   const command = lines.join(" \\\n  ");
   if (state.checkpoint) return command;
-  const fusion = state.fusion === "free" ? "" : ` --fusion ${state.fusion}`;
+  const fusion = state.fusion === "free" ? "" : ` --fusion ${state.fusion}`; // free is what solve does with a budget
   return [
     command, "", `# ./${state.model}-gamma: the button below makes it, or`,
     `# gamma solve WORK/scores.json --budget ${state.bytes}${fusion} --out manifest.json`,
@@ -62,8 +62,7 @@ export function prepareCommand(state) {
   if (state.count > 1) lines.push(`--tensor-parallel-size ${state.count}`);
   lines.push(`--max-model-len ${state.length} --max-num-seqs ${state.sequences}`);
   if (state.kv !== "auto") lines.push(`--kv-cache-dtype ${state.kv}`);
-  if (state.fusion !== "free") lines.push(`--fusion ${state.fusion}`);
-  lines.push(`--gpu-memory-utilization ${state.utilization}`, `--budget ${state.automatic ? "auto" : state.budget}`);
+  lines.push(`--fusion ${state.fusion}`, `--gpu-memory-utilization ${state.utilization}`, `--budget ${state.automatic ? "auto" : state.budget}`);
   return `${lines.join(" \\\n  ")}\nvllm serve --config ./served/vllm.yaml`;
 }
 
@@ -81,9 +80,8 @@ export function helmValues(state) {
   const lines = [
     "allocations:", `  - name: ${slug(slug(state.model).slice(0, 32))}`, `    model: ${JSON.stringify(state.model)}`, `    gpu: ${profile}`, `    count: ${state.count}`,
     `    maxModelLen: ${state.length}`, `    maxNumSeqs: ${state.sequences}`, `    kvCacheDtype: ${state.kv}`,
-    `    gpuMemoryUtilization: ${state.utilization}`, `    budget: ${state.automatic ? "auto" : JSON.stringify(String(state.budget))}`,
+    `    gpuMemoryUtilization: ${state.utilization}`, `    fusion: ${state.fusion}`, `    budget: ${state.automatic ? "auto" : JSON.stringify(String(state.budget))}`,
   ];
-  if (state.fusion !== "free") lines.push(`    fusion: ${state.fusion}`);
   if (state.gpu && CHART_PROFILES.includes(state.gpu)) return lines.join("\n");
   lines.push("# A profile that the chart does not have: what these nodes are called may differ in your cluster.", "gpuProfiles:", `  ${profile}:`);
   if (state.gpu) lines.push(`    catalogue: ${JSON.stringify(state.gpu)}`, "    resource: nvidia.com/gpu", `    nodeSelector: {nvidia.com/gpu.product: ${JSON.stringify(state.productLabel)}}`);
