@@ -23,7 +23,6 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
     config = open_config(folder)
-    del config.quantization_config
     state = {}
     for name, module in declared.modules.items():
         if not module.quantized:

@@ -27,6 +27,11 @@ class ExpertMatrix(StoredTensor):
     expert: int
     first_row: int
 
+    @property
+    def in_files(self) -> tuple[StoredTensor, ...]:
+        """Itself, so that a model is the same however its experts are stored; the stack where that is quantized."""
+        return self.stack.in_files if self.stack.in_files != (self.stack,) else (self,)
+
 
 def unstacked(stored: Mapping[str, StoredTensor], shape: ModelShape) -> dict[str, StoredTensor]:
     """The tensors of the files, stacks that `shape` knows as single matrices replaced by these.
