@@ -16,59 +16,73 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from allocator.contract.digest import digest_bytes
+from allocator.contract.documents import write_atomically
 from allocator.contract.packing import unpack_codes
 from benchmarks.real_models.cells import Bench, Quantized
 from benchmarks.real_models.ours import folder_sizes
 from benchmarks.real_models.packages import installed
-from benchmarks.real_models.process import run_command
+from benchmarks.real_models.process import Cost, run_command
 
-__all__ = ["AutoRound", "unpacked"]
+__all__ = ["ITERATIONS", "AutoRound", "unpacked"]
 
 _WIDTHS = (2, 3, 4)
 _SCHEME_WIDTHS = (2, 3, 4, 8)
-_ITERATIONS = 200
+ITERATIONS = 200
+"""AutoRound's default."""
 
 
 class AutoRound:
-    """token_ids: int64 `[sequences, length]`, the calibration text."""
+    """token_ids: int64 `[sequences, length]`, the calibration text; iterations: steps a block."""
 
-    def __init__(self, bench: Bench, token_ids: Tensor) -> None:
-        self.bench, self.token_ids = bench, token_ids
+    def __init__(self, bench: Bench, token_ids: Tensor, iterations: int = ITERATIONS) -> None:
+        self.bench, self.token_ids, self.iterations = bench, token_ids, iterations
         self.group_size = 128 if bench.inventory.config["hidden_size"] % 128 == 0 else 64
 
     def rows(self, bits: Sequence[float]) -> None:
         """W2, W3 and W4, and AutoScheme at those of `bits` that its narrowest scheme allows."""
         for width in _WIDTHS:
-            self._row(f"AutoRound W{width}", [width], None)
+            self.row(f"AutoRound W{width}", [width], None)
         for wanted in bits:
             if wanted > min(_SCHEME_WIDTHS) + 0.3:  # its scales and zero points take about a quarter of a bit
-                self._row(f"AutoRound AutoScheme {wanted}", _SCHEME_WIDTHS, wanted)
+                self.row(f"AutoRound AutoScheme {wanted}", _SCHEME_WIDTHS, wanted)
 
-    def _row(self, name: str, widths: Sequence[int], average_bits: float | None) -> None:
+    def row(self, name: str, widths: Sequence[int], average_bits: float | None) -> None:
+        """One of them; its checkpoint is kept, since an hour of work is in it."""
         settings = {"widths": list(widths), "average_bits": average_bits, "group_size": self.group_size}
-        settings["iters"] = _ITERATIONS
+        settings["iters"] = self.iterations
 
         def make() -> Quantized:
-            folder = self.bench.work / "autoround"
+            folder, cost = self._quantized(name, settings)
+            model = self.bench.load(self.bench.folder)
+            state = dict(unpacked(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}))
+            model.load_state_dict(state, strict=False, assign=True)
+            model.tie_weights()
+            return Quantized(model, folder_sizes(self.bench, folder), cost, {"rival": "AutoRound", **settings})
+
+        self.bench.cell(name, make, f"{self.iterations} iterations")
+
+    def _quantized(self, name: str, settings: dict[str, Any]) -> tuple[Path, Cost]:
+        """The folder of the checkpoint, made now if it is not there or of other settings, and what making it cost."""
+        folder = self.bench.work / "autoround" / name.replace(" ", "_")
+        done, made_of = folder / "done.json", {"settings": settings, "text": _digest(self.token_ids)}
+        if not done.exists() or (kept := json.loads(done.read_text()))["made_of"] != made_of:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            folder.mkdir(parents=True)
             save_file({"token_ids": self.token_ids.contiguous()}, folder / "tokens.safetensors")
             (folder / "settings.json").write_text(json.dumps(settings))
             command = [sys.executable, str(Path(__file__).with_name("autoround_quantize.py")), str(self.bench.folder)]
-            command += [str(folder / name) for name in ("tokens.safetensors", "out", "settings.json")]
+            command += [str(folder / part) for part in ("tokens.safetensors", "out", "settings.json")]
             packages = installed("requirements-autoround.txt", "autoround")
             path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(packages)]))
             cost = run_command(command, name, {"PYTHONPATH": path})
-            packed = next((folder / "out").rglob("config.json")).parent
-            model = self.bench.load(self.bench.folder)
-            state = dict(unpacked(packed, {k: tuple(v.shape) for k, v in model.state_dict().items()}))
-            model.load_state_dict(state, strict=False, assign=True)
-            model.tie_weights()
-            sizes = folder_sizes(self.bench, packed)
-            shutil.rmtree(folder)
-            return Quantized(model, sizes, cost, {"rival": "AutoRound", **settings})
+            kept = {"made_of": made_of, "cost": cost.record()}
+            write_atomically(done, json.dumps(kept))
+        return next((folder / "out").rglob("config.json")).parent, Cost(**kept["cost"])
 
-        self.bench.cell(name, make)
+
+def _digest(token_ids: Tensor) -> str:
+    return digest_bytes(token_ids.contiguous().numpy().tobytes())
 
 
 def unpacked(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,8 @@ def main(model: str, tokens_file: str, out: str, settings_file: str) -> None:
     scheme = options[0]
     if len(options) > 1:
         scheme = AutoScheme(avg_bits=settings["average_bits"], options=options, device_map="cpu", **amount)
-    rounder = AutoRound(model, scheme=scheme, dataset=text, iters=settings["iters"], device_map="cpu", **amount)
+    amount |= {"iters": settings["iters"], "device_map": "cpu", "enable_torch_compile": False}
+    rounder = AutoRound(model, scheme=scheme, dataset=text, **amount)
     rounder.quantize_and_save(out, format="auto_round")
 
 

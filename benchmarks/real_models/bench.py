@@ -2,9 +2,10 @@
 
     make bench-real           # all of it; says first how much it downloads, and about how long it takes
     make bench-real ARGS="--models smollm2 --budgets 2.5 3 --rivals uniform"
+    make bench-real ARGS="--models smollm2 --rivals autoround --rows 'AutoRound W2'"     # one row alone
 
-Every row is kept in bench-out/real_models as it is measured, so that a stopped run goes on. Writes
-benchmarks/results/real_models.json and docs/figures/real_models_*.{png,svg}; --report does only that.
+Every row is kept in bench-out/real_models as it is measured, so that a stopped run goes on, and several may run at a
+time. Writes benchmarks/results/real_models.json and docs/figures/real_models_*.{png,svg}; --report does only that.
 """
 
 import argparse
@@ -15,18 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.contract.errors import GammaError, InputError  # noqa: E402
-from benchmarks.real_models.autoround import AutoRound  # noqa: E402
+from benchmarks.real_models.autoround import ITERATIONS, AutoRound  # noqa: E402
 from benchmarks.real_models.catalogue import MOVED, RealModel, real_models  # noqa: E402
 from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
 from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
-from benchmarks.real_models.ours import Ours  # noqa: E402
+from benchmarks.real_models.ours import CANDIDATES, GPTQ, Ours  # noqa: E402
 from benchmarks.real_models.report import write_report  # noqa: E402
+from benchmarks.real_models.tasks import Tasks  # noqa: E402
 
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5)
-RIVALS = ("uniform", "llama.cpp", "autoround")
-CALIBRATION, WINDOWS = (32, 512), (8, 512)
+BITS_BESIDE_8 = (2.5, 3.0)
+"""Of the blocks, where the vocabulary is at 8 bits: as the paper counts."""
+MODELS = ("smollm2", f"smollm2{MOVED}", "gemma3", "qwen2.5-coder")
+CALIBRATION, WINDOWS, DOCUMENTS = (32, 512), (8, 512), 200
 
 
 def estimate(models: list[RealModel]) -> str:
@@ -46,26 +50,26 @@ def rescalable(bench: Bench) -> bool:
     return bench.inventory.config["model_type"] in RESCALABLE and not bench.model.name.endswith(MOVED)
 
 
-def run(bench: Bench, ours: Ours, bits: list[float], rivals: list[str], bank_only: bool) -> None:
+def run(bench: Bench, series: list[Ours], args: argparse.Namespace) -> None:
     """Every row of one model: what is GAMMA's alone first, for each row of another program GAMMA at its bytes last."""
-    ours.learn("uniform" if bank_only else "gamma")
-    ours.floor()
-    if "uniform" in rivals:
-        ours.uniform()
-        if rescalable(bench):
-            ours.off_grid()
-    if not bank_only:
-        at_budgets(bench, ours, bits)
-    if "llama.cpp" in rivals:
-        llama = LlamaCpp(bench, ours.calibration())
-        for file_type in FILE_TYPES:
-            llama.row(file_type)
-        if rescalable(bench):
-            llama.off_grid()
-    if "autoround" in rivals:
-        AutoRound(bench, ours.calibration()).rows(bits)
-    if not bank_only:
-        at_bytes_of_rivals(bench, ours)
+    for ours in series:
+        ours.learn("uniform" if args.bank_only else "gamma")
+        if "uniform" in args.rivals:
+            ours.uniform()
+            if ours.candidates == GPTQ and rescalable(bench):
+                ours.off_grid()
+        if not args.bank_only:
+            at_budgets(bench, ours, args.budgets)
+    series[0].floor()
+    for name, rows_of in PROGRAMS.items():
+        if name in args.rivals:
+            try:
+                rows_of(bench, series[0], args)
+            except InputError as error:  # what cannot be had here leaves its rows out, and no others
+                print(f"{bench.model.name}: rows of {name} are left out: {error}", flush=True)
+    if not args.bank_only:
+        for ours in series:
+            at_bytes_of_rivals(bench, ours)
 
 
 def at_budgets(bench: Bench, ours: Ours, bits: list[float]) -> None:
@@ -74,20 +78,51 @@ def at_budgets(bench: Bench, ours: Ours, bits: list[float]) -> None:
             print(f"{bench.model.name}: no assignment has {wanted} average bits", flush=True)
         else:
             ours.gamma(f"gamma {wanted}", budget, bits=wanted, widest_uniform=ours.widest_uniform(budget))
+    for wanted, budget in ours.budgets([b for b in bits if b in BITS_BESIDE_8], pinned=True).items():
+        if budget is not None:
+            ours.gamma_beside_8_bits(wanted, budget)
+
+
+def llama_cpp(bench: Bench, ours: Ours, _: argparse.Namespace) -> None:
+    llama = LlamaCpp(bench, ours.calibration())
+    for file_type in FILE_TYPES:
+        llama.row(file_type)
+    if rescalable(bench):
+        llama.off_grid()
+
+
+def autoround(bench: Bench, ours: Ours, args: argparse.Namespace) -> None:
+    AutoRound(bench, ours.calibration(), args.autoround_iterations).rows(args.budgets)
+
+
+PROGRAMS = {"llama.cpp": llama_cpp, "autoround": autoround}
 
 
 def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:
     smallest = ours.scores.feasible_bytes()[0]
+    learned = [candidates.suffix for candidates in CANDIDATES.values() if candidates.suffix]
     for row in bench.rows():
-        if "rival" in row and not row["row"].endswith(OFF_GRID) and row["tensor_bytes"] > smallest:
+        if "rival" in row and not row["row"].endswith((OFF_GRID, *learned)) and row["tensor_bytes"] > smallest:
             ours.gamma(f"gamma at the bytes of {row['row']}", row["tensor_bytes"], beside=row["row"])
+
+
+def opened(model: RealModel, args: argparse.Namespace, tasks: Tasks | None) -> Bench:
+    wikitext = args.texts / "wikitext2.valid.raw"
+    return Bench(model, ready(model), args.work / model.name, wikitext, *args.windows, tasks, args.rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="names in models.json, or with -moved after them; default: all")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="names in models.json, or with -moved after them"
+    )
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BITS), help="average bits")
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--rivals", nargs="*", choices=("uniform", *PROGRAMS), default=["uniform", *PROGRAMS])
+    parser.add_argument(
+        "--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="what GAMMA chooses among"
+    )
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="only rows with such names")
+    parser.add_argument("--autoround-iterations", type=int, default=ITERATIONS, help="steps a block; default: its own")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-out" / "real_models", help="folder for the rows")
     parser.add_argument(
         "--texts", type=Path, default=ROOT.parent / "shared" / "data" / "text", help="wikitext2.valid.raw, c4.calib.txt"
@@ -95,6 +130,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, nargs=2, default=CALIBRATION, metavar=("SEQUENCES", "LENGTH"))
     parser.add_argument(
         "--windows", type=int, nargs=2, default=WINDOWS, metavar=("SEQUENCES", "LENGTH"), help="of each text"
+    )
+    parser.add_argument(
+        "--tasks", type=Path, default=ROOT.parent / "shared" / "data" / "tasks", help="folder of LAMBADA and BLiMP"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=DOCUMENTS, help="of LAMBADA, and about as many of BLiMP; 0: neither"
     )
     parser.add_argument("--bank-only", action="store_true", help="candidates and rivals, without learning scores")
     parser.add_argument("--report", action="store_true", help="only write the result of the rows that there are")
@@ -104,26 +145,24 @@ def main() -> None:
         for name in ("wikitext2.valid.raw", "c4.calib.txt"):
             if not (args.texts / name).is_file():
                 raise InputError(f"{args.texts} has no {name}; give the folder of the texts with --texts")
+        tasks = Tasks(args.tasks, args.documents) if args.documents else None
         if not args.report:
+            if tasks is not None:
+                tasks.check()
             print(estimate(models), flush=True)
-        benches = []
-        for model in models:
-            if args.report and not (args.work / model.name / "cells").is_dir():
-                continue
-            bench = Bench(
-                model, ready(model), args.work / model.name, args.texts / "wikitext2.valid.raw", *args.windows
-            )
-            benches.append(bench)
-            if not args.report:
-                ours = Ours(bench, args.texts / "c4.calib.txt", tuple(args.calibration))
-                run(bench, ours, args.budgets, args.rivals, args.bank_only)
+        for model in [] if args.report else models:
+            bench = opened(model, args, tasks)
+            text, amount = args.texts / "c4.calib.txt", tuple(args.calibration)
+            run(bench, [Ours(bench, text, amount, CANDIDATES[name]) for name in args.candidates], args)
         if not args.bank_only:
             settings = {
                 "budgets": args.budgets,
                 "calibration": ["c4.calib.txt", *args.calibration],
                 "windows": args.windows,
+                "documents": args.documents,
             }
-            write_report(benches, settings)
+            measured = [m for m in real_models(MODELS) if any((args.work / m.name).glob("cells/*.json"))]
+            write_report([opened(model, args, tasks) for model in measured], settings)
     except GammaError as error:
         raise SystemExit(f"bench-real: {error}") from None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def wheels(requirement: str) -> list[str]:
     return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
 
 
-def real_models(names: list[str] | None = None) -> list[RealModel]:
+def real_models(names: Sequence[str] | None = None) -> list[RealModel]:
     """Those of `names`, in their order, or all as they are stored. Raises InputError for a name that is not there."""
     known = json.loads(Path(__file__).with_name("models.json").read_text())
     found = []

@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.real_models.losses import Reference, TokenLosses
 from benchmarks.real_models.off_grid import write_rescaled
 from benchmarks.real_models.process import Cost
 from benchmarks.real_models.sizes import Sizes
+from benchmarks.real_models.tasks import Tasks
 from benchmarks.real_models.texts import Text, texts_of
 
 __all__ = ["OFF_GRID", "Bench", "Quantized"]
@@ -34,19 +36,35 @@ class Quantized:
 
 
 class Bench:
-    """The rows of one model: `folder` is the original, `work` where its cells are."""
+    """The rows of one model: `folder` is the original, `work` where its cells are; `tasks` are measured for the rows
+    that ask for them, and only rows whose names match one of `patterns` are made."""
 
-    def __init__(self, model: RealModel, folder: Path, work: Path, wikitext: Path, sequences: int, length: int) -> None:
+    def __init__(
+        self,
+        model: RealModel,
+        folder: Path,
+        work: Path,
+        wikitext: Path,
+        sequences: int,
+        length: int,
+        tasks: Tasks | None = None,
+        patterns: Sequence[str] = ("*",),
+    ) -> None:
         self.model, self.folder, self.work = model, folder, work
         self._text_settings = wikitext, sequences, length
+        self._tasks, self._patterns = tasks, patterns
         (work / "cells").mkdir(parents=True, exist_ok=True)
         self.inventory = read_inventory(folder)
 
     @cached_property
-    def texts(self) -> list[Text]:
+    def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return texts_of(AutoTokenizer.from_pretrained(self.folder), *self._text_settings)
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        return texts_of(self.tokenizer, *self._text_settings)
 
     @cached_property
     def references(self) -> dict[str, Reference]:
@@ -97,14 +115,26 @@ class Bench:
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
-    def cell(self, name: str, make: Callable[[], Quantized], source: str = "") -> dict[str, Any]:
-        """The row `name`, from the work folder or made and measured now. A cell of other texts, or of another `source`
-        (a digest of what it is made from), is made again."""
+    def wants(self, name: str) -> bool:
+        """Whether the row is among those that are to be made."""
+        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
+
+    def cell(
+        self, name: str, make: Callable[[], Quantized], source: str = "", with_tasks: bool = True
+    ) -> dict[str, Any]:
+        """The row `name`, from the work folder or made and measured now; empty if it is not wanted. A cell of other
+        texts, of another `source` (a digest of what it is made from), or of other documents of the tasks, is made
+        again."""
+        if not self.wants(name):
+            return {}
+        tasks = self._tasks if with_tasks else None
+        made_of = {"texts": {text.name: text.digest for text in self.texts}, "source": source}
+        made_of |= {} if tasks is None else {"documents": tasks.documents}
         path = self.path(name)
-        digests = {text.name: text.digest for text in self.texts}
-        made_of = {"texts": digests, "source": source}
-        if path.exists() and all((kept := json.loads(path.read_text()))[key] == made_of[key] for key in made_of):
-            return dict(kept)
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if all(kept.get(key) == value for key, value in made_of.items()):
+                return dict(kept)
         begun = time.monotonic()
         quantized = make()
         row: dict[str, Any] = {"model": self.model.name, "row": name} | made_of
@@ -113,6 +143,8 @@ class Bench:
             losses = reference.losses(quantized.model)
             losses.save(self.losses_path(name, text))
             row[text] = {key: round(value, 6) for key, value in losses.summary().items()}
+        if tasks is not None:
+            row |= tasks.measure(quantized.model, self.tokenizer)
         write_atomically(path, json.dumps(row, indent=1) + "\n")
         first = row[self.texts[0].name]
         print(

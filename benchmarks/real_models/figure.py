@@ -8,13 +8,16 @@ from matplotlib.ticker import FuncFormatter
 
 from allocator.report.figures import new_figure, save_figure
 from benchmarks.real_models.cells import OFF_GRID
+from benchmarks.real_models.ours import LEARNED, VOCABULARY_AT_8
 
 __all__ = ["draw"]
 
 _LOOK = {
     "GAMMA": ("#e15759", "o", "-"),
+    "GAMMA, learned candidates": ("#b07aa1", "o", "-"),
     "uniform gptq": ("#888888", "s", "--"),
     "uniform gptq, vocabulary at 8 bits": ("#bbbbbb", "v", ":"),
+    "uniform, learned candidates": ("#d4a6c8", "s", "--"),
     "llama.cpp, with importance matrix": ("#4e79a7", "D", "none"),
     "AutoRound": ("#59a14f", "^", "none"),
     "AutoRound AutoScheme": ("#59a14f", "P", "--"),
@@ -54,10 +57,14 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def _series(row: dict[str, Any]) -> str:
     name = row["row"]
+    learned, vocabulary = name.endswith(LEARNED.suffix), VOCABULARY_AT_8 in name
     if name.startswith("gamma"):
-        return "GAMMA"
+        beside_8_bits = vocabulary and "bytes of" not in name  # a budget for the blocks alone: on no line of the others
+        return "" if beside_8_bits else "GAMMA" + (LEARNED.suffix if learned else "")
     if name.startswith("uniform"):
-        return "uniform gptq" + (", vocabulary at 8 bits" if "vocabulary" in name else "")
+        if learned:
+            return "" if vocabulary else "uniform" + LEARNED.suffix
+        return "uniform gptq" + (", vocabulary at 8 bits" if vocabulary else "")
     if name.startswith("llama.cpp"):
         return "llama.cpp, with importance matrix"
     return next((series for series in reversed(_LOOK) if name.startswith(series)), name)

@@ -40,13 +40,16 @@ class LlamaCpp:
         self.folder.mkdir(exist_ok=True)
 
     def row(self, file_type: str, suffix: str = "") -> None:
-        self.bench.cell(f"llama.cpp {file_type}{suffix}", lambda: self._quantized(file_type))
+        self.bench.cell(
+            f"llama.cpp {file_type}{suffix}", lambda: self._quantized(file_type), with_tasks=suffix != OFF_GRID
+        )
 
     def off_grid(self, file_type: str = "Q4_K_M") -> None:
         """The row of `file_type` for the model with its weights off the grid of the file that they come from."""
-        if not self.bench.path(f"llama.cpp {file_type}{OFF_GRID}").exists():
+        name = f"llama.cpp {file_type}{OFF_GRID}"
+        if self.bench.wants(name) and not self.bench.path(name).exists():
             LlamaCpp(self.bench.off_grid, self.token_ids).row(file_type, OFF_GRID)
-            self.bench.take_off_grid(f"llama.cpp {file_type}{OFF_GRID}")
+            self.bench.take_off_grid(name)
 
     def _quantized(self, file_type: str) -> Quantized:
         use_packages()

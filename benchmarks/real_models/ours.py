@@ -3,7 +3,8 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,43 @@ from torch import Tensor
 
 from allocator.blocks.calibration import calibration_from_text
 from allocator.contract.documents import write_atomically
-from allocator.contract.errors import InfeasibleBudgetError
+from allocator.contract.errors import InfeasibleBudgetError, InputError
 from allocator.contract.safetensors_file import read_folder_headers
 from allocator.contract.scores import Scores
 from allocator.evaluate.dequantized import load_dequantized
 from allocator.evaluate.verification import uniform_assignments
 from allocator.pipeline import export
+from allocator.pipeline.model_folder import digest_of_model
+from allocator.run.progress import silent
+from allocator.run.work_folder import RUN_NAME, RunFingerprint
 from allocator.solve import SolveSettings, budget_for_average_bits, solve_scores
 from allocator.solve.units import NO_RULES, Rules
 from benchmarks.real_models.cells import OFF_GRID, Bench, Quantized
-from benchmarks.real_models.process import NO_COST, Cost, run_gamma
+from benchmarks.real_models.process import NO_COST, UNKNOWN_COST, Cost, run_gamma
 from benchmarks.real_models.sizes import Sizes, sizes_of
 
-__all__ = ["GAMMA", "Ours", "folder_sizes"]
+__all__ = ["CANDIDATES", "GAMMA", "GPTQ", "LEARNED", "VOCABULARY_AT_8", "Candidates", "Ours", "folder_sizes"]
 
 GAMMA = "gamma"
+VOCABULARY_AT_8 = ", vocabulary at 8"
 _ALL_BYTES = str(1 << 60)
 _UNIFORM = (2, 3, 4)
 _VOCABULARY_BITS = 8
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What GAMMA chooses among: `suffix` ends the names of its rows, `folder` is where bank and scores are."""
+
+    name: str
+    quantizer: str
+    folder: str
+    suffix: str
+
+
+GPTQ = Candidates("gptq", "gptq", "work", "")
+LEARNED = Candidates("learned", "learned-rounding", "work-learned", ", learned candidates")
+CANDIDATES = {kind.name: kind for kind in (GPTQ, LEARNED)}
 
 
 def folder_sizes(bench: Bench, folder: Path) -> Sizes:
@@ -40,56 +60,97 @@ def folder_sizes(bench: Bench, folder: Path) -> Sizes:
 
 
 class Ours:
-    """bank and scores of one model in `bench.work`; `text` and `amount` (sequences, length) are what is learned on."""
+    """Bank and scores of one model in a folder of `bench.work`; `text` and `amount` (sequences, length) are what is
+    learned on."""
 
-    def __init__(self, bench: Bench, text: Path, amount: tuple[int, int]) -> None:
-        self.bench, self.text, self.amount = bench, text, amount
-        self.work = bench.work / "work"
-        self.record = bench.work / "learning.json"
+    def __init__(self, bench: Bench, text: Path, amount: tuple[int, int], candidates: Candidates = GPTQ) -> None:
+        self.bench, self.text, self.amount, self.candidates = bench, text, amount, candidates
+        self.work = bench.work / candidates.folder
+        self.record = bench.work / f"{candidates.folder.replace('work', 'learning')}.json"
 
     def learn(self, method: str = GAMMA, *more: str) -> None:
-        """By `gamma learn` with its defaults but for the amount of text and `more`; what is there is used again."""
+        """By `gamma learn` with its defaults but for the amount of text, the quantizer and `more`.
+
+        What a finished run has left is used as it is, whoever started it; rows say what it was learned on. Raises
+        InputError if it is of another model or quantizer: hours of work are not deleted by the way.
+        """
+        if self._finished(method):
+            return
         command = ["learn", str(self.bench.folder), "--calibration", str(self.text), "--out", str(self.work)]
-        command += [
-            "--sequences",
-            str(self.amount[0]),
-            "--sequence-length",
-            str(self.amount[1]),
-            "--method",
-            method,
-            *more,
-        ]
+        command += ["--sequences", str(self.amount[0]), "--sequence-length", str(self.amount[1])]
+        command += ["--quantizer", self.candidates.quantizer, "--method", method, *more]
         cost = run_gamma(*command)
-        if method == GAMMA and (not self.record.exists() or cost.cpu_seconds > self._learned().cpu_seconds):
+        if method == GAMMA:
             write_atomically(self.record, json.dumps(cost.record()))
+
+    def _finished(self, method: str) -> bool:
+        """Whether scores of `method`, or those of GAMMA, which serve for all, are there."""
+        if not (self.work / RUN_NAME).exists():
+            return False
+        run = RunFingerprint.read(self.work / RUN_NAME)
+        quantizer, digest = str(run.candidates["quantizer"]), digest_of_model(self.bench.inventory, self.work, silent)
+        if quantizer.partition(":")[0] != self.candidates.quantizer or run.model.digest != digest:
+            raise InputError(
+                f"{self.work} holds candidates by {quantizer} of the model {run.model.digest}; wanted are those by "
+                f"{self.candidates.quantizer} of {digest}; move the folder away, or give another --work"
+            )
+        if (found := self.learned_on) != self.amount:
+            print(f"{self.work}: on {found[0]} sequences of {found[1]} tokens, used as it is", flush=True)
+        return (self.work / "scores.json").exists() and self.scores.method in (method, GAMMA)
+
+    @property
+    def learned_on(self) -> tuple[int, int]:
+        """Sequences and length of the run that is there."""
+        text = RunFingerprint.read(self.work / RUN_NAME).calibration
+        return text["sequences"], text["sequence_length"]
 
     def calibration(self) -> Tensor:
         """The text that is learned on, int64 `[sequences, length]`."""
         return calibration_from_text(self.bench.folder, [self.text], *self.amount, seed=0).token_ids
 
     def _learned(self) -> Cost:
-        return Cost(**json.loads(self.record.read_text()))
+        """Of the run that learned, if it was this benchmark that ran it."""
+        return Cost(**json.loads(self.record.read_text())) if self.record.exists() else UNKNOWN_COST
 
     @property
     def scores(self) -> Scores:
         return Scores.read(self.work / "scores.json")
 
-    def budgets(self, bits: Sequence[float]) -> dict[float, int | None]:
-        """Bytes of all tensors at each of the average bits; None where the narrowest candidates are wider."""
+    def budgets(self, bits: Sequence[float], pinned: bool = False) -> dict[float, int | None]:
+        """Bytes of all tensors at each of the average bits, of all modules or, where the vocabulary is `pinned` at 8
+        bits, of those in blocks; None where the narrowest candidates are wider."""
+        scores = self._pinned() if pinned else self.scores
         found: dict[float, int | None] = {}
         for wanted in bits:
             try:
-                found[wanted] = budget_for_average_bits(self.scores, wanted)
+                found[wanted] = budget_for_average_bits(scores, wanted)
             except InfeasibleBudgetError:
                 found[wanted] = None
         return found
 
-    def gamma(self, name: str, budget_bytes: int, **more: Any) -> dict[str, Any]:
-        """The row of GAMMA's assignment for a budget of all tensors."""
+    def _pinned(self) -> Scores:
+        """The scores with one candidate of embedding and lm_head: what has no choice counts apart from the average."""
+        scores = self.scores
+        modules = dict(scores.modules)
+        for name in self._vocabulary():
+            only = [c for c in modules[name].candidates if c.format.num_bits == _VOCABULARY_BITS]
+            modules[name] = modules[name].model_copy(update={"candidates": only})
+        return scores.model_copy(update={"modules": modules})
+
+    def gamma(self, name: str, budget_bytes: int, pins: Mapping[str, int] | None = None, **more: Any) -> dict[str, Any]:
+        """The row of GAMMA's assignment for a budget of all tensors; `name` without what ends the names of these
+        candidates."""
         if self.scores.method != GAMMA:
             raise ValueError(f"{self.work}: the scores are those of {self.scores.method}")
-        more |= {"learned_on": list(self.amount)}
-        return self._row(name, str(budget_bytes), NO_RULES, self.scores.digest, self._learned(), more)
+        more |= {"learned_on": list(self.learned_on)}
+        rules = NO_RULES if pins is None else Rules(pins=dict(pins))
+        digest, with_tasks = self.scores.digest, "bits" in more and pins is None
+        return self._row(name, str(budget_bytes), rules, digest, self._learned(), more, with_tasks)
+
+    def gamma_beside_8_bits(self, bits: float, budget_bytes: int) -> dict[str, Any]:
+        """The row of an assignment of the blocks alone, the vocabulary being at 8 bits."""
+        pins = {name: _VOCABULARY_BITS for name in self._vocabulary()}
+        return self.gamma(f"gamma {bits}{VOCABULARY_AT_8}", budget_bytes, pins, bits=bits)
 
     def floor(self) -> None:
         """The row of the original with its arithmetic in bfloat16: differences below it are noise."""
@@ -104,12 +165,12 @@ class Ours:
         for bits in _UNIFORM:
             self._uniform(f"uniform {bits}", {"*": bits})
             pins = {"model.layers.*": bits} | {name: _VOCABULARY_BITS for name in self._vocabulary()}
-            self._uniform(f"uniform {bits}, vocabulary at {_VOCABULARY_BITS}", pins)
+            self._uniform(f"uniform {bits}{VOCABULARY_AT_8}", pins, with_tasks=False)
 
     def off_grid(self, bits: int = 4) -> None:
         """The row of uniform `bits` for the model with its weights off the grid of the file that they come from."""
         name = f"uniform {bits}{OFF_GRID}"
-        if not self.bench.path(name).exists():
+        if self.bench.wants(name) and not self.bench.path(name).exists():
             ours = Ours(self.bench.off_grid, self.text, self.amount)
             ours.learn("uniform", "--widths", f"{bits},16")
             ours._uniform(name, {"*": bits})
@@ -122,18 +183,19 @@ class Ours:
             return None
         bits = max(form.num_bits for form in plans[0].values())
         self._uniform(f"uniform {bits}", {"*": bits})
-        return f"uniform {bits}"
+        return f"uniform {bits}{self.candidates.suffix}"
 
     def _vocabulary(self) -> list[str]:
         modules = self.scores.modules
         return [name for name in modules if ".layers." not in name and len(modules[name].candidates) > 1]
 
-    def _uniform(self, name: str, pins: dict[str, int]) -> None:
-        bank = self.scores.bank_digest
-        self._row(name, _ALL_BYTES, Rules(pins=pins), bank, NO_COST, {"rival": "uniform gptq"})
+    def _uniform(self, name: str, pins: dict[str, int], with_tasks: bool = True) -> None:
+        more = {"rival": f"uniform {self.candidates.quantizer}", "learned_on": list(self.learned_on)}
+        bank, with_tasks = self.scores.bank_digest, with_tasks and not name.endswith(OFF_GRID)
+        self._row(name, _ALL_BYTES, Rules(pins=pins), bank, UNKNOWN_COST, more, with_tasks)  # the bank's alone
 
     def _row(
-        self, name: str, budget: str, rules: Rules, source: str, cost: Cost, more: dict[str, Any]
+        self, name: str, budget: str, rules: Rules, source: str, cost: Cost, more: dict[str, Any], with_tasks: bool
     ) -> dict[str, Any]:
         def make() -> Quantized:
             begun = time.process_time()
@@ -143,6 +205,7 @@ class Ours:
                 export(manifest, self.bench.folder, self.work / "bank", folder)
                 seconds = time.process_time() - begun
                 sizes, found = folder_sizes(self.bench, folder), load_dequantized(folder)
-            return Quantized(found, sizes, cost, {"solve_and_export_cpu_seconds": round(seconds, 2), **more})
+            more_of_all = {"solve_and_export_cpu_seconds": round(seconds, 2), "candidates": self.candidates.name}
+            return Quantized(found, sizes, cost, more_of_all | more)
 
-        return self.bench.cell(name, make, source)
+        return self.bench.cell(f"{name}{self.candidates.suffix}", make, source, with_tasks)

@@ -40,9 +40,9 @@ def _included(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.startswith("-r ")]
 
 
-def use_packages() -> None:
-    """Make `requirements.txt` importable, here and in processes that are started from here."""
-    folder = str(installed("requirements.txt", "packages"))
+def use_packages(requirements: str = "requirements.txt", name: str = "packages") -> None:
+    """Make packages (see `installed`) importable, here and in processes that are started from here."""
+    folder = str(installed(requirements, name))
     if folder not in sys.path:
         sys.path.append(folder)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), folder]))

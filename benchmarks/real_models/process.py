@@ -10,21 +10,21 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 
-__all__ = ["NO_COST", "Cost", "run_command", "run_gamma"]
+__all__ = ["NO_COST", "UNKNOWN_COST", "Cost", "run_command", "run_gamma"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds, and the most memory that was resident, of a process and those it waited for."""
+    """CPU seconds, and the most memory that was resident, of a process and those it waited for; None: not known."""
 
-    cpu_seconds: float
-    peak_gib: float
+    cpu_seconds: float | None
+    peak_gib: float | None
 
-    def record(self) -> dict[str, float]:
-        return {key: round(value, 3) for key, value in asdict(self).items()}
+    def record(self) -> dict[str, float | None]:
+        return {key: None if value is None else round(value, 3) for key, value in asdict(self).items()}
 
 
-NO_COST = Cost(0.0, 0.0)
+NO_COST, UNKNOWN_COST = Cost(0.0, 0.0), Cost(None, None)
 
 
 def run_gamma(*arguments: str) -> Cost:

@@ -10,6 +10,7 @@ from benchmarks.real_models.cells import Bench
 from benchmarks.real_models.figure import draw
 from benchmarks.real_models.llama_cpp import FILE_TYPES
 from benchmarks.real_models.losses import paired_interval
+from benchmarks.real_models.ours import CANDIDATES, LEARNED, VOCABULARY_AT_8
 from benchmarks.record import claim, write_result
 
 __all__ = ["claims_of", "comparisons", "not_measured", "table", "write_report", "write_table"]
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MAIN = "WikiText-2"
 _MARKS = ("<!-- real models -->\n", "<!-- end of real models -->")
 _FROM_THREE_BITS = ("Q3_K_M", "IQ3_XXS", "IQ4_XS", "Q4_K_M")
+_THREE_BITS = _FROM_THREE_BITS[:2]
+_UP_TO_FOUR_BITS = 4.0
 
 Row = dict[str, Any]
 
@@ -42,16 +45,24 @@ def _public(row: Row) -> Row:
 
 def not_measured(rows: Sequence[Row], budgets: Sequence[float]) -> dict[str, Any]:
     """By model the rows that the result should have and has not."""
-    wanted = [f"gamma {bits}" for bits in budgets]
-    wanted += [f"uniform {bits}{vocabulary}" for bits in (2, 3, 4) for vocabulary in ("", ", vocabulary at 8")]
+    wanted = []
+    for candidates in CANDIDATES.values():
+        wanted += [f"gamma {bits}{candidates.suffix}" for bits in budgets]
+        vocabularies = ("", VOCABULARY_AT_8)
+        wanted += [
+            f"uniform {bits}{vocabulary}{candidates.suffix}" for bits in (2, 3, 4) for vocabulary in vocabularies
+        ]
     wanted += [f"llama.cpp {file_type}" for file_type in FILE_TYPES]
     wanted += [f"AutoRound W{bits}" for bits in (2, 3, 4)]
     wanted += [f"AutoRound AutoScheme {bits}" for bits in budgets if bits >= 2.5]
     wanted += ["the original in bfloat16"]
     found: dict[str, Any] = {}
     for model in real_models():
-        there = {row["row"] for row in rows if row["model"] == model.name}
-        found[model.name] = [name for name in wanted if name not in there] if there else "nothing yet"
+        of_model = {row["row"]: row for row in rows if row["model"] == model.name}
+        found[model.name] = [name for name in wanted if name not in of_model] if of_model else "nothing yet"
+        without = [name for name, row in of_model.items() if name in wanted and "LAMBADA" not in row]
+        if without:
+            found[f"{model.name}, LAMBADA and BLiMP"] = without
     return found
 
 
@@ -72,53 +83,122 @@ def comparisons(bench: Bench) -> list[Row]:
 
 
 def claims_of(rows: Sequence[Row], compared: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of what was measured; a model or a rival without rows has no claim."""
+    """Of what was measured; a model, a rival, or a kind of candidates without rows has no claim."""
     claims = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = {row["row"]: row for row in rows if row["model"] == model}
+        kl = {row["row"]: row[MAIN]["kl"] for row in rows if row["model"] == model}
         ratios = [c for c in compared if c["model"] == model and c["text"] == MAIN]
-        guard = [c["ratio"] for c in ratios if c["against"].startswith("uniform") and "bytes of" not in c["row"]]
-        if guard:
-            text = f"{model}: at every budget KL below that of the widest uniform plan of its bytes, largest ratio"
-            claims.append(claim(text, max(guard), "< 1", max(guard) < 1))
-        scheme = [c["ratio"] for c in ratios if c["against"].startswith("AutoRound AutoScheme")]
-        if scheme:
-            mean = round(sum(scheme) / len(scheme), 4)
-            text = f"{model}: KL over that of AutoScheme with AutoRound at its bytes, mean over budgets"
-            claims.append(claim(text, mean, "< 1", mean < 1))
-        llama = [c["ratio"] for c in ratios if c["against"].removeprefix("llama.cpp ") in _FROM_THREE_BITS]
-        if llama:
-            text = f"{model}: from 3 bits on KL below that of llama.cpp's quants at their bytes, largest ratio"
-            claims.append(claim(text, max(llama), "< 1", max(llama) < 1))
-        if "gamma 2.5" in of_model and "uniform 3" in of_model:
-            value = round(of_model["gamma 2.5"][MAIN]["kl"] / of_model["uniform 3"][MAIN]["kl"], 4)
-            text = f"{model}: KL at 2.5 bits over that of uniform 3 bits, gptq"
-            why = None if value <= 1 else "candidates of 2 bits lose too much: see the row of uniform 2 bits"
-            claims.append(claim(text, value, "<= 1", value <= 1, why))
+        for candidates in CANDIDATES.values():
+            ours = [c for c in ratios if c["row"].endswith(LEARNED.suffix) == (candidates == LEARNED)]
+            claims += _at_equal_bytes(f"{model}{candidates.suffix}", ours)
+            claims += _against_three_bits(f"{model}{candidates.suffix}", kl, candidates.suffix)
+        claims += _worth_of_learned(model, kl, ratios)
+    return claims
+
+
+def _at_equal_bytes(named: str, ratios: Sequence[Row]) -> list[dict[str, Any]]:
+    claims = []
+    guard = [c["ratio"] for c in ratios if c["against"].startswith("uniform") and "bytes of" not in c["row"]]
+    if guard:
+        text = f"{named}: at every budget KL below that of the widest uniform plan of its bytes, largest ratio"
+        claims.append(claim(text, max(guard), "< 1", max(guard) < 1))
+    scheme = [c["ratio"] for c in ratios if c["against"].startswith("AutoRound AutoScheme")]
+    if scheme:
+        mean = round(sum(scheme) / len(scheme), 4)
+        text = f"{named}: KL over that of AutoScheme with AutoRound at its bytes, mean over budgets"
+        claims.append(claim(text, mean, "< 1", mean < 1))
+    llama = _against_llama(ratios, _FROM_THREE_BITS)
+    if llama:
+        text = f"{named}: from 3 bits on KL below that of llama.cpp's quants at their bytes, largest ratio"
+        claims.append(claim(text, max(llama), "< 1", max(llama) < 1))
+    return claims
+
+
+def _against_llama(ratios: Sequence[Row], file_types: Sequence[str]) -> list[float]:
+    return [c["ratio"] for c in ratios if c["against"].removeprefix("llama.cpp ") in file_types]
+
+
+def _against_three_bits(named: str, kl: dict[str, float], suffix: str) -> list[dict[str, Any]]:
+    """2.5 bits against gptq's uniform 3: everything counted, and in the blocks with the vocabulary at 8 bits in both.
+    From learned candidates half is wanted."""
+    claims = []
+    most = 0.5 if suffix else 1.0
+    for vocabulary in ("", VOCABULARY_AT_8):
+        ours, theirs = f"gamma 2.5{vocabulary}{suffix}", f"uniform 3{vocabulary}"
+        if ours in kl and theirs in kl:
+            value = round(kl[ours] / kl[theirs], 4)
+            text = f"{named}: KL at 2.5 bits over that of uniform 3 bits, gptq{vocabulary}"
+            why = None if value <= most else f"candidates of 2 bits lose too much: see the row uniform 2{vocabulary}"
+            claims.append(claim(text, value, f"<= {most:g}", value <= most, why))
+    return claims
+
+
+def _worth_of_learned(model: str, kl: dict[str, float], ratios: Sequence[Row]) -> list[dict[str, Any]]:
+    """What learned candidates bring over those of gptq at the same budgets, and against llama.cpp's 3 bits."""
+    claims = []
+    gain = {}
+    for name, value in kl.items():
+        bits = re.fullmatch(r"gamma ([\d.]+)", name)
+        if bits and float(bits[1]) <= _UP_TO_FOUR_BITS and name + LEARNED.suffix in kl:
+            gain[bits[1]] = round(kl[name + LEARNED.suffix] / value, 4)
+    if gain:
+        text = f"{model}: KL with learned candidates over that with gptq's, at every budget to 4 bits, largest ratio"
+        worst = max(gain.values())
+        claims.append(claim(f"{text} ({', '.join(f'{b}: {r}' for b, r in gain.items())})", worst, "< 1", worst < 1))
+    llama = _against_llama([c for c in ratios if c["row"].endswith(LEARNED.suffix)], _THREE_BITS)
+    if llama:
+        text = f"{model}{LEARNED.suffix}: KL below that of llama.cpp's quants of 3 bits at their bytes, largest ratio"
+        claims.append(claim(text, max(llama), "< 1", max(llama) < 1))
     return claims
 
 
 def table(rows: Sequence[Row], titles: dict[str, str]) -> str:
-    """Markdown: a row of a plan, and beside a rival's the figures of GAMMA at the rival's bytes."""
-    lines = [
-        "| model, WikiText-2 | MB of all tensors | KL | top-1 | perplexity | GAMMA at these bytes: KL | top-1 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: a row of a plan, and beside a rival's the figures of GAMMA at the rival's bytes, from each kind of
+    candidates that was measured there."""
+    kinds = [kind for kind in CANDIDATES.values() if any(_beside(row, kind.suffix) for row in rows)]
+    lines = ["| model, WikiText-2 | MB of all tensors | KL | top-1 | perplexity |", "|---|---|---|---|---|"]
+    for kind in kinds:
+        lines[0] += f" GAMMA at these bytes{kind.suffix}: KL | top-1 |"
+        lines[1] += "---|---|"
     for model, title in titles.items():
         of_model = [row for row in rows if row["model"] == model]
-        beside = {row["beside"]: row for row in of_model if "beside" in row}
         plans = [row for row in of_model if "beside" not in row]
         for row in sorted(plans, key=lambda r: (r["tensor_bytes"], r["row"])):
-            ours = beside.get(row["row"])
             cells = [_named(row, title), f"{row['tensor_bytes'] / 1e6:.1f}", *_cells(row), _perplexity(row)]
-            cells += ["", ""] if ours is None else _cells(ours)
+            for kind in kinds:
+                ours = [r for r in of_model if _beside(r, kind.suffix) and r["beside"] == row["row"]]
+                cells += _cells(ours[0]) if ours else ["", ""]
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + _tasks(rows, titles)
+
+
+def _beside(row: Row, suffix: str) -> bool:
+    return "beside" in row and row["row"] == f"gamma at the bytes of {row['beside']}{suffix}"
+
+
+def _tasks(rows: Sequence[Row], titles: dict[str, str]) -> str:
+    """Markdown of what lm-eval measured, with standard errors; empty if it measured nothing."""
+    measured = [row for row in rows if "LAMBADA" in row and row["model"] in titles]
+    if not measured:
+        return ""
+    documents = sorted({(row["LAMBADA"]["documents"], row["BLiMP"]["documents"]) for row in measured})
+    counts = ", ".join(f"{of_lambada} and {of_blimp} documents" for of_lambada, of_blimp in documents)
+    lines = ["", f"| model, lm-eval ({counts}) | MB | LAMBADA | BLiMP |", "|---|---|---|---|"]
+    for row in sorted(measured, key=lambda r: (list(titles).index(r["model"]), r["tensor_bytes"], r["row"])):
+        figures = [
+            f"{100 * row[task]['accuracy']:.1f} ± {100 * row[task]['accuracy_error']:.1f} %"
+            for task in ("LAMBADA", "BLiMP")
+        ]
+        name, megabytes = _named(row, titles[row["model"]]), f"{row['tensor_bytes'] / 1e6:.1f}"
+        lines.append("| " + " | ".join([name, megabytes, *figures]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _named(row: Row, title: str) -> str:
-    name = re.sub(r"^gamma (.*)$", r"**GAMMA, \1 bits**", row["row"])
-    name = re.sub(r"^uniform (\d)", r"uniform gptq, \1 bits", name)
+    name = re.sub(r"^gamma ([\d.]+)(.*)$", r"**GAMMA, \1 bits\2**", row["row"])
+    name = re.sub(r"^uniform (\d)(.*)$", r"uniform gptq, \1 bits\2", name)
+    if row["row"].startswith("uniform") and row["row"].endswith(LEARNED.suffix):
+        name = name.replace(" gptq", "")
     return f"{title}: {name}"
 
 

@@ -56,6 +56,37 @@ def test_a_cell_is_measured_once_and_again_when_its_text_or_source_is_another(be
     assert [r["row"] for r in bench.rows()] == ["as it is"]
 
 
+class CountedTasks:
+    """Stands for lm-eval, which is no part of this environment."""
+
+    def __init__(self, documents: int) -> None:
+        self.documents = documents
+
+    def measure(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        return {"LAMBADA": {"documents": self.documents, "accuracy": 0.3, "accuracy_error": 0.01}}
+
+
+def test_a_row_has_tasks_where_it_asks_for_them_and_a_run_without_them_leaves_them(bench: Bench) -> None:
+    def measured(documents: int, name: str = "main", with_tasks: bool = True) -> dict[str, Any]:
+        bench._tasks = CountedTasks(documents) if documents else None  # type: ignore[assignment]
+        bench.__dict__["tokenizer"] = None
+        make = lambda: Quantized(bench.load(bench.folder), Sizes(3, 2, 1, 8.0), NO_COST)  # noqa: E731
+        return bench.cell(name, make, with_tasks=with_tasks)
+
+    assert "LAMBADA" not in measured(0)
+    assert measured(20)["LAMBADA"]["documents"] == 20
+    assert measured(0)["LAMBADA"]["documents"] == 20
+    assert measured(30)["LAMBADA"]["documents"] == 30
+    assert "LAMBADA" not in measured(30, "at the bytes of a rival", with_tasks=False)
+
+
+def test_only_wanted_rows_are_made(bench: Bench) -> None:
+    only = Bench(MODEL, bench.folder, bench.work, bench.work, 2, 16, patterns=["AutoRound W?"])  # type: ignore[arg-type]
+    assert only.wants("AutoRound W2")
+    assert only.cell("AutoRound AutoScheme 2.5", lambda: pytest.fail("made")) == {}
+    assert only.rows() == []
+
+
 def test_rows_are_compared_with_what_has_their_bytes(bench: Bench) -> None:
     kl = np.ones((2, 15))
     kept = [
@@ -97,25 +128,61 @@ def test_claims_are_of_what_was_measured_and_say_when_they_do_not_hold() -> None
     assert [(c["value"], c["holds"]) for c in found] == [(0.6, True), (1.1, False)]
 
 
+def test_learned_candidates_have_claims_of_their_own() -> None:
+    learned = ", learned candidates"
+    rows = [row("gamma 2.5", 1.2), row("gamma 4.0", 0.2), row("gamma 4.5", 0.1), row("uniform 3", 1.0)]
+    rows += [row(f"gamma 2.5{learned}", 0.6), row(f"gamma 4.0{learned}", 0.18), row(f"gamma 4.5{learned}", 0.11)]
+    rows += [row("uniform 3, vocabulary at 8", 0.8), row(f"gamma 2.5, vocabulary at 8{learned}", 0.4)]
+    found = claims_of(rows, [
+        compared("gamma 2.5", "uniform 2", 0.4),
+        compared(f"gamma 2.5{learned}", f"uniform 2{learned}", 0.7),
+        compared("gamma at the bytes of llama.cpp Q3_K_M", "llama.cpp Q3_K_M", 1.5),
+        compared(f"gamma at the bytes of llama.cpp Q3_K_M{learned}", "llama.cpp Q3_K_M", 1.1),
+        compared(f"gamma at the bytes of llama.cpp Q4_K_M{learned}", "llama.cpp Q4_K_M", 1.2),
+    ])  # fmt: skip
+    of_gptq = [
+        (c["value"], c["holds"]) for c in found if learned not in c["claim"] and "with learned" not in c["claim"]
+    ]
+    assert of_gptq == [(0.4, True), (1.5, False), (1.2, False)]
+    of_learned = [(c["value"], c["limit"], c["holds"]) for c in found if f"tiny{learned}" in c["claim"]]
+    assert of_learned == [
+        (0.7, "< 1", True),
+        (1.2, "< 1", False),
+        (0.6, "<= 0.5", False),
+        (0.5, "<= 0.5", True),
+        (1.1, "< 1", False),
+    ]
+    (gain,) = [c for c in found if "with learned candidates over" in c["claim"]]
+    assert (gain["value"], gain["holds"]) == (0.9, True), "4.5 bits are above what is claimed"
+    assert "(2.5: 0.5, 4.0: 0.9)" in gain["claim"]
+
+
 def test_what_was_not_measured_is_named() -> None:
     rows = [row("gamma 2.5", 1.0) | {"model": "smollm2"}, row("llama.cpp Q2_K", 1.0) | {"model": "smollm2"}]
     missing = not_measured(rows, [2.5, 3.0])
     assert missing["gemma3"] == "nothing yet"
-    assert "gamma 3.0" in missing["smollm2"]
+    assert {"gamma 3.0", "gamma 3.0, learned candidates", "AutoRound W2"} <= set(missing["smollm2"])
+    assert set(missing["smollm2, LAMBADA and BLiMP"]) == {"gamma 2.5", "llama.cpp Q2_K"}
     assert not {"gamma 2.5", "llama.cpp Q2_K"} & set(missing["smollm2"])
 
 
 def test_the_table_has_every_plan_and_beside_a_rival_what_gamma_loses_at_its_bytes(tmp_path: Path) -> None:
+    accuracy = {"documents": 200, "accuracy": 0.25, "accuracy_error": 0.011}
     rows = [
         row("llama.cpp Q2_K", 0.3, tensor_bytes=2_600_000),
-        row("gamma 2.5", 0.5),
+        row("gamma 2.5", 0.5, LAMBADA=accuracy, BLiMP=accuracy),
         row("gamma at the bytes of llama.cpp Q2_K", 0.25, beside="llama.cpp Q2_K"),
+        row("uniform 3, learned candidates", 0.2, tensor_bytes=2_700_000),
     ]
     text = table(rows, {"tiny": "Tiny"})
-    assert text.splitlines()[2:] == [
+    assert text.splitlines()[2:5] == [
         "| Tiny: **GAMMA, 2.5 bits** | 2.5 | 0.500 | 50.0 % | 123 |  |  |",
         "| Tiny: llama.cpp Q2_K | 2.6 | 0.300 | 50.0 % | 123 | 0.250 | 50.0 % |",
+        "| Tiny: uniform, 3 bits, learned candidates | 2.7 | 0.200 | 50.0 % | 123 |  |  |",
     ]
+    assert text.splitlines()[-1] == "| Tiny: **GAMMA, 2.5 bits** | 2.5 | 25.0 ± 1.1 % | 25.0 ± 1.1 % |"
+    rows.append(row("gamma at the bytes of llama.cpp Q2_K, learned candidates", 0.2, beside="llama.cpp Q2_K"))
+    assert "| 123 | 0.250 | 50.0 % | 0.200 | 50.0 % |" in table(rows, {"tiny": "Tiny"})
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- real models -->\nold\n<!-- end of real models -->\nafter\n")
     write_table(page, text)

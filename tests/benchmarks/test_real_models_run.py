@@ -3,17 +3,23 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from allocator.contract.errors import InputError
 from benchmarks.real_models.cells import Bench
 from benchmarks.real_models.figure import draw
-from benchmarks.real_models.ours import Ours
+from benchmarks.real_models.ours import GPTQ, Candidates, Ours
 from benchmarks.real_models.report import claims_of, comparisons
 from benchmarks.real_models.texts import Text
 
 MODEL = SimpleNamespace(name="tiny", title="Tiny", tied=True)
+
+
+def rows_of(bench: Bench) -> dict[str, dict[str, Any]]:
+    return {row["row"]: row for row in bench.rows()}
 
 
 @pytest.mark.slow
@@ -36,9 +42,24 @@ def test_a_model_is_learned_once_and_its_rows_keep_their_budgets(
         assert row["layers_and_head_bytes"] < row["tensor_bytes"]
         assert row["bits_per_weight"] == pytest.approx(bits, abs=0.2)
         assert row["cpu_seconds"] > 1
+    pinned = ours.budgets([3.5], pinned=True)[3.5]
+    assert pinned is not None
+    beside = ours.gamma_beside_8_bits(3.5, pinned)
+    assert beside["tensor_bytes"] > rows_of(bench)["gamma 3.5"]["tensor_bytes"], "the vocabulary is wider"
+    assert pinned - 2000 < beside["tensor_bytes"] <= pinned
     ours.floor()
     ours.off_grid()
-    rows = {row["row"]: row for row in bench.rows()}
+    scores = ours.scores
+    ours.record.unlink()
+    found = Ours(bench, text, (9, 32))
+    found.learn()
+    assert found.scores == scores, "what another command has learned is used as it is"
+    assert found.learned_on == (4, 64)
+    others = Candidates("others", "rtn", GPTQ.folder, "")
+    with pytest.raises(InputError, match="holds candidates by gptq"):
+        Ours(bench, text, (4, 64), others).learn()
+    assert ours.scores == scores
+    rows = rows_of(bench)
     assert rows["the original in bfloat16"]["WikiText-2"]["kl"] < rows["gamma 4.5"]["WikiText-2"]["kl"]
     assert rows["gamma 4.5"]["chat"]["kl"] < rows["gamma 3.5"]["chat"]["kl"]
     assert rows["gamma 3.5"]["widest_uniform"] == "uniform 3"
