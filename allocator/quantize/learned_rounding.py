@@ -61,7 +61,7 @@ class LearnedRounding:
     def __init__(
         self,
         iterations: float = 200,
-        batch: float = 8,
+        batch: float = 4,
         learning_rate: float = 0.005,
         scale_learning_rate: float = 0.002,
         damping: float = 0.01,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.products import half_products
 from allocator.blocks.stream import BlockStream
 
 __all__ = ["HELD_BACK", "Reconstruction"]
@@ -63,7 +64,7 @@ class Reconstruction:
         leaves = {name: weight.detach().requires_grad_(True) for name, weight in weights.items()}
         total = 0.0
         for rows in self._parts(sequences):
-            with torch.autocast(self.stream.device.type, torch.bfloat16, enabled=_has_bfloat16(self.stream.device)):
+            with half_products(self.stream.device):
                 loss = self._loss(leaves, rows) * (len(rows) / len(sequences))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -92,9 +93,3 @@ def _read(store: HiddenStates, boundary: int, rows: list[int], device: torch.dev
 def _gradient(leaf: Tensor) -> Tensor:
     """Zero for the weights of an expert that no token chose."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
