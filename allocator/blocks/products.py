@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FastProducts", "half_products", "linear"]
+__all__ = ["FastProducts", "half_products", "has_bfloat16", "linear"]
 
 _WORTH_IT = 1 << 16
 """Multiplications below which the way to oneDNN costs more than it saves."""
@@ -63,10 +63,11 @@ class _Linear(torch.autograd.Function):
 
 def half_products(device: torch.device) -> torch.autocast:
     """A context in which products are bfloat16 where the device is faster with it: for gradients that only weigh."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

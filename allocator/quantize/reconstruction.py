@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.products import half_products
+from allocator.blocks.products import half_products, has_bfloat16
 from allocator.blocks.stream import BlockStream
 
 __all__ = ["HELD_BACK", "Reconstruction"]
@@ -58,6 +58,11 @@ class Reconstruction:
         """Nats a token with `weights`, by parameter name, in the place of the block's own."""
         with torch.no_grad():
             return sum(float(self._loss(weights, rows)) * len(rows) for rows in self._parts(sequences)) / len(sequences)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that gradients are asked for: what products are made of anyway, at half the memory."""
+        return torch.bfloat16 if has_bfloat16(self.stream.device) else torch.float32
 
     def gradient(self, weights: dict[str, Tensor], sequences: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
         """`loss`, and its gradient by each of `weights`. Products in bfloat16 where the device is faster with it."""
