@@ -48,9 +48,12 @@ class Ours:
         self.record = bench.work / "learning.json"
 
     def learn(self, method: str = GAMMA, *more: str) -> None:
-        """By `gamma learn` with its defaults but for the amount of text and `more`; what is there is used again."""
+        """By `gamma learn` with gptq's candidates (unless `more` has others) and this amount of text; what is there is
+        used again."""
         command = ["learn", str(self.bench.folder), "--calibration", str(self.text), "--out", str(self.work)]
         command += [
+            "--effort",
+            "fast",
             "--sequences",
             str(self.amount[0]),
             "--sequence-length",
