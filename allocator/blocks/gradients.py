@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.products import FastProducts, linear
+from allocator.blocks.products import FastProducts, half_products, linear
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
 from allocator.run.journal import Journal
@@ -41,6 +41,7 @@ def backward_by_block(
     journal: Journal | None = None,
     to_embedding: bool = False,
     progress: Progress = silent,
+    half: bool = False,
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
@@ -54,11 +55,11 @@ def backward_by_block(
     one block on are on the disk at a time, so what is to be learned of a block must be learned, and kept in `journal`,
     before the next number is asked for. Boundaries that `journal` has are not computed again. With `to_embedding`, -1
     comes after block 0, when the gradients at the embedding's output are there.
-    What is computed before the first number is a step of `progress`.
+    What is computed before the first number is a step of `progress`. With `half` blocks are run by `half_products`.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, -1 if to_embedding else 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress)
+        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress, half)
         if journal.process_group.leads:
             for store in gradients:
                 store.forget(index + 1)
@@ -126,6 +127,7 @@ def _fill_boundary(
     index: int,
     journal: Journal,
     progress: Progress,
+    half: bool = False,
 ) -> None:
     step = f"gradients-{index:04d}"
     if journal.load(step) is not None:
@@ -133,7 +135,7 @@ def _fill_boundary(
     if index == stream.blocks:
         _fill_last(stream, hidden, gradients, seed, journal.process_group, progress)
     else:
-        _fill_before(stream, hidden, gradients, index, journal.process_group)
+        _fill_before(stream, hidden, gradients, index, journal.process_group, half)
     journal.process_group.wait()
     if journal.process_group.leads:
         for store in gradients:
@@ -147,12 +149,13 @@ def _fill_before(
     gradients: Sequence[HiddenStates],
     index: int,
     process_group: ProcessGroup,
+    half: bool,
 ) -> None:
     """From the gradients after block `index` to those before it."""
     block = stream.block(index)
     for _, rows in process_group.share(batches(hidden.shape)):
         states = hidden.boundary(index)[rows].to(stream.device).requires_grad_(True)
-        with FastProducts():
+        with half_products(stream.device) if half else FastProducts():
             output = stream.run(block, states)
         for store in gradients:
             above = store.boundary(index + 1)[rows].to(stream.device).float()

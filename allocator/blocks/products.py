@@ -1,4 +1,4 @@
-"""Products with a weight in float32, by the fastest library at hand.
+"""Products with a weight in float32, by the fastest library at hand; in bfloat16 where that is enough.
 
 torch multiplies float32 matrices on CPU by MKL, which on processors that are not Intel's keeps to AVX2; oneDNN, which
 torch has too, takes AVX-512 there and is twice as fast. Sums are rounded in another order, no more.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FastProducts", "linear"]
+__all__ = ["FastProducts", "half_products", "has_bfloat16", "linear"]
 
 _WORTH_IT = 1 << 16
 """Multiplications below which the way to oneDNN costs more than it saves."""
@@ -59,3 +59,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return linear(gradients[0], weight.T), None, None
+
+
+def half_products(device: torch.device) -> torch.autocast:
+    """A context in which products are bfloat16 where the device is faster with it: for gradients that only weigh."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

@@ -21,6 +21,7 @@ from allocator.cli.options import (
 from allocator.cli.output import print_json, print_tables, show_progress
 from allocator.cli.planning import CHOOSE, add_device, add_probe, add_traffic, device_of, plan_request, sequences_note
 from allocator.contract.errors import InputError
+from allocator.pipeline.effort import EFFORTS
 
 if TYPE_CHECKING:
     from allocator.pipeline import FitRequest, GpuTarget
@@ -51,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tune",
-        action="store_true",
-        help="learn the codes and scales of the assignment anew, as `gamma tune`; kept if it measures better",
+        action=argparse.BooleanOptionalAction,
+        help="learn the codes and scales of the assignment anew, as `gamma tune`; kept if it measures better (default: "
+        "with --effort best)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a gamma checkpoint at --out")
     add_learning(parser)
@@ -97,7 +99,7 @@ def _request(args: argparse.Namespace) -> "FitRequest":
         candidates=candidate_settings(args),
         learning=learning_settings(args),
         verified=args.verify,
-        tuned=args.tune,
+        tuned=EFFORTS[args.effort].tune if args.tune is None else args.tune,
         overwrite=args.overwrite,
         resume=args.resume,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, WIDTHS
+from allocator.pipeline.effort import DEFAULT_EFFORT, EFFORTS
 from allocator.run.progress import Progress, silent
 
 if TYPE_CHECKING:  # imported late, to keep `gamma --help` fast
@@ -153,9 +154,15 @@ def _widths(text: str) -> tuple[int, ...]:
 def add_learning(parser: argparse.ArgumentParser) -> None:
     bank = parser.add_argument_group("candidates")
     bank.add_argument(
+        "--effort",
+        choices=list(EFFORTS),
+        default=DEFAULT_EFFORT,
+        help="time for good candidates: fast: gptq; standard (default): learned-rounding from gptq's, within twice the "
+        "time of fast; best: learned for twice as long, and `gamma fit` tunes them for the assignment",
+    )
+    bank.add_argument(
         "--quantizer",
-        default="gptq",
-        help="gptq (default), learned-rounding, mse, rtn, or one that a package registers",
+        help="instead of the one of --effort: gptq, learned-rounding, mse, rtn, or one that a package registers",
     )
     bank.add_argument("--widths", type=_widths, default=WIDTHS, help="default: 2,3,4,5,6,8,16")
     bank.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
@@ -269,7 +276,7 @@ def candidate_settings(args: argparse.Namespace) -> "CandidateSettings":
     elif blocks is not None:
         raise InputError(f"--channel-blocks {blocks} counts only with --granularity channel-block; give both or none")
     return CandidateSettings(
-        quantizer=args.quantizer,
+        quantizer=args.quantizer or EFFORTS[args.effort].quantizer,
         widths=args.widths,
         group_size=args.group_size,
         symmetric=args.symmetric,

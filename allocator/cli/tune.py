@@ -1,4 +1,5 @@
-"""Learn the codes and scales of an assignment anew, its widths and bytes unchanged, from what its blocks really get.
+"""Learn the codes and scales of an assignment anew, its widths and bytes unchanged, from what its blocks really get;
+then the scales alone, through the whole model.
 
 Writes a bank of the chosen candidates and a manifest of it into DIR; if they are no better on text that was not tuned
 on, the manifest is of the bank as it was, and says so.
@@ -35,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantizer", default="learned-rounding", help="settings to learn with, as in learned-rounding:iterations=400"
     )
+    parser.add_argument(
+        "--scale-steps",
+        type=int,
+        default=32,
+        help="steps of 32 sequences in which the scales are tuned through the whole model, after the blocks (default "
+        "32; 0: not at all)",
+    )
     add_resume(parser)
     add_json(parser)
     add_progress(parser)
@@ -51,9 +59,11 @@ def run(args: argparse.Namespace) -> None:
     for name in ("sequences", "sequence_length"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    if args.scale_steps < 0:
+        raise InputError(f"--scale-steps {args.scale_steps}: must be 0 or more")
     request = TuneRequest(
         Manifest.read(args.manifest), resolve_model(args.model), args.bank, args.text, args.out,
-        args.sequences, args.sequence_length, args.seed, args.quantizer, args.resume,
+        args.sequences, args.sequence_length, args.seed, args.quantizer, args.scale_steps, args.resume,
     )  # fmt: skip
     with finish_step_on_sigterm(), show_progress(args.progress) as progress:
         found = tune(request, progress)

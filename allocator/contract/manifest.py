@@ -81,16 +81,18 @@ class Refinement(Strict):
 
 
 class Tuning(Strict):
-    """Codes and scales learned after the assignment (`gamma tune`): KL divergence from the original, nats a token, of
-    the candidates of the bank `bank_digest` and of the tuned ones, on text that was not tuned on; `kept` says which of
-    the two the manifest is of. text_digest, tokens: of the text that was tuned on."""
+    """Codes and scales learned after the assignment (`gamma tune`): KL divergence from the original, nats a token, on
+    text that was not tuned on, of the candidates of the bank `bank_digest`, of those tuned block by block (`kl_blocks`,
+    None where nothing followed) and of those tuned to the end; `kept` says which of them the manifest is of.
+    text_digest, tokens: of the text that was tuned on."""
 
     bank_digest: Digest
     text_digest: Digest
     tokens: int = Field(ge=1)
     kl_before: float
     kl: float
-    kept: Literal["candidates", "tuned"]
+    kept: Literal["candidates", "blocks", "tuned"]
+    kl_blocks: float | None = None
 
 
 class Manifest(Document):

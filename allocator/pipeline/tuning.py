@@ -1,6 +1,7 @@
 """What `gamma tune` calls: the chosen candidates learned anew together, and kept if they measure better."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from allocator.blocks import BlockStream
 from allocator.blocks.calibration import Calibration
 from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.contract.bank import Bank
+from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, Tuning
 from allocator.contract.outputs import check_output_folder, naming_lack_of_room
@@ -22,22 +23,26 @@ from allocator.pipeline.learning import compute_device
 from allocator.pipeline.model_folder import digest_of_model, work_folder_at
 from allocator.pipeline.settings import CandidateSettings
 from allocator.quantize import BankReader, LearnedRounding, get_quantizer, make_servable
+from allocator.quantize.scale_tuning import tune_scales
 from allocator.quantize.tuning import tune_bank
 from allocator.run.progress import Progress, silent
 from allocator.run.work_folder import Resume, RunFingerprint, WorkFolder, versions
 
-__all__ = ["TUNED_MANIFEST", "TuneRequest", "tune"]
+__all__ = ["SCALE_STEPS", "TUNED_MANIFEST", "TuneRequest", "tune"]
 
 TUNED_MANIFEST = "manifest.json"
+SCALE_STEPS = 32
+"""Of the scales through the whole model, each on 32 sequences."""
 
 _SELECTION_SEQUENCES = 32
+_BLOCKS, _LOSSES = "blocks", "losses"
 
 
 @dataclass(frozen=True)
 class TuneRequest:
     """bank: that of `manifest`; text: files to tune on (None: what learning takes without any), in `sequences` of
     `sequence_length` (None: as in learning); 32 more windows are measured on. out: the folder of the tuned bank and
-    manifest."""
+    manifest. scale_steps: of the scales through the whole model, after the blocks (0: none)."""
 
     manifest: Manifest
     model: Path
@@ -48,6 +53,7 @@ class TuneRequest:
     sequence_length: int | None = None
     seed: int = 1
     quantizer: str = "learned-rounding"
+    scale_steps: int = SCALE_STEPS
     resume: Resume = "auto"
 
 
@@ -73,14 +79,14 @@ def tune(request: TuneRequest, progress: Progress = silent) -> Manifest:
         text, selection = _texts(request, inventory, progress)
         folder = WorkFolder(request.out)
         folder.begin(_fingerprint(request, text, quantizer.name), request.resume)
+        if folder.finished_bank() is not None and not (request.out / _BLOCKS).exists():
+            folder.finish()
+            return Manifest.read(request.out / TUNED_MANIFEST)
         run = _run(arranged, text, folder, progress)
-        tuned = folder.finished_bank()
-        if tuned is None:
-            run.fill()
-            tuned = tune_bank(run, bank, manifest.modules, quantizer, folder.bank)
-            make_servable(inventory, folder.bank)
-        found = _measured(manifest, bank, tuned, run, selection, folder, progress)
+        found = _tuned(request, _Candidates(manifest, bank, quantizer), run, selection, folder)
+        make_servable(inventory, folder.bank)
         found.write(request.out / TUNED_MANIFEST)
+        shutil.rmtree(request.out / _BLOCKS)
         folder.finish()
     return found
 
@@ -114,7 +120,7 @@ def _fingerprint(request: TuneRequest, text: Calibration, quantizer: str) -> Run
             "source": text.source, "digest": text.digest, "sequences": sequences, "sequence_length": length
         },
         candidates={"manifest": request.manifest.digest, "quantizer": quantizer},
-        learning={},
+        learning={"scale_steps": request.scale_steps},
         environment=versions() | {"device": compute_device(), "threads": torch.get_num_threads()},
     )  # fmt: skip
 
@@ -125,27 +131,58 @@ def _run(inventory: Inventory, text: Calibration, folder: WorkFolder, progress: 
     return CalibrationRun(BlockStream(inventory, compute_device()), text, hidden, progress, folder.journal)
 
 
-def _measured(
-    manifest: Manifest,
-    bank: BankReader,
-    tuned: Bank,
-    run: CalibrationRun,
-    selection: torch.Tensor,
-    folder: WorkFolder,
-    progress: Progress,
+@dataclass(frozen=True)
+class _Candidates:
+    manifest: Manifest
+    bank: BankReader
+    quantizer: LearnedRounding
+
+
+def _tuned(
+    request: TuneRequest, given: _Candidates, run: CalibrationRun, selection: torch.Tensor, folder: WorkFolder
 ) -> Manifest:
-    losses = []
-    for reader in progress.over([bank, BankReader(folder.bank)], "measuring", "bank"):
-        student = Student(run.stream, reader, selection)
-        losses.append(float(student.losses(manifest.modules).kl.mean()))
-    better = losses[1] < losses[0]
+    """Tune block by block, then the scales; `folder.bank` has the better of both in the end."""
+    manifest, by_blocks = given.manifest, request.out / _BLOCKS
+    done = run.journal.section("rounding")
+    if done.load(_BLOCKS) is None:
+        run.fill()
+        tune_bank(run, given.bank, manifest.modules, given.quantizer, by_blocks)
+        done.save(_BLOCKS, True)
+    banks = [given.bank, BankReader(by_blocks)]
+    if request.scale_steps:
+        run.fill()
+        tune_scales(run, banks[-1], manifest.modules, request.scale_steps, folder.bank)
+        banks.append(BankReader(folder.bank))
+    losses = run.journal.section("learning").once(_LOSSES, lambda: _losses(run, banks, manifest, selection))
+    best = losses.index(min(losses))
+    if best < 2:
+        _put(by_blocks, folder.bank)
     tuning = Tuning(
-        bank_digest=bank.bank.digest,
+        bank_digest=given.bank.bank.digest,
         text_digest=run.calibration.digest,
         tokens=run.token_ids.numel(),
         kl_before=losses[0],
-        kl=losses[1],
-        kept="tuned" if better else "candidates",
+        kl=losses[-1],
+        kl_blocks=losses[1] if request.scale_steps else None,
+        kept="candidates" if best == 0 else "tuned" if best == len(losses) - 1 else "blocks",
     )
-    changes = {"tuning": tuning} | ({"bank_digest": tuned.digest} if better else {})
+    changes = {"tuning": tuning} | ({"bank_digest": Bank.read(folder.bank / BANK_NAME).digest} if best else {})
     return manifest.model_copy(update=changes)
+
+
+def _put(bank: Path, target: Path) -> None:
+    """Copy a bank; `bank.json` last."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(bank.iterdir(), key=lambda path: path.name == BANK_NAME):
+        temporary = target / f".{path.name}"
+        shutil.copy(path, temporary)
+        temporary.replace(target / path.name)
+
+
+def _losses(run: CalibrationRun, banks: list[BankReader], manifest: Manifest, selection: torch.Tensor) -> list[float]:
+    """KL of the assignment with the candidates of each bank."""
+    losses = []
+    for reader in run.progress.over(banks, "measuring", "bank"):
+        student = Student(run.stream, reader, selection)
+        losses.append(float(student.losses(manifest.modules).kl.mean()))
+    return losses

@@ -21,7 +21,7 @@ from allocator.model import CandidateFormats
 from allocator.quantize.block_learning import BlockLearning
 from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import InputStatistics, Quantizer, row_stripes
-from allocator.quantize.statistics import MomentSums, vocabulary_moments
+from allocator.quantize.statistics import MomentSums, embedding_gradients, vocabulary_moments
 from allocator.run.journal import Journal
 from allocator.run.process_group import ProcessGroup
 
@@ -53,9 +53,13 @@ def build_bank(
     modules: dict[str, BankModule] = {}
     for index in run.progress.over(range(stream.blocks), "candidates", "block"):
         modules |= _build(work, index, partial(_run_teacher, work, index))
-    modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
     if work.learning is not None:
-        modules |= {name: _bank_module(work, name, digest) for name, digest in work.learning.learn().items()}
+        learned = work.learning.learn(to_embedding=work.missing_embedding)
+        modules |= {name: _bank_module(work, name, digest) for name, digest in learned.items()}
+    modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
+    if work.learning is not None and process_group.leads:
+        for store in work.learning.stores():
+            store.remove()
     bank = Bank(
         model=model,
         dtype=run.inventory.dtype,
@@ -93,6 +97,12 @@ class _Work:
         if not isinstance(self.quantizer, LearnedRounding):
             return None
         return BlockLearning(self.run, self.quantizer, self.formats, self.folder / _START, self.folder)
+
+    @property
+    def missing_embedding(self) -> bool:
+        """Whether the embedding is still to be quantized, by the gradients at its output."""
+        found = [m.name for m in self.run.inventory.modules if m.role == "embedding" and self.formats[m.name]]
+        return any(_finished(self, name) is None for name in found)
 
     def path(self, name: str) -> Path:
         """Where the candidates of a module are put first."""
@@ -197,7 +207,15 @@ def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
     """The statistics of the modules outside the blocks, where the quantizer needs them."""
     kind, process_group = work.quantizer.statistics, work.journal.process_group
     wanted = [m for m in work.run.inventory.modules if m.name in names and kind != "none"]
-    sums = vocabulary_moments(work.run.stream, work.run.hidden, wanted, kind, work.run.states, work.run.progress)
+    run, gradients = work.run, []
+    if any(m.role == "embedding" for m in wanted):
+        learning = work.learning
+        gradients = (
+            embedding_gradients(run.stream, run.hidden, run.states, run.progress)
+            if learning is None
+            else learning.stores()
+        )
+    sums = vocabulary_moments(run.stream, run.hidden, wanted, kind, gradients, process_group)
     return _Statistics({(name,): moments for name, moments in sums.items()}, process_group)
 
 

@@ -58,33 +58,34 @@ class BlockLearning:
         there = all((self.folder / f"{name}.safetensors").exists() for name in digests)
         return digests if there else {}
 
-    def learn(self) -> dict[str, str]:
+    def learn(self, to_embedding: bool = False) -> dict[str, str]:
         """Learn all blocks that have not been; returns the digests of the files of all by module.
 
-        `run.hidden` has all of the original's states.
+        `run.hidden` has all of the original's states. With `to_embedding`, boundary 0 of `stores` is there afterwards.
         """
         blocks = range(self.run.stream.blocks)
         found: dict[str, str] = {}
-        if any(not self.finished(index) for index in blocks if self._names(index)):
-            found |= self._learn()
+        if to_embedding or any(not self.finished(index) for index in blocks if self._names(index)):
+            found |= self._learn(to_embedding)
         for index in blocks:
             found |= self.finished(index)
-        if self.journal.process_group.leads:
-            for store in self._stores():
-                store.remove()
         return found
 
-    def _stores(self) -> list[HiddenStates]:
+    def stores(self) -> list[HiddenStates]:
         """Of the gradients, one a probe."""
         return [self.run.hidden.beside(f"rounding-{n}", torch.bfloat16) for n in range(self.quantizer.draws)]
 
-    def _learn(self) -> dict[str, str]:
-        run, stores = self.run, self._stores()
-        below = backward_by_block(run.stream, run.hidden, stores, _SEED, self.journal, progress=run.progress)
+    def _learn(self, to_embedding: bool) -> dict[str, str]:
+        run, stores = self.run, self.stores()
+        below = backward_by_block(
+            run.stream, run.hidden, stores, _SEED, self.journal, to_embedding, run.progress, half=True
+        )
         found: dict[str, str] = {}
         for done, index in enumerate(below):
             if done == 0:
                 run.progress.begin(ROUNDING_STEP, run.stream.blocks, "block")
+            if index < 0:
+                continue
             of_block = self.finished(index)
             if of_block or not self._names(index):
                 run.progress.skip()

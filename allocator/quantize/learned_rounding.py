@@ -6,7 +6,7 @@ et al. 2024), from where GPTQ has put them. What is learned by is what the error
 `reconstruction`), where AdaRound, BRECQ and AutoRound take the squared error of the output.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class LearnedRounding:
     def __init__(
         self,
         iterations: float = 200,
-        batch: float = 8,
+        batch: float = 4,
         learning_rate: float = 0.005,
         scale_learning_rate: float = 0.002,
         damping: float = 0.01,
@@ -112,30 +112,28 @@ class LearnedRounding:
         given the share of the work that was done, and what is at hand. Raises InputError for a loss that is not finite.
         """
         modules = {name: _LearnedModule(candidate) for name, candidate in start.items()}
-        places, factors = (list(of) for of in zip(*(m.parameters() for m in modules.values()), strict=True))
-        groups = [{"params": of, "lr": rate} for of, rate in zip((places, factors), self.rates, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(1 - done / self.iterations, 0.0))
+        optimizers = {name: self._optimizer(module) for name, module in modules.items()}
         held_back = task.held_back()
         least = before = task.loss(_weights(modules), held_back)
         best = {name: candidate.quantized for name, candidate in start.items()}
         batches = _batches(task.learned(), self.batch, seed)
         judged = {self.iterations * n // _JUDGEMENTS for n in range(1, _JUDGEMENTS + 1)}
         for step in range(1, self.iterations + 1):
-            loss, gradients = task.gradient(_weights(modules), next(batches))
+            loss, gradients = task.gradient(_weights(modules, task.dtype), next(batches))
             _require_finite(task, loss)
+            left = 1 - (step - 1) / self.iterations
             for name, module in modules.items():
-                module.take(gradients[f"{name}.weight"])
-            optimizer.step()
-            schedule.step()
-            for module in modules.values():
-                module.keep_inside()
+                module.step(optimizers[name], gradients.pop(f"{name}.weight"), [rate * left for rate in self.rates])
             if step in judged:
                 found = task.loss(_weights(modules), held_back)
                 if found < least:
                     least, best = found, {name: module.quantized() for name, module in modules.items()}
             tell(1 / self.iterations, f"loss {loss:.3g}, {least:.3g} of {before:.3g} on text held back")
         return Learned(best, before, least)
+
+    def _optimizer(self, module: "_LearnedModule") -> torch.optim.Adam:
+        groups = [{"params": [of], "lr": rate} for of, rate in zip(module.parameters(), self.rates, strict=True)]
+        return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 
 class _LearnedModule:
@@ -165,15 +163,17 @@ class _LearnedModule:
         """As a server computes it from what `quantized` returns: float32 `[N, K]`."""
         return ((self._place.round() - self._zero) * self._scale().float()).flatten(1)
 
-    def take(self, gradient: Tensor) -> None:
-        """Make gradients of the parameters from that of `weight`, rounding being taken for the identity."""
-        of_weight = gradient.view(self._place.shape)
+    def step(self, optimizer: torch.optim.Optimizer, gradient: Tensor, rates: Sequence[float]) -> None:
+        """One step by the gradient of `weight`, rounding being taken for the identity, at these rates."""
+        of_weight = gradient.view(self._place.shape).float()
         scale = self._scale().float()
         self._factor.grad = ((self._place.round() - self._zero) * of_weight).sum(-1, keepdim=True).mul_(scale)
         self._place.grad = of_weight.mul_(scale)
-
-    def keep_inside(self) -> None:
-        """No place is beyond the grid, where it would have no way back."""
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()  # what one module needs of memory is let go before the next
+        # No place is beyond the grid, where it would have no way back.
         self._place.clamp_(-_INSIDE, self._steps + _INSIDE)
 
     def quantized(self) -> QuantizedModule:
@@ -187,8 +187,8 @@ class _LearnedModule:
         return (self._begun * self._factor.exp()).clamp(limits.tiny, limits.max).to(self._dtype)
 
 
-def _weights(modules: Mapping[str, _LearnedModule]) -> dict[str, Tensor]:
-    return {f"{name}.weight": module.weight() for name, module in modules.items()}
+def _weights(modules: Mapping[str, _LearnedModule], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {f"{name}.weight": module.weight().to(dtype) for name, module in modules.items()}
 
 
 def _batches(sequences: list[int], size: int, seed: int) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.products import half_products, has_bfloat16
 from allocator.blocks.stream import BlockStream
 
 __all__ = ["HELD_BACK", "Reconstruction"]
@@ -58,12 +59,17 @@ class Reconstruction:
         with torch.no_grad():
             return sum(float(self._loss(weights, rows)) * len(rows) for rows in self._parts(sequences)) / len(sequences)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that gradients are asked for: what products are made of anyway, at half the memory."""
+        return torch.bfloat16 if has_bfloat16(self.stream.device) else torch.float32
+
     def gradient(self, weights: dict[str, Tensor], sequences: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
         """`loss`, and its gradient by each of `weights`. Products in bfloat16 where the device is faster with it."""
         leaves = {name: weight.detach().requires_grad_(True) for name, weight in weights.items()}
         total = 0.0
         for rows in self._parts(sequences):
-            with torch.autocast(self.stream.device.type, torch.bfloat16, enabled=_has_bfloat16(self.stream.device)):
+            with half_products(self.stream.device):
                 loss = self._loss(leaves, rows) * (len(rows) / len(sequences))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -92,9 +98,3 @@ def _read(store: HiddenStates, boundary: int, rows: list[int], device: torch.dev
 def _gradient(leaf: Tensor) -> Tensor:
     """Zero for the weights of an expert that no token chose."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

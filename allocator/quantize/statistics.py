@@ -1,5 +1,6 @@
 """What quantizers are told of a module: second moments of its inputs, summed over calibration text in float64."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from allocator.run.progress import Progress, silent
 __all__ = [
     "EMBEDDING_STEP",
     "MomentSums",
+    "embedding_gradients",
     "vocabulary_moments",
 ]
 
@@ -68,31 +70,41 @@ EMBEDDING_STEP = "gradients of the embedding"
 _SEED = 0
 
 
+def embedding_gradients(
+    stream: BlockStream, hidden: HiddenStates, journal: Journal, progress: Progress = silent
+) -> list[HiddenStates]:
+    """Stores, of one probe each, of the gradients at the embedding's output (boundary 0), in a folder beside `hidden`,
+    which has all states of the teacher. Boundaries that `journal` has are not computed again."""
+    gradients = [hidden.beside("gradients-of-rows", torch.bfloat16)]
+    below = backward_by_block(stream, hidden, gradients, _SEED, journal, to_embedding=True, progress=progress)
+    next(below)
+    for _ in progress.over(range(stream.blocks), EMBEDDING_STEP, "block"):
+        next(below)
+    return gradients
+
+
 def vocabulary_moments(
     stream: BlockStream,
     hidden: HiddenStates,
     modules: Sequence[Module],
     kind: Statistics,
-    journal: Journal,
-    progress: Progress = silent,
+    gradients: Sequence[HiddenStates],
+    process_group: ProcessGroup,
 ) -> dict[str, MomentSums]:
-    """The moments of each of `modules`, of this process's sequences. `hidden` has all states of the teacher; gradients
-    go into a folder beside them, and boundaries that `journal` has are not computed again."""
+    """The moments of each of `modules`, of this process's sequences. `hidden` has all states of the teacher, and where
+    the embedding is one of `modules`, `gradients` those at its output, by probe."""
     sums = {m.name: MomentSums(m.shape[1], kind, stream.device) for m in modules}
     embedding = next((m.name for m in modules if m.role == "embedding"), None)
     head = embedding if stream.inventory.tied else next((m.name for m in modules if m.role == "lm_head"), None)
-    parts = [part for _, part in journal.process_group.share(batches(hidden.shape))]
+    parts = [part for _, part in process_group.share(batches(hidden.shape))]
     if head is not None:
         norm = stream.norm()
         with torch.inference_mode():
             for part in parts:
                 sums[head].add(norm(hidden.boundary(stream.blocks)[part].to(stream.device)))
     if embedding is not None:
-        gradients = hidden.beside("gradients-of-rows", torch.bfloat16)
-        below = backward_by_block(stream, hidden, [gradients], _SEED, journal, to_embedding=True, progress=progress)
-        next(below)
-        for _ in progress.over(range(stream.blocks), EMBEDDING_STEP, "block"):
-            next(below)
-        for part in parts:
-            sums[embedding].add(gradients.boundary(0)[part].to(stream.device) * stream.embedding_scale)
+        factor = stream.embedding_scale / math.sqrt(len(gradients))  # the mean of their products, not the sum
+        for store in gradients:
+            for part in parts:
+                sums[embedding].add(store.boundary(0)[part].to(stream.device) * factor)
     return sums

@@ -49,11 +49,8 @@ def learning_steps(
     else:
         quantized = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in inside)
         steps.append(PlannedStep("candidates", forward + quantized))
-        if embedding and statistics != "none":
+        if embedding and statistics != "none" and rounding is None:
             steps += [PlannedStep(GRADIENTS_STEP, 3 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
-        if outside:
-            of_outside = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in outside)
-            steps.append(PlannedStep(VOCABULARY_STEP, of_outside))
         if rounding is not None:
             learned = {f.num_bits for m in inside for f in formats[m.name] if rounding.learns(f)}
             passes = 1 + rounding.draws + len(learned) * rounding.passes(sequences)
@@ -61,6 +58,9 @@ def learning_steps(
                 PlannedStep(GRADIENTS_STEP, (1 + rounding.draws) * head),
                 PlannedStep(ROUNDING_STEP, forward * passes),
             ]
+        if outside:
+            of_outside = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in outside)
+            steps.append(PlannedStep(VOCABULARY_STEP, of_outside))
     if settings.method != "gamma":
         return [*steps, PlannedStep("measuring")]
     by_block: dict[int | None, float] = {}

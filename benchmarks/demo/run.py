@@ -50,7 +50,7 @@ class Demo:
 SMALL = Demo(
     MODEL,
     OUT,
-    ("--budget", BUDGET, "--group-size", "64", "--sequences", "24", "--sequence-length", "256"),
+    ("--budget", BUDGET, "--effort", "fast", "--group-size", "64", "--sequences", "24", "--sequence-length", "256"),
     "It was a dark night, and the old man",
 )
 
@@ -59,7 +59,7 @@ def real(name: str) -> Demo:
     """One of benchmarks/real_models, fetched if it is not there: at 4.5 bits a weight, on little text."""
     model = real_models([name])[0]
     chat = (ready(model) / "chat_template.jinja").exists()
-    budget = ("--average-bits", "4.5", "--sequences", "16", "--sequence-length", "256")
+    budget = ("--average-bits", "4.5", "--effort", "fast", "--sequences", "16", "--sequence-length", "256")
     prompt = "What is the capital of France, and what is it known for?" if chat else "The capital of France is"
     return Demo(model.folder, OUT / name, budget, prompt, chat)
 

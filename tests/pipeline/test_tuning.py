@@ -37,8 +37,10 @@ class Solved:
     text: Path
     manifest: Manifest
 
-    def request(self, out: Path, quantizer: str = SETTINGS) -> TuneRequest:
-        return TuneRequest(self.manifest, self.model, self.bank, [self.text], out, 24, 48, quantizer=quantizer)
+    def request(self, out: Path, quantizer: str = SETTINGS, scale_steps: int = 3) -> TuneRequest:
+        return TuneRequest(
+            self.manifest, self.model, self.bank, [self.text], out, 24, 48, quantizer=quantizer, scale_steps=scale_steps
+        )
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +69,25 @@ def test_tuned_candidates_are_closer_in_the_same_bytes(solved: Solved, tmp_path:
 
 def test_what_is_no_better_is_not_kept(solved: Solved, tmp_path: Path) -> None:
     still = "learned-rounding:iterations=1,learning_rate=0,scale_learning_rate=0,draws=1"
-    found = tune(solved.request(tmp_path / "out", still))
+    found = tune(solved.request(tmp_path / "out", still, scale_steps=0))
     assert found.tuning is not None
     assert (found.tuning.kept, found.bank_digest) == ("candidates", solved.manifest.bank_digest)
-    assert found.tuning.kl == found.tuning.kl_before
+    assert (found.tuning.kl, found.tuning.kl_blocks) == (found.tuning.kl_before, None)
+
+
+def test_scales_alone_bring_more_through_the_whole_model(solved: Solved, tmp_path: Path) -> None:
+    still = "learned-rounding:iterations=1,learning_rate=0,scale_learning_rate=0,draws=1"
+    found = tune(solved.request(tmp_path / "out", still, scale_steps=8))
+    assert found.tuning is not None
+    assert found.tuning.kept == "tuned"
+    assert found.tuning.kl_blocks is not None
+    assert found.tuning.kl < 0.99 * found.tuning.kl_blocks
+    before, after = (BankReader(folder) for folder in (solved.bank, tmp_path / "out" / "bank"))
+    for name, form in found.modules.items():
+        if form.quantized:
+            was, now = (bank.tensors(name, form) for bank in (before, after))
+            assert {part for part in was if not was[part].equal(now[part])} <= {"weight_scale"}
+    assert tune(solved.request(tmp_path / "out", still, scale_steps=8)) == found
 
 
 def test_tuning_does_not_delete_what_was_learned(solved: Solved) -> None:

@@ -67,7 +67,10 @@ def test_candidates_are_better_and_wide_ones_as_they_were(
         if not torch.equal(*(reader.dequantized(name, form) for reader in readers))
     }
     assert changed
-    assert all(name.startswith("model.layers.") and num_bits == 2 for name, num_bits in changed), changed
+    # The embedding is gptq's in both, by gradients of other probes.
+    of_blocks = {(name, num_bits) for name, num_bits in changed if name.startswith("model.layers.")}
+    assert {num_bits for _, num_bits in of_blocks} == {2}, changed
+    assert {name for name, _ in changed - of_blocks} <= {"model.embed_tokens"}, changed
 
 
 def test_symmetric_candidates_have_no_zero_points(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
