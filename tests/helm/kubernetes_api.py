@@ -43,6 +43,7 @@ RESOURCES = {
     "rbac.authorization.k8s.io/v1": {"roles": "Role", "rolebindings": "RoleBinding"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "monitoring.coreos.com/v1": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
+    "inference.networking.k8s.io/v1": {"inferencepools": "InferencePool"},
     "leaderworkerset.x-k8s.io/v1": {"leaderworkersets": "LeaderWorkerSet"},
     "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
 }

@@ -1,8 +1,11 @@
 """Allocations for a Gateway with the inference extension: pools of the pods that answer, and routes to them."""
 
-import pytest
+import re
 
-from tests.helm.charts import EXAMPLES, allocation, by_kind, pod_templates, render
+import pytest
+import yaml
+
+from tests.helm.charts import CHART, EXAMPLES, allocation, by_kind, pod_templates, render
 
 LEADER = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
 
@@ -49,6 +52,14 @@ def test_the_picker_is_where_the_chart_of_llm_d_puts_it(helm4, name, service):
     """In a release of the pool's name: its first 40 characters and -epp, port 9002."""
     (pool,) = by_kind(render(helm4, allocation(name=name) | {"inferencePool": {"enabled": True}}), "InferencePool")
     assert pool["spec"]["endpointPickerRef"] == {"name": service, "port": {"number": 9002}, "failureMode": "FailOpen"}
+
+
+def test_the_picker_of_the_docs_asks_the_pods_of_the_pool(helm4):
+    text = (CHART.parents[1] / "docs" / "operations.md").read_text()
+    told = yaml.safe_load(re.findall(r"^ +matchLabels: (.*)$", text, re.MULTILINE)[0])
+    (pool,) = by_kind(render(helm4, EXAMPLES["inference-pool"]), "InferencePool")
+    labels = pool["spec"]["selector"]["matchLabels"]
+    assert told | {"app.kubernetes.io/instance": "demo", "app.kubernetes.io/name": "gamma"} == labels
 
 
 def test_another_picker_can_be_named(helm4):

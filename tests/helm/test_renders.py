@@ -399,6 +399,17 @@ def test_an_allocation_has_a_place_and_an_image_of_its_own(helm4):
     assert "adapters" not in [volume["name"] for volume in first["volumes"]]
 
 
+def test_vllm_is_told_all_adapters_and_where_they_are(helm4):
+    """A second --lora-modules would replace the first."""
+    deployment = by_kind(render(helm4, EXAMPLES["places-and-adapters"]), "Deployment")[0]
+    vllm = deployment["spec"]["template"]["spec"]["containers"][0]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lora-modules", nargs="+")  # as vLLM has it
+    told = dict(word.split("=") for word in parser.parse_known_args(vllm["args"])[0].lora_modules)
+    assert told == {"support": "/adapters/support", "sales": "/adapters/sales"}
+    assert {"name": "adapters", "mountPath": "/adapters", "readOnly": True} in vllm["volumeMounts"]
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_arguments_are_those_of_the_programs(helm4, name):
     """Every `gamma` command line of the pods is one that the program takes."""

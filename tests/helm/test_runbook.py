@@ -105,6 +105,26 @@ def test_out_of_memory_is_met_by_a_smaller_share(helm4):
     assert after.verdict.fits
 
 
+def test_queues_and_preemptions_are_met_by_more_pods_and_fewer_requests(helm4):
+    (deployment,) = by_kind(render(helm4, allocation(replicas=3)), "Deployment", "serving")
+    assert deployment["spec"]["replicas"] == 3
+    scaled = allocation(autoscaling={"type": "hpa", "maxReplicas": 5})
+    (scaler,) = by_kind(render(helm4, scaled), "HorizontalPodAutoscaler")
+    assert scaler["spec"]["maxReplicas"] == 5
+    (prepare_container,) = pod_of(helm4, allocation(maxNumSeqs=2))["spec"]["initContainers"]
+    assert prepare_settings(parsed(prepare, prepare_container)).max_num_seqs == 2
+
+
+def test_a_router_that_is_down_is_gone_past_or_doubled(helm4):
+    objects = render(helm4, allocation(router={"enabled": True, "replicas": 2}))
+    routers, serving = (by_kind(objects, "Service", part)[0]["metadata"]["name"] for part in ("router", "serving"))
+    assert routers == f"{serving}-router"
+    (router,) = by_kind(objects, "Deployment", "router")
+    assert router["spec"]["replicas"] == 2
+    (role,) = by_kind(objects, "Role")
+    assert role["metadata"]["name"] == routers
+
+
 def test_a_full_kv_cache_is_met_by_what_is_told(helm4):
     def tokens(plan, weights):
         left = plan.line("KV cache").nbytes + plan.weight_budget_bytes - weights

@@ -303,6 +303,9 @@ def test_one_width_a_layer_is_what_a_gpu_gets_and_every_command_says_which(page:
     """Without a word prepare and chart take one width on a GPU, and solve takes a width each."""
     _open(page, sidecar, "model=tiny&gpu=l4&length=128&bytes=120000")
     page.until("document.querySelector('#fusion-hint').textContent.startsWith('One width costs ')")
+    page.js("document.querySelector('#fusion-hint').textContent = ''")
+    page.size(1000, 900)  # draws the page anew
+    page.until("document.querySelector('#fusion-hint').textContent.startsWith('One width costs ')")
     assert "gamma solve WORK/scores.json" in _text(page, "#code")
     for tab, said in (("serve", "--fusion tied"), ("helm", "fusion: tied"), ("prepare", "--fusion tied")):
         page.js(f"document.querySelector('#tab-{tab}').click()")

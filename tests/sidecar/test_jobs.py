@@ -63,7 +63,7 @@ def test_a_job_survives_kill_9_and_its_files_verify(own_store: Path, tmp_path: P
 
 
 def test_a_failed_job_can_be_deleted(own_store: Path, tmp_path: Path) -> None:
-    shutil.rmtree(own_store / "banks")
+    (own_store / "banks").rename(tmp_path / "banks")
     with running(tmp_path / "log", "--store", own_store) as service:
         job = service.post("/v1/checkpoints", {"manifest": _asked(service, 4.25)}, 202)["id"]
         assert service.finished(job)["state"] == "failed"
@@ -75,6 +75,18 @@ def test_a_failed_job_can_be_deleted(own_store: Path, tmp_path: Path) -> None:
         assert service.get("/v1/jobs")["data"] == []
         assert service.http.delete(f"/v1/jobs/{job}").status_code == 404
     assert not list((own_store / "jobs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_tried_again_when_it_is_asked_for_again(own_store: Path, tmp_path: Path) -> None:
+    (own_store / "banks").rename(tmp_path / "banks")
+    with running(tmp_path / "log", "--store", own_store) as service:
+        manifest = _asked(service, 4.25)
+        job = service.post("/v1/checkpoints", {"manifest": manifest}, 202)["id"]
+        assert service.finished(job)["state"] == "failed"
+        (tmp_path / "banks").rename(own_store / "banks")
+        assert service.post("/v1/checkpoints", {"manifest": manifest}, 202)["id"] == job
+        assert service.finished(job)["state"] == "succeeded"
 
 
 @pytest.mark.slow

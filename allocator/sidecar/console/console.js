@@ -14,7 +14,7 @@ const FIELDS = {
 const MARKED = ["rtx4060ti", "l4", "rtx4090", "rtx5090", "a100-40gb", "l40s", "h100", "h200", "b200"];
 
 const state = {
-  models: [], gpus: [], node: null, version: "", sweep: null, sweepKey: "", marks: [], plan: null, allocation: null, manifest: null,
+  models: [], gpus: [], node: null, version: "", sweep: null, sweepKey: "", marks: [], plan: null, allocation: null, byFusion: null, manifest: null,
   manifestText: "", automatic: true, bytes: null, changed: new Set(), kept: new Map(), checkpoint: null, job: null, tab: "serve", url: null, run: 0,
 };
 let abort = new AbortController();
@@ -138,7 +138,7 @@ async function fit(signal, run) {
   const found = await fitted(radio("fusion"), signal);
   if (run !== state.run) return;
   const { manifest, ...allocation } = found.allocation;
-  Object.assign(state, { plan: found.plan, filled: found.planned, allocation, manifest: JSON.parse(manifest), manifestText: manifest, checkpoint: null });
+  Object.assign(state, { plan: found.plan, filled: found.planned, allocation, manifest: JSON.parse(manifest), manifestText: manifest, checkpoint: null, byFusion: null });
   if (state.automatic) state.bytes = allocation.budget_bytes;
   await compare(signal);
 }
@@ -148,8 +148,8 @@ async function price(signal, run) {
   const fusion = radio("fusion");
   const other = await fitted(fusion === "free" ? "tied" : "free", signal).catch((error) => (error.name === "AbortError" ? Promise.reject(error) : null));
   if (run !== state.run || !other) return;
-  const losses = { [fusion]: state.allocation, [other.allocation.request.fusion]: other.allocation };
-  panels.fusionPrice(state.fits ? losses : null);
+  state.byFusion = { [fusion]: state.allocation, [other.allocation.request.fusion]: other.allocation };
+  panels.fusionPrice(state.fits ? state.byFusion : null);
 }
 
 const sweepKey = () => `${model().scores_digest} ${radio("fusion")}`;
@@ -185,7 +185,7 @@ function show() {
   } else {
     panels.verdict("bad", "Does not fit.", `${allocation.model} on ${device} needs ${gib(told.needs_bytes)} more a GPU.`, told === plan.verdict ? (plan.advice.length ? "One of these would make it fit:" : "No single change makes it fit; take a larger GPU or more of them.") : "Choose less, or fill the GPU.");
   }
-  panels.fusionPrice(null);
+  panels.fusionPrice(told.fits ? state.byFusion : null);
   panels.advice(told.fits ? [] : (state.automatic ? plan : filled).advice, takeAdvice);
   panels.answered();
   showCurve();

@@ -96,9 +96,9 @@ export function figures(allocation, sweep) {
   } else set("f-gain", "–");
 }
 
-// `losses`: the allocations with one width a fused layer and with a width of its own for each module, by their fusion.
-export function fusionPrice(losses) {
-  const { tied, free } = losses || {};
+// The allocations with one width a fused layer and with a width of its own for each module, by their fusion; null: not known.
+export function fusionPrice(byFusion) {
+  const { tied, free } = byFusion || {};
   const told = tied && free && free.predicted_loss > 0 && !unusable(tied.predicted_loss, tied.unit);
   const part = told ? Math.max(tied.predicted_loss / free.predicted_loss - 1, 0) : 0;
   $("fusion-hint").textContent = told ? `One width costs ${percent(part)} of predicted loss here; own widths decode more slowly.` : "";
