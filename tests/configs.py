@@ -21,8 +21,18 @@ PUBLISHED_PARAMETERS = {
     "phi-3-mini-4k": 3_821_079_552,
     "phi-4": 14_659_507_200,
     "deepseek-v2-lite": 15_706_484_224,
+    "gpt-oss-20b": 20_914_757_184,
+    "mistral-small-24b": 23_572_403_200,
+    "glm-4-32b": 32_566_081_536,
+    "seed-oss-36b": 36_151_104_512,
+    "olmo-3-32b": 32_233_522_176,
+    "exaone-4-32b": 32_003_216_384,
 }
-"""As the model's page shows them (the total of its safetensors headers)."""
+"""As the model's page shows them (the total of its safetensors headers; of gpt-oss-20b, whose experts are stored at 4
+bits, the 20.91 billion of its model card)."""
+
+COUNTED_PARAMETERS = PUBLISHED_PARAMETERS | {"qwen3-next-80b-a3b": 79_674_391_296}
+"""As the model class of transformers has them, which leaves out the layers that predict further tokens."""
 
 
 def config_of(name: str) -> dict[str, Any]:

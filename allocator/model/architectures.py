@@ -35,6 +35,9 @@ __all__ = [
 
 _OPERATION = re.compile(r"([*/]?)([A-Za-z0-9_.]+)")
 
+_KIND_TODAY = {"attention": "full_attention", "mamba": "linear_attention"}
+"""What transformers calls the kinds of layers that older config.json files name otherwise."""
+
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
 
@@ -184,9 +187,11 @@ class Architecture(Strict):
         if self.experts.blocks == "all":
             return True
         if self.experts.blocks == "first_k_dense_replace":
-            listed = config.get("mlp_layer_types")
+            listed, every = config.get("mlp_layer_types"), config.get("moe_layer_freq")
             if isinstance(listed, list) and block < len(listed):
                 return bool(listed[block] == "sparse")
+            if isinstance(every, list) and block < len(every):
+                return bool(every[block])
             dense = config.get("first_k_dense_replace", self.defaults.get("first_k_dense_replace", 0))
             return bool(block >= dense and block % self._config_value("moe_layer_freq", config) == 0)
         if block in (config.get("mlp_only_layers") or ()):
@@ -200,7 +205,7 @@ class Architecture(Strict):
             return [None] * blocks
         given = config.get(rule.key)
         if isinstance(given, list) and len(given) == blocks and all(isinstance(kind, str) for kind in given):
-            return list(given)
+            return [_KIND_TODAY.get(kind, kind) for kind in given]
         if given is not None:
             raise InputError(f"config.json: {rule.key} must be a list of {blocks} names, given {given!r:.60}")
         if rule.period is None:

@@ -1,0 +1,107 @@
+"""Configurations whose caches differ in kind, of few blocks, where there is one of published sizes."""
+
+import os
+from copy import deepcopy
+from typing import Any
+
+from tests.configs import config_of
+
+__all__ = ["FAMILIES"]
+
+
+def _cut(config: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """`config` with its first `blocks` blocks."""
+    cut = deepcopy(config)
+    for part in (cut, cut.get("text_config", {})):
+        if "num_hidden_layers" in part:
+            part["num_hidden_layers"] = blocks
+        if "layer_types" in part:
+            part["layer_types"] = part["layer_types"][:blocks]
+    return cut
+
+
+_PUBLISHED = {
+    "grouped": ("qwen3-32b", 4),
+    "sliding windows everywhere": ("phi-3-mini-4k", 4),
+    "windows of one layer in two": ("gpt-oss-20b", 6),
+    "windows of three layers in four": ("olmo-3-32b", 12),
+    "windows of five layers in six": ("gemma-3-27b", 14),
+    "latent": ("deepseek-v2-lite", 4),
+    "linear attention": ("qwen3.5-27b", 12),
+    "linear attention and experts": ("qwen3-next-80b-a3b", 8),
+}
+_WHOLE = os.environ.get("GAMMA_FAMILIES") == "all"
+
+_HYBRID_ATTENTION = ["sliding_attention"] * 3 + ["full_attention"]
+_COMMON = {
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 1024,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "chunked windows": {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        **_COMMON,
+        "intermediate_size_mlp": 1024,
+        "num_hidden_layers": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 8192,
+        "head_dim": 128,
+        "layer_types": (["chunked_attention"] * 3 + ["full_attention"]) * 2,
+        "no_rope_layers": [1, 1, 1, 0] * 2,
+    },
+    "Mamba 2": {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        **_COMMON,
+        "num_hidden_layers": 10,
+        "layer_types": ["mamba"] * 5 + ["attention"] + ["mamba"] * 4,
+        "mamba_n_heads": 64,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 1024,
+        "position_embedding_type": "nope",
+    },
+    "windows with heads of their own": {
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "model_type": "mimo_v2_flash",
+        **_COMMON,
+        "num_hidden_layers": 8,
+        "layer_types": _HYBRID_ATTENTION * 2,
+        "hybrid_layer_pattern": [1, 1, 1, 0] * 2,
+        "sliding_window": 128,
+        "sliding_window_size": 128,
+        "head_dim": 192,
+        "v_head_dim": 128,
+        "swa_head_dim": 192,
+        "swa_v_head_dim": 128,
+        "swa_num_attention_heads": 16,
+        "swa_num_key_value_heads": 4,
+        "moe_layer_freq": [0] * 8,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 512,
+        "layernorm_epsilon": 1e-5,
+        "attention_bias": False,
+    },
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    **{
+        kind: config_of(name) if _WHOLE else _cut(config_of(name), blocks)
+        for kind, (name, blocks) in _PUBLISHED.items()
+    },
+    **_OWN,
+}
+"""What a family keeps -> its config.json. With GAMMA_FAMILIES=all the published ones have all their blocks."""
