@@ -1,7 +1,8 @@
 """The rules of each known architecture: its tensors, and what vLLM makes of them.
 
 `architectures.json` is made by `make architectures` from transformers and vLLM (see `allocator.blocks.discovery`).
-`architectures_by_hand.json` has what these do not tell.
+`architectures_by_hand.json` has what these do not tell, `towers.json` the tensors beside some language models (a vision
+tower and its projector), as transformers has them and vLLM cuts them.
 
 A dimension is a sum of products and quotients of config keys, as in `num_key_value_heads*head_dim`; a key with
 a dot stands in a part of the config (`vision_config.hidden_size`). A key that config.json leaves out takes its
@@ -35,6 +36,8 @@ __all__ = [
 
 _OPERATION = re.compile(r"([*/]?)([A-Za-z0-9_.]+)")
 
+_OF_THE_PROJECTOR = ("spatial_merge_size",)
+"""Keys that stand neither with the language model nor with the tower."""
 _KIND_TODAY = {"attention": "full_attention", "mamba": "linear_attention"}
 """What transformers calls the kinds of layers that older config.json files name otherwise."""
 
@@ -121,7 +124,7 @@ class Architecture(Strict):
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
     why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
-    names of what is copied beside it begin with one of `beside`; its size is known from files only.
+    names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
     """
 
@@ -149,7 +152,8 @@ class Architecture(Strict):
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise InputError(f"config.json: text_config must be an object, given {text!r:.40}")
-        return {**text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+        beside = {key: config[key] for key in _OF_THE_PROJECTOR if key in config}
+        return {**beside, **text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
 
     def dimension(self, expression: str, config: dict[str, Any]) -> int:
         """The value of an expression such as `num_key_value_heads*head_dim`; `config` is that of `language`.
@@ -247,9 +251,17 @@ def table() -> dict[str, Any]:
 
 
 @cache
+def _towers() -> dict[str, Any]:
+    return dict(json.loads(files("allocator.model").joinpath("towers.json").read_text(encoding="utf-8")))
+
+
+@cache
 def architecture_rules(name: str) -> Architecture:
     """Raises KeyError for an architecture that is not in the table."""
-    return Architecture.model_validate_json(json.dumps(table()[name]), strict=True)
+    rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
+    tower = _towers()[tower] if isinstance(tower, str) else tower
+    together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
+    return Architecture.model_validate_json(json.dumps(rules | together), strict=True)
 
 
 def known_architectures() -> list[str]:
