@@ -24,22 +24,22 @@ PUBLISHED_PARAMETERS = {
     "gpt-oss-20b": 20_914_757_184,
     "mistral-small-24b": 23_572_403_200,
     "mistral-small-3.2-24b": 24_011_361_280,
-    "glm-4-32b": 32_566_081_536,
     "seed-oss-36b": 36_151_104_512,
     "olmo-3-32b": 32_233_522_176,
-    "exaone-4-32b": 32_003_216_384,
 }
 """As the model's page shows them (the total of its safetensors headers; of gpt-oss-20b, whose experts are stored at 4
 bits, the 20.91 billion of its model card)."""
 
 COUNTED_PARAMETERS = PUBLISHED_PARAMETERS | {
+    "glm-4-32b": 32_566_081_536,
+    "exaone-4-32b": 32_003_216_384,
     "qwen3-next-80b-a3b": 79_674_391_296,
     "qwen3.5-27b": 27_356_728_560,
     "qwen3.5-35b-a3b": 35_107_181_936,
 }
-"""As the model class of transformers has them, which leaves out the layer that predicts further tokens: with its
-1,650,471,424, 424,699,392 and 844,640,768 they are 81,324,862,720, 27,781,427,952 and 35,951,822,704. The second is that
-of the model's page; the pages of the others were not at hand."""
+"""As the model class of transformers has them. The publisher's figures of the first two were not at hand; those of the
+other three are larger by the layer that predicts further tokens, which transformers and vLLM leave out: 81,324,862,720,
+27,781,427,952 and 35,951,822,704."""
 
 
 def config_of(name: str) -> dict[str, Any]:
