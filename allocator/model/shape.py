@@ -143,7 +143,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
 def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelShape:
     """The description of the model `config` by the `rules` of the architecture `name`. Raises InputError."""
     language = rules.language(config)
-    blocks = rules.dimension(rules.block_count, language)
+    blocks = rules.blocks(language)
     sparse = [rules.is_sparse(i, language) for i in range(blocks)]
     places = _Places(sparse, rules.kinds(blocks, language))
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))

@@ -15,8 +15,11 @@ def _cut(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     for part in (cut, cut.get("text_config", {})):
         if "num_hidden_layers" in part:
             part["num_hidden_layers"] = blocks
-        if "layer_types" in part:
-            part["layer_types"] = part["layer_types"][:blocks]
+        for listed in ("layer_types", "hybrid_override_pattern"):
+            if listed in part:
+                part[listed] = part[listed][:blocks]
+        if "full_attn_idxs" in part:
+            part["full_attn_idxs"] = [i for i in part["full_attn_idxs"] if i < blocks]
     return cut
 
 
@@ -29,6 +32,8 @@ _PUBLISHED = {
     "latent": ("deepseek-v2-lite", 4),
     "linear attention": ("qwen3.5-27b", 12),
     "linear attention and experts": ("qwen3-next-80b-a3b", 8),
+    "Mamba 2 and blocks that keep nothing": ("nemotron-h-8b", 14),
+    "short convolutions": ("lfm2-1.2b", 9),
 }
 _WHOLE = os.environ.get("GAMMA_FAMILIES") == "all"
 
