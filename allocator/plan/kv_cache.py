@@ -5,14 +5,15 @@ of layers (`kv_groups`) take their blocks from one pool, so a block has the byte
 null block, is never used.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from allocator.contract.errors import InputError
-from allocator.model.shape import ModelShape
+from allocator.model.shape import AttentionLayer, ModelShape
 from allocator.plan.kv_groups import LayerGroup, layer_groups
 from allocator.plan.schema import PlanRequest
 
-__all__ = ["KvCapacity", "KvPool", "kv_pools", "stage_layers"]
+__all__ = ["KvCapacity", "KvPool", "kv_pools", "pools_of", "stage_layers"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,22 @@ class KvPool:
 def kv_pools(shape: ModelShape, request: PlanRequest, batched_tokens: int) -> list[KvPool]:
     """The pool of a rank of each pipeline stage. Raises InputError for a model whose cache is not known."""
     try:
-        groups = layer_groups(shape.attention, request.ranks, request.kv_element_bytes, request.block_size)
+        return pools_of(shape.attention, request, batched_tokens)
     except InputError as error:
         raise InputError(
             f"{shape.architecture}: {error}; learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
         ) from error
+
+
+def pools_of(attention: Sequence[AttentionLayer], request: PlanRequest, batched_tokens: int) -> list[KvPool]:
+    """Likewise, by the layers of a model. Raises InputError."""
+    groups = layer_groups(attention, request.ranks, request.kv_element_bytes, request.block_size)
     # One batch runs on each stage and, with asynchronous scheduling, one more is prepared.
     in_flight = (request.pipeline_parallel_size + 1) * batched_tokens
-    stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
+    stages = stage_layers(len(attention), request.pipeline_parallel_size)
     pools = [KvPool(tuple(group.within(stage) for group in groups), in_flight) for stage in stages]
     if not all(any(group.nbytes for group in pool.groups) for pool in pools):
-        raise InputError(f"{shape.architecture}: a pipeline stage without attention layers is not planned; use fewer")
+        raise InputError("a pipeline stage of blocks that keep nothing is not planned")
     return pools
 
 

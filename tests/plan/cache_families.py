@@ -4,9 +4,11 @@ import os
 from copy import deepcopy
 from typing import Any
 
+from allocator.model.architectures import architecture_rules, known_architectures
+from allocator.model.attention_layers import AttentionLayer, attention_layers
 from tests.configs import config_of
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "attention_of"]
 
 
 def _cut(config: dict[str, Any], blocks: int) -> dict[str, Any]:
@@ -79,6 +81,36 @@ _OWN: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 1024,
         "position_embedding_type": "nope",
     },
+    "caches of other layers": {
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        **_COMMON,
+        "num_hidden_layers": 15,
+        "intermediate_size": [1024] * 15,
+        "activation_sparsity_pattern": [0.0] * 15,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 3,
+        "num_kv_shared_layers": 5,
+        "sliding_window": 512,
+        "head_dim": 256,
+        "num_key_value_heads": 2,
+        "vocab_size_per_layer_input": 1024,
+    },
+    "windows beside fewer, larger heads": {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        **_COMMON,
+        "num_hidden_layers": 12,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+        "sliding_window": 1024,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 1024,
+    },
     "windows with heads of their own": {
         "architectures": ["MiMoV2FlashForCausalLM"],
         "model_type": "mimo_v2_flash",
@@ -110,3 +142,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **_OWN,
 }
 """What a family keeps -> its config.json. With GAMMA_FAMILIES=all the published ones have all their blocks."""
+
+
+def attention_of(config: dict[str, Any]) -> tuple[AttentionLayer, ...]:
+    """The layers of `config`; of an architecture without rules by those of Gemma 3, whose layers alternate too."""
+    (name,) = config["architectures"]
+    rules = architecture_rules(name if name in known_architectures() else "Gemma3ForCausalLM")
+    language = rules.language(config)
+    return attention_layers(name, rules, language, rules.blocks(language))

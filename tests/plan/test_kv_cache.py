@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from allocator.model import read_shape
 from allocator.plan import PlanRequest
-from allocator.plan.kv_cache import kv_pools, stage_layers
+from allocator.plan.kv_cache import kv_pools, pools_of, stage_layers
 from tests.configs import shape_of
-from tests.plan.cache_families import FAMILIES
+from tests.plan.cache_families import FAMILIES, attention_of
 
 GIB = 2**30
 MODELS = ["llama-3.1-8b", "qwen3-32b", "phi-3-mini-4k", "gemma-3-27b", "deepseek-v2-lite", "mixtral-8x7b"]
@@ -53,7 +52,7 @@ def test_blocks_tokens_and_concurrency_are_those_of_vllm(of_vllm, family):
         asked = PlanRequest(
             tensor_parallel_size=ranks, pipeline_parallel_size=stages, kv_cache_dtype=dtype, block_size=block_size
         )
-        ours = kv_pools(read_shape(FAMILIES[family]), asked, BATCHED_TOKENS)
+        ours = pools_of(attention_of(FAMILIES[family]), asked, BATCHED_TOKENS)
         real = of_vllm((family, request))
         assert isinstance(real, list), real
         for (length, memory), answer in zip(CASES, real, strict=True):
