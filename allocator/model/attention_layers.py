@@ -61,10 +61,12 @@ def attention_layers(
     architecture: str, rules: Architecture, config: dict[str, Any], blocks: int
 ) -> tuple[AttentionLayer, ...]:
     """The layer of each block; `config` is that of `rules.language`. Raises InputError naming the key of a bad size."""
+    keys = _Keys(architecture, rules, config)
     if rules.attention == "mla":
+        if keys.number("index_head_dim"):  # sparse attention, whose index is a cache of its own
+            return (AttentionLayer("other"),) * blocks
         latent = rules.dimension("kv_lora_rank+qk_rope_head_dim", config)
         return (AttentionLayer("mla", 1, latent, 0),) * blocks
-    keys = _Keys(architecture, rules, config)
     with_cache = blocks - (keys.number("num_kv_shared_layers") or 0)
     layers = []
     for i, (window, kind) in enumerate(zip(_windows(rules, config, blocks), rules.kinds(blocks, config), strict=True)):

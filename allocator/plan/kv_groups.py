@@ -73,7 +73,10 @@ def layer_groups(
     raise it until a page of keys and values is no smaller than a state. Raises InputError for layers of unknown kinds.
     """
     if any(layer.kind == "other" for layer in attention):
-        raise InputError("layers of another kind than attention, linear attention and Mamba 2 are not planned yet")
+        raise InputError(
+            "the caches of some of its layers are not planned yet (known are full, latent, windowed and linear "
+            "attention, Mamba 2 and short convolutions; not the index of sparse attention, nor two kinds in one layer)"
+        )
     size = ranks.tensor_parallel_size
     states = [layer.state.nbytes(size) for layer in attention if layer.state is not None]
     tokens = {i: _token_bytes(layer, size, element_bytes) for i, layer in enumerate(attention) if _caches(layer)}

@@ -131,16 +131,13 @@ def _resident(worker):
     """Bytes of all parameters of this rank, each counted once.
 
     vLLM's CPU backend moves the 16-bit weights of linear layers into memory of oneDNN and leaves an empty
-    parameter: those are counted by the layer's sizes on this rank. Latent attention has its projections of keys and
-    values a second time, as tensors that are no parameters.
+    parameter: those are counted by the layer's sizes on this rank.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     model = worker.model_runner.model
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     for layer in model.modules():
-        copies = (getattr(layer, name, None) for name in ("W_UV", "W_UK_T"))
-        total += sum(copy.numel() * copy.element_size() for copy in copies if isinstance(copy, torch.Tensor))
         if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             continue
         if not layer.weight.numel():

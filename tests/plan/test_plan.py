@@ -185,6 +185,13 @@ def test_config_without_rules_for_its_layers_is_refused():
         read_shape(config_of("qwen3-8b") | {"hidden_size": -5})
 
 
+def test_a_cache_that_is_not_known_is_refused_by_the_model_s_name():
+    sparse = config_of("deepseek-v2-lite") | {"architectures": ["DeepseekV32ForCausalLM"], "index_head_dim": 128}
+    sparse |= {"layer_types": ["indexed_attention"] * 27, "q_lora_rank": 1536}
+    with pytest.raises(InputError, match="DeepseekV32ForCausalLM: the caches of some of its layers are not planned"):
+        make_plan(read_shape(sparse), find_gpu("h200"), PlanRequest(max_model_len=4096))
+
+
 def test_a_length_that_rope_scaling_does_not_reach_is_refused_with_what_would_make_it_reach():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     stretched = read_shape(config_of("qwen3-8b") | {"max_position_embeddings": 32768, "rope_scaling": yarn})

@@ -25,6 +25,10 @@ _LAYERS = {
 }  # fmt: skip
 
 
+_LOADED_INTO = {"expert_bias": "e_score_correction_bias"}
+"""Attributes of checkpoints that vLLM loads into parameters of another name."""
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """A layer class by name, and whether it is given the model's quantization."""
@@ -52,7 +56,8 @@ class ServedModel:
         """Whether vLLM keeps the tensor of that name in float32."""
         parent, _, leaf = tensor.rpartition(".")
         attribute = parent.rpartition(".")[2] if leaf == "weight" else leaf
-        return attribute in self.float32 or attribute.removesuffix("_log") in self.float32  # A_log is loaded into A
+        names = {attribute, attribute.removesuffix("_log"), _LOADED_INTO.get(attribute, attribute)}
+        return not names.isdisjoint(self.float32)  # A_log is loaded into A
 
 
 def vllm_version() -> str:
