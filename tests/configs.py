@@ -21,8 +21,29 @@ PUBLISHED_PARAMETERS = {
     "phi-3-mini-4k": 3_821_079_552,
     "phi-4": 14_659_507_200,
     "deepseek-v2-lite": 15_706_484_224,
+    "gpt-oss-20b": 20_914_757_184,
+    "mistral-small-24b": 23_572_403_200,
+    "mistral-small-3.2-24b": 24_011_361_280,
+    "seed-oss-36b": 36_151_104_512,
+    "olmo-3-32b": 32_233_522_176,
+    "lfm2-1.2b": 1_170_340_608,
 }
-"""As the model's page shows them (the total of its safetensors headers)."""
+"""As the model's page shows them (the total of its safetensors headers; of gpt-oss-20b, whose experts are stored at 4
+bits, the 20.91 billion of its model card)."""
+
+COUNTED_PARAMETERS = PUBLISHED_PARAMETERS | {
+    "glm-4-32b": 32_566_081_536,
+    "exaone-4-32b": 32_003_216_384,
+    "nemotron-h-8b": 8_100_852_736,
+    "nemotron-3-nano-30b-a3b": 31_577_940_288,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    "qwen3.5-27b": 27_356_728_560,
+    "qwen3.5-35b-a3b": 35_107_181_936,
+}
+"""As the model class of transformers has them. The publishers' figures of the first three were not at hand. That of
+Nemotron 3 Nano is smaller by 2,944, the corrections of its routers' scores, which are no parameters; those of the last
+three are larger by the layer that predicts further tokens, which transformers and vLLM leave out: 81,324,862,720,
+27,781,427,952 and 35,951,822,704."""
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -11,8 +11,10 @@ __all__ = [
     "FAMILIES",
     "HYBRID",
     "LIKE_OTHERS",
+    "MODEL_TYPES",
     "NOT_SERVED",
     "NOT_TRIED",
+    "SERVED_WITH",
     "SIZES",
     "WRAPPERS",
     "make_family",
@@ -98,6 +100,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "gpt_oss": _EXPERTS | {"num_local_experts": 4} | _HEAD | _WINDOWS,
     "granitemoe": _EXPERTS | {"num_local_experts": 4},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2} | _HEAD,
+    "lfm2_moe": _FOUR
+    | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "laguna": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD,
     "mellum": _FOUR | _HEAD,
     "mimo_v2_flash": _ROUTED | _HEAD | _WINDOWS,
@@ -105,7 +109,19 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "olmoe": _FOUR,
     "qwen2_moe": _FOUR | {"shared_expert_intermediate_size": 96},
 }
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"], "block_dim": 128, "conv_dim": 128, "block_multiple_of": 32}
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 32, "n_groups": 2, "chunk_size": 16}
 HYBRID: dict[str, dict[str, Any]] = {
+    "lfm2": _CONVOLUTIONS,
+    "nemotron_h": _MAMBA | _HEAD | {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "nemotron_h_moe": _MAMBA
+    | _ROUTED
+    | _HEAD
+    | {
+        "layers_block_type": ["linear_attention", "full_attention", "moe"],
+        "moe_shared_expert_intermediate_size": 96,
+        "moe_latent_size": 64,
+    },
     "qwen3_next": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD | _LINEAR_ATTENTION,
     "qwen3_5_text": _HEAD | _LINEAR_ATTENTION,
     "qwen3_5_moe_text": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD | _LINEAR_ATTENTION,
@@ -116,7 +132,8 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 LIKE_OTHERS = (
     "apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3",
     "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe", "granitemoe",
-    "hunyuan_v1_moe", "mellum", "mimo_v2_flash", "minimax_m2", "olmoe", "qwen3_5_moe_text",
+    "hunyuan_v1_moe", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe",
+    "qwen3_5_moe_text",
 )  # fmt: skip
 """Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
 
@@ -128,6 +145,7 @@ NOT_SERVED: dict[str, str] = {
     "cohere2": f"beyond its window {_ALIKE}",
     "deepseek_v2": _ALIKE,
     "deepseek_v3": _ALIKE,
+    "nemotron_h_moe": "vLLM's CPU build has no experts without a gate",
     "glm4_moe_lite": _OWN_KEYS.format("first_k_dense_replace"),
     "laguna": "vLLM's CPU build routes by softmax only",
     "mimo_v2_flash": _OWN_KEYS.format("hybrid_layer_pattern"),
@@ -137,18 +155,27 @@ NOT_SERVED: dict[str, str] = {
 }
 """Why vLLM's answers are not those of transformers; the same without quantization."""
 
+MODEL_TYPES = {"nemotron_h_moe": "nemotron_h"}
+"""What transformers calls a family that is here in more than one way."""
+
 NOT_TRIED = ("vaultgemma",)
 """Not served yet."""
 
-ONLY_BFLOAT16 = ("qwen3_next",)
-"""What vLLM's CPU build has in bfloat16 only."""
+_OWN_ROTATION = {"compilation_config": {"custom_ops": ["none", "-rotary_embedding"]}}
+"""vLLM's rotation for CPUs is wrong for queries of three dimensions, as LFM2's are; its PyTorch code is not."""
+SERVED_WITH: dict[str, dict[str, Any]] = {
+    "lfm2": _OWN_ROTATION,
+    "lfm2_moe": _OWN_ROTATION,
+    "qwen3_next": {"dtype": "bfloat16"},  # all that vLLM's CPU build has for it
+}
+"""Options without which vLLM's CPU build does not answer as transformers does, without quantization neither."""
 
 
 def make_family(model_type: str, folder: Path) -> Path:
     """Write a random model to `folder`, which is returned; biases and what begins as ones or zeros are random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[model_type]))
+    config = AutoConfig.for_model(MODEL_TYPES.get(model_type, model_type), **(SIZES | FAMILIES[model_type]))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():

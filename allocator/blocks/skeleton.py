@@ -6,6 +6,7 @@ replaced by modules that write down what they are given, and what happens to emb
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class Skeleton:
         self._backbone: Any = self._shell.get_submodule(parent)
         self._recorders = recorders
         self._make_tables(config)
+        self._find_answer()
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self.embedding_scale = self._find_embedding_scale()
         self.logit_scale, self.softcap = self._find_logits()
@@ -113,6 +115,19 @@ class Skeleton:
                 setattr(self._backbone, name, made.to(self._device))
 
     @torch.no_grad()
+    def _find_answer(self) -> None:
+        """Whether the model's code takes the states out of a tuple that its blocks return, as older code does."""
+        states, seen = torch.zeros(1, 2, self._hidden_size, device=self._device), []
+        norm = self._shell.get_submodule(self.norm_name)
+        hook = norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape))
+        with suppress(IndexError):  # a tensor taken apart once a block is soon a number
+            self._backbone(inputs_embeds=states, use_cache=False)
+        hook.remove()
+        if seen != [states.shape]:
+            for recorder in self._recorders:
+                recorder.in_tuple = True  # type: ignore[assignment]
+
+    @torch.no_grad()
     def _find_embedding_scale(self) -> float:
         embedding: Any = self._shell.get_submodule(self.embedding_name)
         for name, buffer in list(embedding.named_buffers()):
@@ -156,12 +171,13 @@ class Skeleton:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder block: keeps what it is given, answers with the hidden states."""
+    """Stands in for a decoder block: keeps what it is given, answers with the hidden states (`in_tuple`: in one)."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # no child: its parameters are not the recorder's
         self.seen: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
+        self.in_tuple = False
 
     def __getattr__(self, name: str) -> Any:
         """What the model's code asks of its blocks, such as `attention_type`."""
@@ -170,9 +186,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor]:
         self.seen = (hidden, arguments, keywords)
-        return hidden
+        return (hidden,) if self.in_tuple else hidden
 
 
 class _GivenLogits(nn.Module):

@@ -15,7 +15,8 @@ from allocator.contract.modules import Rows
 
 __all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows", "name_as_stored"]
 
-_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
+"""Gate, up and down, or without a gate (Nemotron-H)."""
 
 
 def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
@@ -25,7 +26,8 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
         _rename_mlp(layer, "block_sparse_moe")
     for name, module in list(layer.named_modules()):
         of_experts = [n.removeprefix(f"{name}.0.") for n in stored if n.startswith(f"{name}.0.")]
-        if name.endswith("experts") and of_experts and "gate_up_proj" in dict(module.named_parameters()):
+        stacks = dict(module.named_parameters()).keys() if name.endswith("experts") and of_experts else ()
+        if "gate_up_proj" in stacks or "up_proj" in stacks:
             names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
             parent, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(parent), attribute, Experts(module, names))
@@ -84,9 +86,9 @@ def _rename_mlp(layer: nn.Module, name: str) -> None:
 
 
 class Experts(nn.ModuleList):
-    """The experts of a block, each with three linear modules. An expert runs on the tokens that chose it, if any."""
+    """The experts of a block, each with its linear modules. An expert runs on the tokens that chose it, if any."""
 
-    def __init__(self, fused: Any, names: tuple[str, str, str]) -> None:
+    def __init__(self, fused: Any, names: tuple[str, ...]) -> None:
         count, hidden, wide = fused.down_proj.shape
         device = fused.down_proj.device
         super().__init__(_Expert(fused.act_fn, names, hidden, wide, device) for _ in range(count))
@@ -102,17 +104,17 @@ class Experts(nn.ModuleList):
 
 
 class _Expert(nn.Module):
-    """One gated feed-forward network."""
+    """One feed-forward network; of three names it is gated."""
 
-    def __init__(
-        self, activation: Any, names: tuple[str, str, str], hidden: int, wide: int, device: torch.device
-    ) -> None:
+    def __init__(self, activation: Any, names: tuple[str, ...], hidden: int, wide: int, device: torch.device) -> None:
         super().__init__()
         self._activation, self._names = activation, names
-        for name, shape in zip(names, ((hidden, wide), (hidden, wide), (wide, hidden)), strict=True):
+        for name in names:
+            shape = (wide, hidden) if name == names[-1] else (hidden, wide)
             self.add_module(name, nn.Linear(*shape, bias=False, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        output: Tensor = down(self._activation(gate(x)) * up(x))
+        *gates, up, down = (self.get_submodule(name) for name in self._names)
+        states = self._activation(gates[0](x)) * up(x) if gates else self._activation(up(x))
+        output: Tensor = down(states)
         return output

@@ -1,7 +1,8 @@
 """The rules of each known architecture: its tensors, and what vLLM makes of them.
 
 `architectures.json` is made by `make architectures` from transformers and vLLM (see `allocator.blocks.discovery`).
-`architectures_by_hand.json` has what these do not tell.
+`architectures_by_hand.json` has what these do not tell, `towers.json` the tensors beside some language models (a vision
+tower and its projector), as transformers has them and vLLM cuts them.
 
 A dimension is a sum of products and quotients of config keys, as in `num_key_value_heads*head_dim`; a key with
 a dot stands in a part of the config (`vision_config.hidden_size`). A key that config.json leaves out takes its
@@ -19,6 +20,7 @@ from pydantic import Field
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
+from allocator.model.derived_sizes import DERIVED
 from allocator.model.found_here import read_found
 
 __all__ = [
@@ -34,6 +36,11 @@ __all__ = [
 ]
 
 _OPERATION = re.compile(r"([*/]?)([A-Za-z0-9_.]+)")
+_OLD_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
+"""Kinds of blocks in configs that were written before transformers 5, and what they are called now."""
+
+_OF_THE_PROJECTOR = ("spatial_merge_size",)
+"""Keys that stand neither with the language model nor with the tower."""
 
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
@@ -90,9 +97,16 @@ class OtherTensor(Strict):
 
 class LayerKinds(Strict):
     """Of what kind each block is: a list under the config key `key`; where config.json has none, every `period`-th is
-    of the kind `nth`, and the others of the kind `rest`. The config key `period_key` can say another period."""
+    of the kind `nth`, and the others of the kind `rest`. The config key `period_key` can say another period.
+
+    Older configs say it in a string of `letters` under `letters_key`, or list the blocks of the kind `nth` under
+    `numbers_key`.
+    """
 
     key: str
+    letters_key: str | None = None
+    letters: dict[str, str] | None = None
+    numbers_key: str | None = None
     period: int | None = None
     period_key: str | None = None
     nth: str | None = None
@@ -102,14 +116,15 @@ class LayerKinds(Strict):
 class ExpertKeys(Strict):
     """A mixture of experts: config keys of how many there are, how many a token takes, and their size.
 
-    `blocks` says which blocks have them: `all`, or the config key that says it (`decoder_sparse_step`,
-    `first_k_dense_replace`).
+    `blocks` says which blocks have them: `all`, those of the kind `kind`, or the config key that says it
+    (`decoder_sparse_step`, `first_k_dense_replace`).
     """
 
     count: str
     per_token: str
     size: str
-    blocks: Literal["all", "decoder_sparse_step", "first_k_dense_replace"]
+    blocks: Literal["all", "kind", "decoder_sparse_step", "first_k_dense_replace"]
+    kind: str | None = None
 
 
 class Architecture(Strict):
@@ -118,7 +133,7 @@ class Architecture(Strict):
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
     why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
-    names of what is copied beside it begin with one of `beside`; its size is known from files only.
+    names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
     """
 
@@ -146,7 +161,8 @@ class Architecture(Strict):
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise InputError(f"config.json: text_config must be an object, given {text!r:.40}")
-        return {**text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+        beside = {key: config[key] for key in _OF_THE_PROJECTOR if key in config}
+        return {**beside, **text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
 
     def dimension(self, expression: str, config: dict[str, Any]) -> int:
         """The value of an expression such as `num_key_value_heads*head_dim`; `config` is that of `language`.
@@ -170,6 +186,13 @@ class Architecture(Strict):
     def shape(self, expressions: tuple[str, ...], config: dict[str, Any]) -> tuple[int, ...]:
         return tuple(self.dimension(expression, config) for expression in expressions)
 
+    def blocks(self, config: dict[str, Any]) -> int:
+        """How many blocks there are. Raises InputError where nothing says it."""
+        listed = None if self.layer_kinds is None else self._listed_kinds(self.layer_kinds, config)
+        if listed is not None and config.get(self.block_count) is None:
+            return len(listed)
+        return self.dimension(self.block_count, config)
+
     def has(self, key: str, config: dict[str, Any]) -> bool:
         """Whether the config key has a value that is not false."""
         value = config.get(key, self.defaults.get(key))
@@ -183,11 +206,15 @@ class Architecture(Strict):
             return False
         if self.experts.blocks == "all":
             return True
+        if self.experts.blocks == "kind":
+            return self.kinds(self.blocks(config), config)[block] == self.experts.kind
         if self.experts.blocks == "first_k_dense_replace":
-            listed = config.get("mlp_layer_types")
+            listed, every = config.get("mlp_layer_types"), config.get("moe_layer_freq")
             if isinstance(listed, list) and block < len(listed):
                 return bool(listed[block] == "sparse")
-            dense = config.get("first_k_dense_replace", self.defaults.get("first_k_dense_replace", 0))
+            if isinstance(every, list) and block < len(every):
+                return bool(every[block])
+            dense = self._first_sparse(config)
             return bool(block >= dense and block % self._config_value("moe_layer_freq", config) == 0)
         if block in (config.get("mlp_only_layers") or ()):
             return False
@@ -198,11 +225,11 @@ class Architecture(Strict):
         rule = self.layer_kinds
         if rule is None:
             return [None] * blocks
-        given = config.get(rule.key)
-        if isinstance(given, list) and len(given) == blocks and all(isinstance(kind, str) for kind in given):
+        given = self._listed_kinds(rule, config)
+        if given is not None and len(given) == blocks:
             return list(given)
         if given is not None:
-            raise InputError(f"config.json: {rule.key} must be a list of {blocks} names, given {given!r:.60}")
+            raise InputError(f"config.json: {rule.key} must name the kinds of {blocks} blocks, given {len(given)}")
         if rule.period is None:
             raise InputError(f"config.json: {rule.key} is missing; it says of what kind each of the {blocks} blocks is")
         period = rule.period
@@ -210,9 +237,44 @@ class Architecture(Strict):
             period = self._config_value(rule.period_key, config)
         return [rule.rest if (i + 1) % period else rule.nth for i in range(blocks)]
 
+    def _listed_kinds(self, rule: LayerKinds, config: dict[str, Any]) -> list[str] | None:
+        """The kinds that config.json lists, in whatever form; None if it has no list. Raises InputError."""
+        given = config.get(rule.key)
+        if isinstance(given, list) and all(isinstance(kind, str) for kind in given):
+            return [str(_OLD_KINDS.get(kind, kind)) for kind in given]
+        if given is not None:
+            raise InputError(f"config.json: {rule.key} must be a list of names, given {given!r:.60}")
+        letters = None if rule.letters_key is None else config.get(rule.letters_key)
+        if rule.letters is not None and letters is not None:
+            if not isinstance(letters, str) or not set(letters) <= rule.letters.keys():
+                allowed = ", ".join(rule.letters)
+                raise InputError(f"config.json: {rule.letters_key} must consist of {allowed}, given {letters!r:.60}")
+            return [rule.letters[letter] for letter in letters]
+        numbers = None if rule.numbers_key is None else config.get(rule.numbers_key)
+        nth, rest = rule.nth, rule.rest
+        if numbers is None or nth is None or rest is None:
+            return None
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise InputError(f"config.json: {rule.numbers_key} must be a list of numbers, given {numbers!r:.60}")
+        return [nth if i in numbers else rest for i in range(self.dimension(self.block_count, config))]
+
+    def _first_sparse(self, config: dict[str, Any]) -> int:
+        """The number of the first block with experts."""
+        key = "first_k_dense_replace"
+        value = config.get(key)
+        if value is None:
+            value = self.defaults.get(key, 0)
+        if isinstance(value, str):
+            key, value = value, config.get(value, self.defaults.get(value, 0))
+        if type(value) is not int or value < 0:
+            raise InputError(f"config.json: {key} must be a number of blocks, given {value!r:.40}")
+        return value
+
     def _config_value(self, key: str, config: dict[str, Any]) -> int:
         if key.isdecimal():
             return int(key)
+        if key in DERIVED:
+            return DERIVED[key].size({**self.defaults, **config})
         part, _, name = key.rpartition(".")
         given = config.get(part) if part else config
         value = given.get(name) if isinstance(given, dict) else None
@@ -242,9 +304,17 @@ def table() -> dict[str, Any]:
 
 
 @cache
+def _towers() -> dict[str, Any]:
+    return dict(json.loads(files("allocator.model").joinpath("towers.json").read_text(encoding="utf-8")))
+
+
+@cache
 def architecture_rules(name: str) -> Architecture:
     """Raises KeyError for an architecture that is not in the table."""
-    return Architecture.model_validate_json(json.dumps(table()[name]), strict=True)
+    rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
+    tower = _towers()[tower] if isinstance(tower, str) else tower
+    together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
+    return Architecture.model_validate_json(json.dumps(rules | together), strict=True)
 
 
 def known_architectures() -> list[str]:

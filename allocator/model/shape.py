@@ -13,6 +13,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, Dtype16
 from allocator.contract.resident import Heads, Split
 from allocator.model.architectures import Architecture, Linear, OtherTensor, architecture_of
+from allocator.model.attention_layers import AttentionLayer, attention_layers
 from allocator.model.context_length import ContextLength, context_length
 
 __all__ = [
@@ -86,22 +87,6 @@ class OtherKind:
 
 
 @dataclass(frozen=True)
-class AttentionLayer:
-    """What one block keeps of each token: `kv_heads` keys of `key_size` and values of `value_size` numbers.
-
-    For latent attention (`mla`) one vector of `key_size` numbers, which all ranks hold. `window` is that of a
-    sliding window, None for full attention. A layer of another kind keeps something else (`other`): linear attention
-    a state of each sequence.
-    """
-
-    kind: Literal["full", "sliding", "mla", "other"]
-    kv_heads: int
-    key_size: int
-    value_size: int
-    window: int | None = None
-
-
-@dataclass(frozen=True)
 class ExpertCounts:
     """Experts of a sparse block, how many a token takes, and their intermediate size."""
 
@@ -158,7 +143,7 @@ def read_shape(config: dict[str, Any]) -> ModelShape:
 def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelShape:
     """The description of the model `config` by the `rules` of the architecture `name`. Raises InputError."""
     language = rules.language(config)
-    blocks = rules.dimension(rules.block_count, language)
+    blocks = rules.blocks(language)
     sparse = [rules.is_sparse(i, language) for i in range(blocks)]
     places = _Places(sparse, rules.kinds(blocks, language))
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -183,7 +168,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         blocks=blocks,
         modules=tuple(modules),
         others=tuple(others),
-        attention=_attention(rules, language, blocks),
+        attention=attention_layers(name, rules, language, blocks),
         heads=Heads(
             query=rules.dimension("num_attention_heads", language),
             key_value=rules.dimension("num_key_value_heads", language),
@@ -266,40 +251,6 @@ def _other(rules: Architecture, other: OtherTensor, config: dict[str, Any], plac
     elif other.repeat is not None:
         numbers = tuple(range(rules.dimension(other.repeat, config)))
     return OtherKind(other.name, rules.shape(other.shape, config), other.shape, other.split, numbers, other.float32)
-
-
-def _attention(rules: Architecture, config: dict[str, Any], blocks: int) -> tuple[AttentionLayer, ...]:
-    if rules.attention == "mla":
-        latent = rules.dimension("kv_lora_rank+qk_rope_head_dim", config)
-        return (AttentionLayer("mla", 1, latent, 0),) * blocks
-    heads, size = rules.dimension("num_key_value_heads", config), rules.dimension("head_dim", config)
-    full = AttentionLayer("full", heads, size, size)
-    layers = []
-    for window, kind in zip(_windows(rules, config, blocks), rules.kinds(blocks, config), strict=True):
-        if kind not in (None, "full_attention", "sliding_attention"):
-            layers.append(AttentionLayer("other", 0, 0, 0))
-        else:
-            layers.append(full if window is None else AttentionLayer("sliding", heads, size, size, window))
-    return tuple(layers)
-
-
-def _windows(rules: Architecture, config: dict[str, Any], blocks: int) -> list[int | None]:
-    """The sliding window of each layer as vLLM sees it, None for full attention.
-
-    Models whose code takes no window for each layer get one only if all layers have it (`EngineArgs`).
-    """
-    window = config.get("sliding_window", rules.defaults.get("sliding_window"))
-    if rules.window == "none" or not isinstance(window, int) or not window:
-        return [None] * blocks
-    if rules.window == "every":
-        return [window] * blocks
-    types = config.get("layer_types")
-    if rules.window == "use_sliding_window":
-        every = bool(config.get("use_sliding_window")) and not config.get("max_window_layers", blocks)
-        if isinstance(types, list):
-            every = bool(config.get("use_sliding_window")) and set(types) == {"sliding_attention"}
-        return [window if every else None] * blocks
-    return [window if kind == "sliding_attention" else None for kind in rules.kinds(blocks, config)]
 
 
 def _dtype16(config: dict[str, Any], language: dict[str, Any]) -> Dtype16:

@@ -1,29 +1,19 @@
-"""The KV cache of vLLM as arithmetic: pages, groups of layers, blocks, sequences.
+"""The KV cache of vLLM as arithmetic: blocks, sequences, tokens.
 
-Mirrors `v1/core/kv_cache_utils.py` (`get_kv_cache_groups`, `get_kv_cache_configs`, `_pool_bytes_per_block`) and
-`v1/kv_cache_interface.py` (`FullAttentionSpec`, `SlidingWindowSpec`, `MLAAttentionSpec`) of vLLM 0.32 and 0.33. A page
-is one layer's part of one block of `block_size` tokens. Layers of one kind form groups of equal size; all
-groups take their blocks from one pool, so a block has the bytes of the largest group. One block, the null
-block, is never used.
+Mirrors `v1/core/kv_cache_utils.py` (`get_kv_cache_configs`, `_pool_bytes_per_block`) of vLLM 0.32 and 0.33. All groups
+of layers (`kv_groups`) take their blocks from one pool, so a block has the bytes of the largest group. One block, the
+null block, is never used.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from allocator.contract.errors import InputError
-from allocator.contract.resident import Ranks
 from allocator.model.shape import AttentionLayer, ModelShape
+from allocator.plan.kv_groups import LayerGroup, layer_groups
 from allocator.plan.schema import PlanRequest
 
-__all__ = ["KvCapacity", "KvGroup", "KvPool", "kv_pools", "stage_layers"]
-
-
-@dataclass(frozen=True)
-class KvGroup:
-    """Layers of one kind that share a block table; `layers` is how many of them a rank's stage has."""
-
-    layers: int
-    window: int | None
+__all__ = ["KvCapacity", "KvPool", "kv_pools", "pools_of", "stage_layers"]
 
 
 @dataclass(frozen=True)
@@ -39,22 +29,30 @@ class KvCapacity:
 class KvPool:
     """The KV cache of one rank. `in_flight_tokens` can be scheduled before the window moves on."""
 
-    groups: tuple[KvGroup, ...]
-    block_size: int
-    page_bytes: int
+    groups: tuple[LayerGroup, ...]
     in_flight_tokens: int
 
     @property
     def bytes_per_block(self) -> int:
-        return self.page_bytes * max(group.layers for group in self.groups)
+        return max(group.nbytes for group in self.groups)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of each sequence."""
+        return any(group.states for group in self.groups)
 
     def blocks_per_sequence(self, length: int) -> int:
         """Blocks that one sequence of `length` tokens needs, over all groups."""
-        return sum(_group_blocks(group, length, self.block_size, self.in_flight_tokens) for group in self.groups)
+        return sum(group.blocks(length, self.in_flight_tokens) for group in self.groups)
 
     def bytes_for(self, sequences: int, length: int) -> int:
         """Bytes of a pool that holds `sequences` of `length` tokens at once, the null block included."""
         return self.bytes_per_block * (sequences * self.blocks_per_sequence(length) + 1)
+
+    def state_bytes(self, sequences: int) -> int:
+        """The part of `bytes_for` that holds states, which do not grow with the length."""
+        blocks = sum(group.states for group in self.groups)
+        return self.bytes_per_block * sequences * blocks
 
     def capacity(self, available_bytes: int, length: int) -> KvCapacity:
         """What vLLM makes of `available_bytes` for sequences of `length` (`get_kv_cache_capacity`)."""
@@ -77,25 +75,24 @@ class KvPool:
 
 
 def kv_pools(shape: ModelShape, request: PlanRequest, batched_tokens: int) -> list[KvPool]:
-    """The pool of a rank of each pipeline stage."""
-    if any(layer.kind == "other" for layer in shape.attention):
+    """The pool of a rank of each pipeline stage. Raises InputError for a model whose cache is not known."""
+    try:
+        return pools_of(shape.attention, request, batched_tokens)
+    except InputError as error:
         raise InputError(
-            f"{shape.architecture}: layers that are neither full nor sliding-window attention keep a state, whose "
-            "memory is not planned yet; learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
-        )
-    sizes = {(layer.kind == "mla", layer.kv_heads, layer.key_size + layer.value_size) for layer in shape.attention}
-    if len(sizes) != 1:
-        raise InputError(f"{shape.architecture}: layers with KV caches of different sizes are not planned yet")
-    is_mla, heads, numbers = sizes.pop()
-    on_rank = 1 if is_mla else _heads_on_rank(heads, request.ranks)
-    page = request.block_size * on_rank * numbers * request.kv_element_bytes
-    groups = _groups(shape.attention)
+            f"{shape.architecture}: {error}; learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
+        ) from error
+
+
+def pools_of(attention: Sequence[AttentionLayer], request: PlanRequest, batched_tokens: int) -> list[KvPool]:
+    """Likewise, by the layers of a model. Raises InputError."""
+    groups = layer_groups(attention, request.ranks, request.kv_element_bytes, request.block_size)
     # One batch runs on each stage and, with asynchronous scheduling, one more is prepared.
     in_flight = (request.pipeline_parallel_size + 1) * batched_tokens
-    pools = []
-    for stage in stage_layers(shape.blocks, request.pipeline_parallel_size):
-        here = tuple(KvGroup(len(set(stage) & layers), window) for layers, window in groups)
-        pools.append(KvPool(here, request.block_size, page, in_flight))
+    stages = stage_layers(len(attention), request.pipeline_parallel_size)
+    pools = [KvPool(tuple(group.within(stage) for group in groups), in_flight) for stage in stages]
+    if not all(any(group.nbytes for group in pool.groups) for pool in pools):
+        raise InputError("a pipeline stage of blocks that keep nothing is not planned")
     return pools
 
 
@@ -109,28 +106,3 @@ def stage_layers(blocks: int, stages: int) -> list[range]:
         ranges.append(range(start, start + count))
         start += count
     return ranges
-
-
-def _groups(attention: Iterable[AttentionLayer]) -> list[tuple[set[int], int | None]]:
-    """Layers of each group and their window (`_get_kv_cache_groups_uniform_page_size`)."""
-    kinds: dict[int | None, list[int]] = {}
-    for index, layer in enumerate(attention):
-        kinds.setdefault(layer.window, []).append(index)
-    least, most = min(map(len, kinds.values())), max(map(len, kinds.values()))
-    size = most if most < 1.5 * least else least
-    groups = []
-    for window, layers in kinds.items():
-        count = -(-len(layers) // size)
-        groups += [(set(layers[i::count]), window) for i in range(count)]
-    return groups
-
-
-def _group_blocks(group: KvGroup, length: int, block_size: int, in_flight: int) -> int:
-    if group.window is None:
-        return -(-length // block_size)
-    kept = min(group.window - 1 + in_flight, length)
-    return -(-kept // block_size) + 1  # the window need not begin where a block does
-
-
-def _heads_on_rank(heads: int, ranks: Ranks) -> int:
-    return max(heads // ranks.tensor_parallel_size, 1)

@@ -47,12 +47,16 @@ PROBED = (
     "slack",
 )
 """Lines that a probe on the real device can replace."""
+STATES = "recurrent state"
+"""The line of what linear attention and Mamba keep of each sequence, beside keys and values."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The lines, the KV pools of the pipeline stages, and `budget`, the bytes left for the weights of a rank."""
+    """The lines, the KV pools of the pipeline stages, and `budget`, the bytes left for the weights of a rank. `request`
+    is what was asked for, with no more sequences at once than vLLM starts with."""
 
+    request: PlanRequest
     lines: list[Line]
     pools: list[KvPool]
     kv_bytes: int
@@ -66,23 +70,46 @@ def batched_tokens(request: PlanRequest, device: Device) -> int:
 
 def ledger(shape: ModelShape, device: Device, request: PlanRequest, probe: Mapping[str, int]) -> Ledger:
     """All lines of a checked request; `probe` replaces those of `PROBED` by measured bytes."""
-    assert request.max_model_len is not None
     tokens = batched_tokens(request, device)
     pools = kv_pools(shape, request, tokens)
+    request = _startable(request, pools)
+    length = request.max_model_len
+    assert length is not None
     # vLLM takes the ceiling of the product (`request_memory`); utilizations have at most six digits here.
     allowed = -(-device.cuda_bytes * round(request.gpu_memory_utilization * 10**6) // 10**6)
-    kv = max(pool.bytes_for(request.cached_sequences, request.max_model_len) for pool in pools)
+    kv, states = max(
+        (pool.bytes_for(request.cached_sequences, length), pool.state_bytes(request.cached_sequences)) for pool in pools
+    )
     lines = [
         _line("device memory", device.total_bytes, "exact", "as the driver reports"),
         _line("CUDA memory", device.cuda_bytes, device.basis, "what vLLM sees"),
         _line("vLLM may use", allowed, device.basis, f"utilization {request.gpu_memory_utilization:g}"),
-        _line("KV cache", kv, "exact", f"{request.cached_sequences} x {request.max_model_len} tokens"),
+        _line("KV cache", kv - states, "exact", f"{request.cached_sequences} x {length} tokens"),
+        *([_line(STATES, states, "exact", _states_note(shape, request, pools))] if states else []),
         *_adapters(shape, request, probe),
         *_overheads(shape, device, request, tokens, probe),
     ]
     budget = allowed - sum(line.nbytes for line in lines[3:])
     lines.append(_line("left for weights", budget, "formula", "a rank, after loading"))
-    return Ledger(lines, pools, kv, budget)
+    return Ledger(request, lines, pools, kv, budget)
+
+
+def _startable(request: PlanRequest, pools: list[KvPool]) -> PlanRequest:
+    """Where layers keep a state, vLLM captures its graphs only if the pool has a block for each of `max_num_seqs`
+    (`CompilationConfig.resolve_cudagraph_mode_and_sizes`): no more than the planned sequences leave."""
+    if request.kv_sequences is None or request.enforce_eager or not any(pool.has_states for pool in pools):
+        return request
+    assert request.max_model_len is not None
+    blocks = min(request.kv_sequences * pool.blocks_per_sequence(request.max_model_len) + 1 for pool in pools)
+    return request.model_copy(update={"max_num_seqs": min(request.max_num_seqs, blocks)})
+
+
+def _states_note(shape: ModelShape, request: PlanRequest, pools: list[KvPool]) -> str:
+    """Of how many layers, how often vLLM keeps it, and how much of a page is padding."""
+    states = [layer.state for layer in shape.attention if layer.state is not None]
+    kept = sum(state.nbytes(request.tensor_parallel_size) for state in states)
+    pages = sum(sum(group.pages.values()) for pool in pools for group in pool.groups if group.states)
+    return f"{request.cached_sequences} x {states[0].copies} of {len(states)} layers, {1 - kept / pages:.0%} padding"
 
 
 def _adapters(shape: ModelShape, request: PlanRequest, probe: Mapping[str, int]) -> list[Line]:
@@ -213,9 +240,10 @@ def make_plan(
     request = check_request(request, shape, device.capability, device.cuda_bytes)
     if request.lora is not None:
         check_lora(shape, request.lora)
+    total = ledger(shape, device, request, probe)
+    request = total.request
     residency = residency_of(shape, request)
     sizes = weight_sizes(shape, residency, weights.group_size, weights.symmetric)
-    total = ledger(shape, device, request, probe)
     fixed = None
     if weights.formats is not None:
         check_formats(shape, weights.formats)

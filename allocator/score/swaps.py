@@ -215,21 +215,55 @@ def _swap_experts(
     progress: Progress,
 ) -> None:
     """Put into `found` what `measure_swaps` returns, for matrices of experts: a few batches are in memory at a time."""
+    added = _adds_experts(stream, block)
     for together in _few_at_a_time(batches):
         routes = {number: record_routes(stream, block, batch.states) for number, batch in together.items()}
+        gradients_of = {
+            number: batch.gradients.flatten(1, 2) if added else _gradients_at_experts(stream, block, batch)
+            for number, batch in together.items()
+        }
         for name in experts:
             count = len(candidates.formats[name])
             along = {n: torch.zeros(count, *batch.gradients.shape[:1], batch.tokens) for n, batch in together.items()}
             for index in range(count - 1):
                 weight = candidates.weight(name, index)
-                for number, batch in together.items():
+                for number in together:
                     tokens, errors = expert_error(block, name, weight, routes[number])
-                    gradients = batch.gradients.flatten(1, 2)[:, tokens]
+                    gradients = gradients_of[number][:, tokens]
                     along[number][index][:, tokens.cpu()] = torch.einsum("kd,skd->sk", errors, gradients).cpu()
             for number, batch in together.items():
                 by_sequence = along[number].reshape(*along[number].shape[:2], *batch.states.shape[:2]).transpose(1, 2)
                 found[number][name] = reduce(by_sequence.flatten(1))
             progress.advance(len(together) / len(batches) / len(candidates.formats), name)
+
+
+def _adds_experts(stream: BlockStream, block: nn.Module) -> bool:
+    """Whether what the experts answer is added to the block's output as it is: not where a norm (Gemma 4), a factor
+    (Granite) or a projection (Nemotron-H) comes after them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
+    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
+    found = _gradients_at_experts(stream, block, Batch(states, states, gradient[None]))
+    return torch.equal(found, gradient.flatten(0, 1)[None])
+
+
+def _gradients_at_experts(stream: BlockStream, block: nn.Module, batch: Batch) -> Tensor:
+    """The gradients of `batch` taken back to the output of the block's experts: `[S, B * T, D of the experts]`."""
+    experts = next(module for module in block.modules() if isinstance(module, Experts))
+    answers: list[Tensor] = []
+
+    def see(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        answers.append(output.detach().requires_grad_())
+        return answers[-1]
+
+    hook = experts.register_forward_hook(see)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            output = stream.run(block, batch.states.clone())
+            found = [torch.autograd.grad(output, answers, g.clone(), retain_graph=True)[0] for g in batch.gradients]
+    finally:
+        hook.remove()
+    return torch.stack(found).flatten(1, -2)
 
 
 @dataclass(frozen=True)
@@ -265,7 +299,7 @@ def record_routes(stream: BlockStream, block: nn.Module, states: Tensor) -> Rout
 
 
 def expert_error(block: nn.Module, name: str, weight: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-    """The error of the block's output with `weight` in place of the module `name`'s, which must be an expert's.
+    """The error of what a block's experts answer with `weight` in place of the module `name`'s, one of theirs.
 
     Returns the numbers of the tokens that chose the expert `[k]`, and their errors `[k, D]`; all others have none.
     """

@@ -23,10 +23,19 @@ MODELS = {
     "Qwen3-8B": "qwen3-8b",
     "Qwen3-14B": "qwen3-14b",
     "Phi-4 (14B)": "phi-4",
+    "Mistral-Small-3.2-24B": "mistral-small-3.2-24b",
     "Gemma-3-27B (text)": "gemma-3-27b",
+    "Qwen3.5-27B": "qwen3.5-27b",
     "Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "Nemotron-3-Nano-30B-A3B": "nemotron-3-nano-30b-a3b",
+    "OLMo-3-32B": "olmo-3-32b",
+    "EXAONE-4-32B": "exaone-4-32b",
+    "GLM-4-32B": "glm-4-32b",
     "Qwen2.5-32B": "qwen2.5-32b",
     "Qwen3-32B": "qwen3-32b",
+    "Qwen3.5-35B-A3B": "qwen3.5-35b-a3b",
+    "Seed-OSS-36B": "seed-oss-36b",
+    "Qwen3-Next-80B-A3B": "qwen3-next-80b-a3b",
 }
 CONTEXTS = (8192, 32768)
 SEQUENCES = 4

@@ -8,12 +8,13 @@ With --check nothing is written, and an old page is an error.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
-from tests.families import FAMILIES, NOT_SERVED, NOT_TRIED, WRAPPERS  # noqa: E402
+from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_WITH, WRAPPERS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 ELSEWHERE = (
@@ -21,7 +22,10 @@ ELSEWHERE = (
     "Phi3ForCausalLM", "Gemma3ForCausalLM",
 )  # fmt: skip
 """Backed by tests/e2e/test_architectures.py, and learned in many tests."""
+ON_CUDA = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+"""Backed by tests/gpu/test_engine.py."""
 TABLE = ROOT / "allocator" / "model" / "architectures.json"
+SINCE = Path(__file__).with_name("since.json")
 
 HEAD = """# Models
 
@@ -41,19 +45,21 @@ What a **yes** means.
   exported, and the checkpoint opens again (`tests/blocks/test_families.py`).
 - *serve on CPU*: vLLM {vllm} gives the same greedy tokens as transformers with the dequantized weights, at mixed widths
   in fused layers (`tests/e2e/test_families.py`; some only with GAMMA_FAMILIES=all).
+- *serve on CUDA*: the same on an NVIDIA GPU (`tests/gpu`).
+- *since vLLM*: the oldest release, of those that the plugin serves with, whose registry has the architecture
+  (`benchmarks/models/since.py` reads them); the oldest of these is {oldest}.
 
-*found* means that nothing is known to be missing and no test has tried it. Nothing of this page was tried on CUDA;
-Llama and Qwen3 were, elsewhere (`tests/gpu`). `gamma plan` refuses models with linear attention or chunked windows,
-whose cache it does not know yet, and most multimodal ones, of which it knows the language model only. Of these the
-language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
+*found* means that nothing is known to be missing and no test has tried it. `gamma plan` knows Gemma 3, Mistral 3 and
+Qwen3.5 with their vision towers, and refuses other multimodal models, of which it knows the language model only. Of all
+the language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
 language model, which tests try layer by layer and not in a server: vLLM's CPU build needs torchvision for them.
 
 What vLLM builds without a quantization config stays at 16 bits, embeddings and lm_heads of some families among it;
 `gamma inspect` says so of each module. *but experts* means that the experts are stored in a way that is not cut into
 modules, and are copied: only the rest is quantized.
 
-| architecture | inspect | learn | serve on CPU |
-|---|---|---|---|
+| architecture | inspect | learn | serve on CPU | serve on CUDA | since vLLM |
+|---|---|---|---|---|---|
 """
 
 
@@ -64,32 +70,48 @@ def backed() -> dict[str, str]:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]: kind for kind in FAMILIES}
+    names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]: kind for kind in FAMILIES if kind not in MODEL_TYPES}
     whole = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]: kind for kind in WRAPPERS}
     return {name if isinstance(name, str) else name[0]: kind for name, kind in names.items()} | whole
 
 
-def row(name: str, families: dict[str, str]) -> str:
+def row(name: str, families: dict[str, str], since: str) -> str:
     rules, kind = architecture_rules(name), families.get(name)
     if rules.plan_only is not None:
-        return f"| {name} | yes | no: {rules.plan_only} | |"
+        return f"| {name} | yes | no: {rules.plan_only} | | | {since} |"
     if all(linear.why_16 is not None for linear in rules.linears):
-        return f"| {name} | yes | no: none of its modules can be quantized | |"
+        return f"| {name} | yes | no: none of its modules can be quantized | | | {since} |"
     state = "yes" if kind is not None or name in ELSEWHERE else "found"
     serve = (
         f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
     )
+    others = [other for other, of in MODEL_TYPES.items() if of == kind and other in NOT_SERVED]
+    if serve == "yes" and kind in SERVED_WITH and (notes := _options(SERVED_WITH[kind])):
+        serve += f", with {notes}"
+    if serve == "yes" and others:
+        serve += f"; with experts no: {NOT_SERVED[others[0]]}"
+    cuda = "yes" if name in ON_CUDA else "not tried"
     copied = any(".experts." in other.name and len(other.shape) == 3 for other in rules.others)
-    return f"| {name} | yes | {state}{', but experts' if copied else ''} | {serve} |"
+    return f"| {name} | yes | {state}{', but experts' if copied else ''} | {serve} | {cuda} | {since} |"
+
+
+def _options(options: dict[str, Any]) -> str:
+    """Options of vLLM as they stand on its command line."""
+    said = {
+        key.replace("_", "-"): value if isinstance(value, str) else json.dumps(value) for key, value in options.items()
+    }
+    return ", ".join(f"`--{key} {value}`" for key, value in said.items())
 
 
 def page() -> str:
     made = json.loads(TABLE.read_text(encoding="utf-8"))
-    families = backed()
-    rows = "".join(f"{row(name, families)}\n" for name in known_architectures())
+    releases = json.loads(SINCE.read_text(encoding="utf-8"))
+    oldest, families = releases["oldest"], backed()
+    since = {name: f"{of} or earlier" if of == oldest else of for name, of in releases["since"].items()}
+    rows = "".join(f"{row(name, families, since.get(name, ''))}\n" for name in known_architectures())
     refused = "".join(f"| {name} | {reason.removeprefix(f'{name}: ')} |\n" for name, reason in made["refused"].items())
     tail = "\n## Architectures whose structure was not found\n\n| architecture | what is missing |\n|---|---|\n"
-    return HEAD.format(**made) + rows + tail + refused
+    return HEAD.format(**made, oldest=oldest) + rows + tail + refused
 
 
 def main() -> None:

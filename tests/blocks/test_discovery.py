@@ -25,6 +25,8 @@ AGAIN = {
     "Glm4MoeForCausalLM": "dense blocks before sparse ones, shared experts",
     "MixtralForCausalLM": "names that transformers changes",
     "Qwen3NextForCausalLM": "linear attention",
+    "NemotronHForCausalLM": "blocks of four kinds, experts of a size of their own",
+    "Lfm2ForCausalLM": "a size that its class computes",
 }
 
 

@@ -24,6 +24,15 @@ def test_plan_prints_every_line_with_its_basis_and_the_verdict(capsys):
     assert "4 sequences of 16,384" in out
 
 
+def test_what_linear_attention_keeps_of_each_sequence_is_printed(capsys):
+    model = str(FOLDER / "qwen3.5-27b.json")
+    assert main(["plan", model, "--gpu", "l40s", "--max-model-len", "32768", "--max-num-seqs", "8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "27,356,728,560 parameters" in out
+    assert "recurrent state 2.297 2,466,250,752 exact 8 x 2 of 48 layers" in out
+    assert "8 sequences of 32,768 at once" in out
+
+
 def test_no_comes_with_the_number_that_makes_it_yes(capsys):
     assert main(["plan", MODEL, "--gpu", "rtx4080", "--max-model-len", "16384", "--max-num-seqs", "4"]) == 4
     out = capsys.readouterr().out

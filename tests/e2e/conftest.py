@@ -39,7 +39,9 @@ def mixed(module: str) -> tuple[int, int, bool]:
 
 def mixed_with_vocabulary(module: str) -> tuple[int, int, bool]:
     """As `mixed`, and embedding and lm_head below 16 bits as well."""
-    return {"embed_tokens": (5, 64, False), "lm_head": (6, 32, True)}.get(module.rpartition(".")[2]) or mixed(module)
+    return {"embed_tokens": (5, 64, False), "embeddings": (5, 64, False), "lm_head": (6, 32, True)}.get(
+        module.rpartition(".")[2]
+    ) or mixed(module)
 
 
 @pytest.fixture(scope="session")

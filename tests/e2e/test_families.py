@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
-from tests.families import FAMILIES, LIKE_OTHERS, NOT_SERVED, NOT_TRIED, ONLY_BFLOAT16, make_family  # noqa: E402
+from tests.families import FAMILIES, LIKE_OTHERS, NOT_SERVED, NOT_TRIED, SERVED_WITH, make_family  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+OPTIONS = {"skip_tokenizer_init": True}
 PROMPTS = [[3, 9, 27, 81, 100, 7] * 6, [5, 6]]  # the first is longer than the windows
 ALL = os.environ.get("GAMMA_FAMILIES") == "all"
 SERVED = [name for name in FAMILIES if name not in (*NOT_SERVED, *NOT_TRIED) and (ALL or name not in LIKE_OTHERS)]
@@ -22,6 +23,9 @@ SERVED = [name for name in FAMILIES if name not in (*NOT_SERVED, *NOT_TRIED) and
 def _groups_of_32(module: str) -> tuple[int, int, bool]:
     num_bits, _, symmetric = mixed_with_vocabulary(module)
     return num_bits, 32, symmetric
+
+
+UNSERVED = [name for name in NOT_SERVED if ALL or name == "nemotron_h_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +39,21 @@ def answers(tmp_path_factory, serving, run_engines):
         make_checkpoint(make_family(name, model), gamma, _groups_of_32)
         write_dequantized(gamma, plain)
         jobs.append({"name": f"{name} transformers", "model": str(plain), "steps": steps})
-        dtype = "bfloat16" if name in ONLY_BFLOAT16 else "float32"
-        engine = {"kernel": "torch", "options": {"skip_tokenizer_init": True, "dtype": dtype}}
+        engine = {"kernel": "torch", "options": OPTIONS | SERVED_WITH.get(name, {})}
         jobs.append({"name": f"{name} vllm", "model": str(gamma), "steps": steps} | engine)
-    results = run_engines(jobs, folder)
-    return lambda name: succeeded(results[name])
+    for name in UNSERVED:
+        model = str(make_family(name, folder / name))
+        jobs.append({"name": f"{name} transformers", "model": model, "steps": steps})
+        jobs.append({"name": f"{name} vllm", "model": model, "steps": steps, "kernel": "torch", "options": OPTIONS})
+    return run_engines(jobs, folder)
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_greedy_tokens_equal_those_of_transformers(answers, name):
-    assert answers(f"{name} vllm") == answers(f"{name} transformers")
+    assert succeeded(answers[f"{name} vllm"]) == succeeded(answers[f"{name} transformers"])
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_is_not_served_is_not_served_without_quantization_either(answers, name):
+    answer = answers[f"{name} vllm"]
+    assert "error" in answer or answer["steps"] != succeeded(answers[f"{name} transformers"])

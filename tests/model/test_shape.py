@@ -1,15 +1,32 @@
 """A model is described from config.json alone, to the parameter."""
 
+import json
+
 import pytest
 
 from allocator.contract.errors import InputError
 from allocator.model import read_inventory, read_shape
-from tests.configs import PUBLISHED_PARAMETERS, config_of, shape_of
+from tests.configs import COUNTED_PARAMETERS, PUBLISHED_PARAMETERS, config_of, shape_of
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", COUNTED_PARAMETERS)
 def test_parameters_are_those_that_the_publisher_counts(name):
-    assert shape_of(name).parameters == PUBLISHED_PARAMETERS[name]
+    assert shape_of(name).parameters == COUNTED_PARAMETERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTED_PARAMETERS)
+def test_parameters_are_those_of_the_model_class_of_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = [tensor for key, tensor in model.state_dict().items() if key not in parameters]
+    counted = sum(tensor.numel() for tensor in [*model.parameters(), *stored])
+    assert shape_of(name).parameters == counted
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen2"])
@@ -27,8 +44,9 @@ def test_what_stands_outside_the_blocks_can_be_quantized_unless_vllm_cannot(name
     outside = {kind.name: kind.why_16 for kind in shape_of(name).modules if not kind.blocks}
     assert len(outside) == (1 if shape_of(name).tied else 2)
     fixed = {kind: why for kind, why in outside.items() if why is not None}
-    if name == "mixtral-8x7b":
-        assert fixed == {"model.embed_tokens": "vLLM builds this embedding without a quantization config"}
+    if name in ("mixtral-8x7b", "gpt-oss-20b", "lfm2-1.2b"):
+        assert "model.embed_tokens" in fixed
+        assert all(why.startswith("vLLM builds this") for why in fixed.values())
     else:
         assert not fixed
 
@@ -94,8 +112,6 @@ def test_architecture_without_rules_is_refused_by_name():
 
 
 def test_architecture_that_can_only_be_planned_is_refused_for_learning_by_name(make_model):
-    import json
-
     folder = make_model()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PhiForCausalLM"]}))

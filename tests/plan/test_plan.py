@@ -107,6 +107,26 @@ def test_more_traffic_never_leaves_more_for_the_weights(memory, length, sequence
     assert plan.planned is None or plan.planned.sequences >= sequences
 
 
+def test_what_linear_attention_keeps_of_a_sequence_is_a_line_of_its_own():
+    short, long = (plan_of("qwen3-next-80b-a3b", "b200", max_model_len=n) for n in (8192, 65536))
+    state = short.line("recurrent state").nbytes
+    assert long.line("recurrent state").nbytes == state == 4 * 3 * 2 * short.kv_bytes_per_block
+    assert long.line("KV cache").nbytes > short.line("KV cache").nbytes
+    more = plan_of("qwen3-next-80b-a3b", "b200", max_model_len=8192, max_num_seqs=8)
+    assert more.line("recurrent state").nbytes == 2 * state
+    assert "recurrent state" not in {line.name for line in plan_of().lines}
+
+
+def test_no_more_sequences_are_asked_for_than_vllm_starts_with_where_each_keeps_a_state():
+    def sequences(name):
+        plan = plan_of(name, "b200", max_model_len=8192, max_num_seqs=1024, kv_sequences=1)
+        return plan.request.max_num_seqs, plan.kv_blocks_per_sequence
+
+    most, blocks = sequences("qwen3-next-80b-a3b")
+    assert most == blocks + 1
+    assert sequences("qwen3-32b")[0] == 1024
+
+
 def test_ranks_share_weights_and_cache():
     one, two = plan_of("llama-3.1-70b", "h100"), plan_of("llama-3.1-70b", "h100", tensor_parallel_size=2)
     assert one.line("KV cache").nbytes == 2 * two.line("KV cache").nbytes
@@ -163,6 +183,13 @@ def test_config_without_rules_for_its_layers_is_refused():
 
     with pytest.raises(InputError, match="hidden_size must be a positive integer, given -5"):
         read_shape(config_of("qwen3-8b") | {"hidden_size": -5})
+
+
+def test_a_cache_that_is_not_known_is_refused_by_the_model_s_name():
+    sparse = config_of("deepseek-v2-lite") | {"architectures": ["DeepseekV32ForCausalLM"], "index_head_dim": 128}
+    sparse |= {"layer_types": ["indexed_attention"] * 27, "q_lora_rank": 1536}
+    with pytest.raises(InputError, match="DeepseekV32ForCausalLM: the caches of some of its layers are not planned"):
+        make_plan(read_shape(sparse), find_gpu("h200"), PlanRequest(max_model_len=4096))
 
 
 def test_a_length_that_rope_scaling_does_not_reach_is_refused_with_what_would_make_it_reach():

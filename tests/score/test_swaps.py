@@ -11,6 +11,7 @@ from allocator.blocks import BlockStream
 from allocator.contract.layout import ModuleFormat
 from allocator.model import cut_unsorted, read_inventory
 from allocator.score.swaps import Batch, measure_swaps
+from tests.families import make_family
 
 FORM = ModuleFormat(shape=(32, 32), num_bits=4, group_size=32, symmetric=False)
 
@@ -34,13 +35,21 @@ class Moved:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "qwen3_moe", "mixtral", "cut"])
 def test_errors_are_those_of_whole_blocks(kind: str, tiny_model: Callable[[str], Path]) -> None:
     inventory = read_inventory(tiny_model("llama" if kind == "cut" else kind))
-    stream = BlockStream(cut_unsorted(inventory, 3) if kind == "cut" else inventory)
-    block = stream.block(1)
+    _are_those_of_whole_blocks(BlockStream(cut_unsorted(inventory, 3) if kind == "cut" else inventory), 1)
+
+
+def test_errors_of_experts_go_through_what_comes_behind_them(tmp_path: Path) -> None:
+    """Nemotron-H has a projection there."""
+    _are_those_of_whole_blocks(BlockStream(read_inventory(make_family("nemotron_h_moe", tmp_path))), 2)
+
+
+def _are_those_of_whole_blocks(stream: BlockStream, index: int) -> None:
+    block, width = stream.block(index), stream.inventory.shape.hidden_size
     generator = torch.Generator().manual_seed(1)
-    states = torch.randn(3, 40, 64, generator=generator)
+    states = torch.randn(3, 40, width, generator=generator)
     with torch.inference_mode():
         teacher = stream.run(block, states)
-    gradients = torch.randn(4, 3, 40, 64, generator=generator)
+    gradients = torch.randn(4, 3, 40, width, generator=generator)
     batches = {
         number: Batch(states[rows], teacher[rows], gradients[:, rows])
         for number, rows in {0: slice(0, 2), 5: slice(2, 3)}.items()

@@ -16,14 +16,16 @@ Trace = tuple[int, ...]
 
 class Expressions:
     """Sums of products and quotients of config keys. `keys` has the trace of each key, `constant` the keys that
-    have one value in all models."""
+    have one value in all models, `derived` the traces of sizes that are computed in another way."""
 
-    def __init__(self, keys: Mapping[str, Trace], constant: Mapping[str, int]) -> None:
+    def __init__(
+        self, keys: Mapping[str, Trace], constant: Mapping[str, int], derived: Mapping[str, Trace] | None = None
+    ) -> None:
         self._models = len(next(iter(keys.values())))
         singles = {name: trace for name, trace in keys.items() if len(set(trace)) == self._models}
         self._simple = _shortest(
             [
-                *((trace, name) for name, trace in singles.items()),
+                *((trace, name) for name, trace in {**singles, **(derived or {})}.items()),
                 *(((n,) * self._models, str(n)) for n in (1, 2, 3)),
                 *(((n,) * self._models, name) for name, n in constant.items() if n > 3),
             ]

@@ -6,6 +6,7 @@ those that transformers makes.
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from allocator.blocks.discovery.vllm_source import ServedModel, served_model
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
 from allocator.model.architectures import Architecture
+from allocator.model.derived_sizes import DERIVED
 from allocator.model.expert_stacks import STACKS
 
 __all__ = ["find_architecture"]
@@ -42,10 +44,17 @@ _BY_TRANSFORMERS = {"qkv_proj": list(_QKV), "gate_up_proj": ["gate_proj", "up_pr
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
 _ALWAYS_GIVEN = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
 """Every config.json has them, but for those whose language model is a part: it leaves out what is default."""
+_KINDS: dict[str, list[str]] = {
+    # Of what kinds the blocks of a published model are; made without a list, the class has others or none.
+    "lfm2": ["conv", "full_attention"],
+    "lfm2_moe": ["conv", "full_attention"],
+    "nemotron_h": ["linear_attention", "moe", "full_attention", "mlp"],
+}
 _NO_SWITCHES = ("tie_word_embeddings", "use_cache", "return_dict", "is_encoder_decoder", "output_hidden_states")
 _SPARSE_RULES: dict[str, dict[str, Any]] = {
     "all": {},
     "first_k_dense_replace": {"first_k_dense_replace": 3},
+    "num_dense_layers": {"num_dense_layers": 3},
     "decoder_sparse_step": {"decoder_sparse_step": 2},
 }
 
@@ -83,10 +92,14 @@ class _Finder:
         self.sparse = {
             key: value for rule in _SPARSE_RULES.values() for key, value in rule.items() if key in self.known
         }
+        self.mixes_kinds = model_type in _KINDS
+        if self.mixes_kinds:
+            self._mix_kinds(_KINDS[model_type])
         self.probes = self._probes({})
-        self.mixes_kinds = set(self.probes[0].layer_kinds or ()) == {"linear_attention"}
-        if self.mixes_kinds:  # without attention by default: with it, every second block shows what that has
-            self.sparse |= {"layer_types": ["linear_attention", "full_attention"] * (BLOCKS // 2)}
+        if set(self.probes[0].layer_kinds or ()) == {"linear_attention"}:
+            # Without attention by default: with it, every second block shows what that has.
+            self.mixes_kinds = True
+            self._mix_kinds(["linear_attention", "full_attention"])
             self.probes = self._probes({})
         self.first = self.probes[0]
         constant = {
@@ -94,7 +107,11 @@ class _Finder:
             for name in sorted(self.known - self.sizes.keys())
             if type(value := getattr(self.first.config, name, None)) is int and name not in ("num_hidden_layers",)
         }
-        self.expressions = Expressions(self.sizes, constant)
+        self.derived = {key: size for key, size in DERIVED.items() if set(size.of) <= self.known}
+        computed = {
+            key: tuple(size.size(p.config.to_dict()) for p in self.probes) for key, size in self.derived.items()
+        }
+        self.expressions = Expressions(self.sizes, constant, computed)
         self.modules: dict[str, ProbedTensor] = {}
         self.experts: Trace = ()
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
@@ -143,6 +160,10 @@ class _Finder:
             check_rules(found, one, self.architecture)
         return found
 
+    def _mix_kinds(self, kinds: list[str]) -> None:
+        key = self.kind.attribute_map.get("layer_types", "layer_types")
+        self.sparse |= {key: kinds * (BLOCKS // len(kinds))}
+
     # Tensors
 
     def _probes(self, changes: dict[str, Any], count: int = PROBES) -> list[Probe]:
@@ -168,10 +189,11 @@ class _Finder:
             changed = {(t.name, t.blocks): t for t in probed_tensors(self._probes({key: other}))}
             self.used.add(key)
             lost = not other
-            for place in usual.keys() - changed.keys():
+            here = {p for p, t in usual.items() if p not in changed or t.shape != changed[p].shape}
+            new = [t for place, t in changed.items() if place not in usual or place in here]
+            for place in here:
                 tensor = usual[place]
                 usual[place] = replace(tensor, when=key) if lost else replace(tensor, unless=key)
-            new = [t for place, t in changed.items() if place not in usual]
             gained += [replace(t, unless=key) if lost else replace(t, when=key) for t in new]
         return [*usual.values(), *gained]
 
@@ -361,6 +383,8 @@ class _Finder:
             rule = "all"
         elif "decoder_sparse_step" in self.known:
             rule = "decoder_sparse_step"
+        elif (of_kind := self._kind_of(sparse)) is not None:
+            rule = "kind"
         elif sparse == set(range(min(sparse), BLOCKS)):
             rule = "first_k_dense_replace"
         else:
@@ -377,7 +401,13 @@ class _Finder:
         if per_token is None:
             raise InputError(f"{self.architecture}: no key of its config says how many experts a token takes")
         self.used |= {per_token} | ({rule} & self.known)
-        return {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+        keys = {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+        return keys | ({"kind": of_kind} if rule == "kind" else {})
+
+    def _kind_of(self, blocks: set[int]) -> str | None:
+        """The kind whose blocks are `blocks`, None if there is none."""
+        kinds = self.first.layer_kinds or []
+        return next((k for k in kinds if blocks == {i for i, kind in enumerate(kinds) if kind == k}), None)
 
     def _defaults(self, experts: dict[str, Any] | None) -> dict[str, int | str | bool]:
         """The value of each key that is used where config.json leaves it out."""
@@ -410,9 +440,14 @@ class _Finder:
         if experts is not None:
             defaults.setdefault("intermediate_size", experts["size"])
             if experts["blocks"] == "first_k_dense_replace":
-                defaults |= {"moe_layer_freq": 1} | (
-                    {} if "first_k_dense_replace" in self.known else {"first_k_dense_replace": self.first_sparse}
-                )
+                defaults |= {"moe_layer_freq": 1}
+                if "num_dense_layers" in self.known:
+                    defaults |= {"first_k_dense_replace": "num_dense_layers"}
+                    defaults["num_dense_layers"] = self.kind().num_dense_layers
+                elif "first_k_dense_replace" not in self.known:
+                    defaults["first_k_dense_replace"] = self.first_sparse
+        for size in self.derived.values():
+            defaults |= size.defaults
         return {key: value for key, value in defaults.items() if value is not False and value != key}
 
     def _window(self) -> str:
@@ -434,6 +469,12 @@ class _Finder:
         kinds = self.first.layer_kinds or []
         key = "layer_types" if "layer_types" in self.known else "layers_block_type"
         rule: dict[str, Any] = {"key": key}
+        if "full_attn_idxs" in self.known:
+            rule |= {"numbers_key": "full_attn_idxs", "nth": "full_attention", "rest": "conv"}
+        if hasattr(self.kind, "hybrid_override_pattern"):
+            rule |= {"letters_key": "hybrid_override_pattern", "letters": _letters(self.kind._pattern_to_list)}
+        if len(set(kinds)) == 1 and key not in self.known:  # no key of config.json: all blocks are alike
+            return rule | {"period": 1, "nth": kinds[0]}
         for period in () if self.mixes_kinds else range(2, 9):
             nth, rest = set(kinds[period - 1 :: period]), {k for i, k in enumerate(kinds) if (i + 1) % period}
             if len(nth) == len(rest) == 1 and nth != rest:
@@ -441,3 +482,12 @@ class _Finder:
                 key_of_period = next((k for k in _PERIOD_KEYS if self._kinds_with({k: period + 1}) != kinds), None)
                 return rule | ({"period_key": key_of_period} if key_of_period else {})
         return rule
+
+
+def _letters(kinds_of: Any) -> dict[str, str]:
+    """What each letter of a pattern of blocks stands for, by the function that reads such patterns."""
+    found = {}
+    for letter in map(chr, range(33, 127)):
+        with suppress(KeyError, ValueError):
+            found[letter] = kinds_of(letter)[0]
+    return found

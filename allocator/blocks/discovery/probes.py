@@ -75,7 +75,12 @@ def sizes_of(kind: Any) -> dict[str, tuple[int, ...]]:
             values[name] = _HEADS
         elif role in ("mamba_n_heads", "mamba_num_heads"):
             values[name] = (24, 40, 28, 32)
-        elif role in ("mamba_d_head", "mamba_head_dim"):  # heads * d_head is twice the hidden size
+        elif name == "mamba_d_ssm":  # heads * d_head
+            values[name] = (24 * 88, 40 * 112, 28 * 64, 32 * 72)
+        elif role in ("mamba_d_head", "mamba_head_dim") and "mamba_d_ssm" in named:
+            values[name] = (88, 112, 64, 72)
+        elif role in ("mamba_d_head", "mamba_head_dim") and "validate_architecture" in vars(kind):
+            # Classes that ask for it: heads * d_head is twice the hidden size.
             values[name] = (22, 34, 30, 74)
         elif role == "hidden_size":
             values[name] = tuple(h * f for h, f in zip(_HEADS, (22, 34, 10, 74), strict=True))

@@ -23,6 +23,7 @@ TABLE = Path(str(files("allocator.model").joinpath("architectures.json")))
 _KNOWN_BETTER: dict[str, dict[str, Any]] = {
     # vLLM counts Gemma 3's scaling of RoPE in max_position_embeddings (`_get_and_verify_max_len`).
     "Gemma3ForCausalLM": {"length_is_stretched": True},
+    "FalconH1ForCausalLM": {"plan_only": "its blocks have tables that transformers computes for the model as a whole"},
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from allocator.contract.errors import InputError
 
-__all__ = ["LayerCall", "ServedModel", "served_architectures", "served_model", "vllm_version"]
+__all__ = ["LayerCall", "ServedModel", "registered", "served_architectures", "served_model", "vllm_version"]
 
 _TABLES = ("_TEXT_GENERATION_MODELS", "_SEQUENCE_CLASSIFICATION_MODELS", "_MULTIMODAL_MODELS",
            "_TRANSFORMERS_SUPPORTED_MODELS")  # fmt: skip
@@ -23,6 +23,10 @@ _LAYERS = {
     "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear", "ReplicatedLinear",
     "GateLinear", "ParallelLMHead", "VocabParallelEmbedding", "FusedMoE", "SharedFusedMoE",
 }  # fmt: skip
+
+
+_LOADED_INTO = {"expert_bias": "e_score_correction_bias"}
+"""Attributes of checkpoints that vLLM loads into parameters of another name."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class ServedModel:
     def in_float32(self, tensor: str) -> bool:
         """Whether vLLM keeps the tensor of that name in float32."""
         parent, _, leaf = tensor.rpartition(".")
-        return (parent.rpartition(".")[2] if leaf == "weight" else leaf) in self.float32
+        attribute = parent.rpartition(".")[2] if leaf == "weight" else leaf
+        names = {attribute, attribute.removesuffix("_log"), _LOADED_INTO.get(attribute, attribute)}
+        return not names.isdisjoint(self.float32)  # A_log is loaded into A
 
 
 def vllm_version() -> str:
@@ -62,9 +68,13 @@ def vllm_version() -> str:
 
 def served_architectures() -> dict[str, tuple[str, str]]:
     """Architecture -> module and class, as vLLM registers them."""
-    tree = _parse(_folder() / "model_executor" / "models" / "registry.py")
+    return registered((_folder() / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8"))
+
+
+def registered(registry: str) -> dict[str, tuple[str, str]]:
+    """Architecture -> module and class, by the source of vLLM's registry."""
     found: dict[str, tuple[str, str]] = {}
-    for node in tree.body:
+    for node in ast.parse(registry).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in _TABLES:
             table = node.value
             assert isinstance(table, ast.Dict)

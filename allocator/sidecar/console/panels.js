@@ -121,13 +121,15 @@ export function memory(plan) {
   const line = (name) => plan.lines.find((l) => l.name === name)?.nbytes ?? 0;
   const total = line("device memory") || plan.device.total_bytes;
   const usable = line("vLLM may use");
+  const states = line("recurrent state");
   const missing = plan.verdict.fits ? 0 : plan.verdict.needs_bytes;
   const weights = plan.planned ? plan.planned.weight_bytes : missing > 0 ? plan.weight_budget_bytes + missing : plan.smallest_weight_bytes;
-  const known = ["device memory", "CUDA memory", "vLLM may use", "KV cache", "activations", "slack", "left for weights", ...RUNTIME];
+  const known = ["device memory", "CUDA memory", "vLLM may use", "KV cache", "recurrent state", "activations", "slack", "left for weights", ...RUNTIME];
   const others = plan.lines.filter((l) => !known.includes(l.name)).reduce((sum, l) => sum + Math.max(l.nbytes, 0), 0);
   const parts = [
     { kind: "m-weights", label: "weights", bytes: weights },
-    { kind: "m-kv", label: "KV cache", bytes: plan.planned && plan.verdict.fits ? plan.planned.kv_bytes : line("KV cache") },
+    { kind: "m-kv", label: "KV cache", bytes: plan.planned && plan.verdict.fits ? plan.planned.kv_bytes - states : line("KV cache") },
+    { kind: "m-state", label: "recurrent state", bytes: states },
     { kind: "m-act", label: "activations", bytes: line("activations") },
     { kind: "m-run", label: "graphs and runtime", bytes: RUNTIME.reduce((sum, name) => sum + line(name), 0) + others },
     { kind: "m-slack", label: "slack", bytes: line("slack") },
