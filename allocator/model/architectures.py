@@ -24,6 +24,7 @@ from allocator.model.found_here import read_found
 __all__ = [
     "Architecture",
     "ExpertKeys",
+    "ExpertLayout",
     "Linear",
     "NamedShape",
     "OtherTensor",
@@ -34,6 +35,10 @@ __all__ = [
 ]
 
 _OPERATION = re.compile(r"([*/]?)([A-Za-z0-9_.]+)")
+
+ExpertLayout = Literal["rows", "columns", "interleaved"]
+"""How experts that are stored together are: `[experts, rows, in_features]`; `[experts, in_features, rows]`; or like the
+latter, with the rows of gate and up in turns."""
 
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
@@ -100,7 +105,8 @@ class LayerKinds(Strict):
 
 
 class ExpertKeys(Strict):
-    """A mixture of experts: config keys of how many there are, how many a token takes, and their size.
+    """A mixture of experts: config keys of how many there are, how many a token takes, and their size. `layout` is that
+    of experts which are stored together.
 
     `blocks` says which blocks have them: `all`, or the config key that says it (`decoder_sparse_step`,
     `first_k_dense_replace`).
@@ -110,6 +116,7 @@ class ExpertKeys(Strict):
     per_token: str
     size: str
     blocks: Literal["all", "decoder_sparse_step", "first_k_dense_replace"]
+    layout: ExpertLayout = "rows"
 
 
 class Architecture(Strict):

@@ -25,6 +25,7 @@ AGAIN = {
     "Glm4MoeForCausalLM": "dense blocks before sparse ones, shared experts",
     "MixtralForCausalLM": "names that transformers changes",
     "Qwen3NextForCausalLM": "linear attention",
+    "GptOssForCausalLM": "experts in one tensor, gate and up in turns",
 }
 
 

@@ -7,6 +7,7 @@ those that transformers makes.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 from allocator.blocks.discovery.expressions import Expressions, Trace
@@ -23,13 +24,16 @@ from allocator.blocks.discovery.tensors import (
 from allocator.blocks.discovery.vllm_source import ServedModel, served_model
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
-from allocator.model.architectures import Architecture
-from allocator.model.expert_stacks import STACKS
+from allocator.model.architectures import Architecture, ExpertLayout
+from allocator.model.expert_stacks import matrices_of
 
 __all__ = ["find_architecture"]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_EXPERT_LEAVES = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
+_EXPERT_LEAVES = {
+    "gate_proj": "w13", "up_proj": "w13", "gate_up_proj": "w13", "w1": "w13", "w3": "w13",
+    "down_proj": "w2", "w2": "w2",
+}  # fmt: skip
 _SPLITS: dict[str, Split] = {
     "ColumnParallelLinear": "column",
     "MergedColumnParallelLinear": "column",
@@ -217,28 +221,28 @@ class _Finder:
 
     def _unstacked(self, tensor: ProbedTensor) -> list[ProbedTensor]:
         """The matrices of which a tensor `[experts, rows, in_features]` is made, in the layout of `nn.Linear`."""
-        parent, _, leaf = tensor.name.rpartition(".")
-        parts = STACKS.get(leaf)
-        if parts is None or not parent.endswith(".experts") or len(tensor.shape) != 3 or not self._stacked(parent):
+        modules = () if len(tensor.shape) != 3 or self.layout is None else matrices_of(tensor.name, self.layout)
+        if not modules:
             return [tensor]
-        rows = tuple(size // len(parts) for size in tensor.shape[1])
-        return [
-            replace(
-                tensor,
-                name=f"{parent}.{{e}}.{part}.weight",
-                shape=(rows, tensor.shape[2]),
-                linear=True,
-            )
-            for part in parts
-        ]
+        sizes = tensor.shape[1:] if self.layout == "rows" else tensor.shape[:0:-1]
+        rows = tuple(size // len(modules) for size in sizes[0])
+        return [replace(tensor, name=f"{module}.weight", shape=(rows, sizes[1]), linear=True) for module in modules]
 
-    def _stacked(self, experts: str) -> bool:
-        """Whether gate_up_proj and down_proj of `experts` have rows and columns as linear modules have."""
-        of = {t.name: t.shape for t in probed_tensors(self.probes)}
-        gate_up, down = of.get(f"{experts}.gate_up_proj"), of.get(f"{experts}.down_proj")
-        if gate_up is None or down is None or f"{experts}.gate_up_proj_bias" in of:
-            return False
-        return gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2])
+    @cached_property
+    def layout(self) -> ExpertLayout | None:
+        """How the experts of a block lie in one tensor: with rows and columns as linear modules have, or the other way
+        round. None if they do not, or in a way that is not known."""
+        of = [(t.name, t.shape) for t in probed_tensors(self.probes) if len(t.shape) == 3]
+        gate_up, down = (
+            next((shape for name, shape in of if len(matrices_of(name, "rows")) == parts), None) for parts in (2, 1)
+        )
+        if gate_up is None or down is None:
+            return None
+        if gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2]):
+            return None if self.first.interleaved else "rows"
+        if gate_up[1] == down[2] and gate_up[2] == tuple(2 * size for size in down[1]):
+            return "interleaved" if self.first.interleaved else None  # Llama 4 weighs the inputs of experts
+        return None
 
     def _is_module(self, tensor: ProbedTensor) -> bool:
         return tensor.linear and len(tensor.shape) == 2 and bool(tensor.blocks)
@@ -377,7 +381,8 @@ class _Finder:
         if per_token is None:
             raise InputError(f"{self.architecture}: no key of its config says how many experts a token takes")
         self.used |= {per_token} | ({rule} & self.known)
-        return {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+        found = {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+        return found | ({} if self.layout in (None, "rows") else {"layout": self.layout})
 
     def _defaults(self, experts: dict[str, Any] | None) -> dict[str, int | str | bool]:
         """The value of each key that is used where config.json leaves it out."""

@@ -35,7 +35,7 @@ _UNCHANGED = re.compile(
 class Probe:
     """A model on the meta device. `stored` are shapes by the names that its checkpoint has; `linear` are the names of
     its linear modules, `in_order` the place of each module with weights; `layer_kinds` says of what kind each block is,
-    if config tells."""
+    if config tells. `interleaved`: its experts have the rows of gate and up in turns."""
 
     config: Any
     stored: dict[str, tuple[int, ...]]
@@ -45,6 +45,7 @@ class Probe:
     embedding: str
     head: str
     layer_kinds: list[str] | None
+    interleaved: bool = False
 
 
 def config_class(model_type: str) -> Any:
@@ -136,6 +137,7 @@ def probe_of(model: Any, config: Any) -> Probe:
         embedding=names[id(model.get_input_embeddings().weight)],
         head=names[id(model.get_output_embeddings().weight)],
         layer_kinds=_layer_kinds(config.get_text_config()),
+        interleaved=any(not getattr(module, "is_concatenated", True) for module in model.modules()),
     )
 
 
