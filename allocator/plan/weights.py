@@ -13,7 +13,8 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
 from allocator.contract.modules import kind_name, original_shapes
 from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage
-from allocator.model.hf_config import find_config, refuse_quantized
+from allocator.model.hf_config import find_config
+from allocator.model.quantized_source import split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, OtherKind, read_shape
 from allocator.plan.kv_cache import stage_layers
 from allocator.plan.schema import PlanRequest
@@ -63,6 +64,12 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
         raise InputError(
             f"{shape.architecture}: what stands beside its language model ({', '.join(unsized)}) is not planned yet; "
             "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
+        )
+    splits = {(kind_name(sample_of(kind)), kind.split) for kind in shape.modules}
+    if len(splits) > len({name for name, _ in splits}):
+        raise InputError(
+            f"{shape.architecture}: keys that are values in some blocks are not planned yet; learn, and solve for a "
+            "budget in bytes or bits (--budget, --average-bits)"
         )
     stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
     others = _others(shape, request.ranks, stages)
@@ -195,13 +202,14 @@ class PlannedModel:
 
 
 def read_model(model: str, revision: str | None = None) -> PlannedModel:
-    """From config.json alone: of a folder, a file, or a hub id. Raises InputError, also for other quantized models."""
+    """From config.json alone: of a folder, a file, or a hub id. A model that is quantized already is planned as what it
+    is dequantized to. Raises InputError, also where it cannot be."""
     config = dict(find_config(model, revision))
     quantized = config.get("quantization_config")
     checkpoint = None
     if isinstance(quantized, dict) and quantized.get("quant_method") == CheckpointConfig.QUANT_METHOD:
         checkpoint = CheckpointConfig.parse(config.pop("quantization_config"))
-    refuse_quantized(config, model)
+    config = split_quantization(config, model)[0]
     name = model.rstrip("/") if not Path(model).exists() else Path(model).resolve().name
     return PlannedModel(name, read_shape(config), checkpoint)
 
