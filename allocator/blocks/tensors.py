@@ -50,8 +50,9 @@ def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "c
         if isinstance(stored.stack, DequantizedTensor):
             return dequantized_rows(stored.stack, within, stored.expert).to(device)
         with safe_open(stored.path, framework="pt", device=str(device)) as file:
-            matrix: Tensor = file.get_slice(stored.stack.stored_as or stored.stack.name)[stored.expert, within]
-        return matrix
+            stack = file.get_slice(stored.stack.stored_as or stored.stack.name)
+            matrix: Tensor = stack[stored.expert, :, within].T if stored.transposed else stack[stored.expert, within]
+        return matrix.contiguous()
     if isinstance(stored, DequantizedTensor):
         return dequantized_rows(stored, rows).to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:

@@ -68,8 +68,9 @@ class Inventory:
     `dtype` is that of 16-bit weights and of scales in a checkpoint: the source's if it has 16 bits, else
     BF16; where float16 and float32 are mixed, what config.json says. `others` are copied bit for bit; of these the
     architecture does not know `unknown`. `dropped` are tensors that a checkpoint leaves out: the second copy
-    of a tied lm_head, scales of activations. `channels` is the order of the MLPs' channels where these are cut into
-    pieces (see `allocator.model.channel_cuts`). `source` says how the files are quantized; `config` does not.
+    of a tied lm_head; `needless` are those that only a quantized model has, scales of activations. `channels` is the
+    order of the MLPs' channels where these are cut into pieces (see `allocator.model.channel_cuts`). `source` says how
+    the files are quantized; `config` does not.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class Inventory:
     channels: ChannelOrder | None = None
     unknown: tuple[str, ...] = ()
     source: QuantizedSource | None = None
+    needless: tuple[StoredTensor, ...] = ()
 
     @cached_property
     def _by_name(self) -> dict[str, StoredTensor]:
@@ -108,7 +110,7 @@ class Inventory:
     @property
     def weight_files(self) -> set[Path]:
         """The files that tensors are read from, those of dropped ones too."""
-        return {t.path for tensor in (*self.tensors, *self.dropped) for t in tensor.in_files}
+        return {t.path for tensor in (*self.tensors, *self.dropped, *self.needless) for t in tensor.in_files}
 
     @property
     def declared_config(self) -> dict[str, Any]:
@@ -182,9 +184,12 @@ class Inventory:
             names = [m.name for m in self.modules if m.dtype == dtype]
             lines.append(f"rounded from {dtype} to {self.dtype} where they are kept at 16 bits: {_shown(names)}")
         if self.source is not None:
-            names = [t.name for t in self.tensors if isinstance(t, DequantizedTensor)]
+            wholes = {t.name: t for t in (t.stack if isinstance(t, ExpertMatrix) else t for t in self.tensors)}
+            names = [name for name, tensor in wholes.items() if isinstance(tensor, DequantizedTensor)]
             method = f"quantized already, by {self.source.method}"
             lines.append(f"{method}; dequantized to {self.dtype} as they are read: {_shown(names) or 'no tensors'}")
+        if self.needless:
+            lines.append(f"left out, of use to a quantized model only: {_shown([t.name for t in self.needless])}")
         if self.unknown:
             lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
         return lines
@@ -262,7 +267,8 @@ def read_inventory(folder: Path) -> Inventory:
         modules=tuple(modules),
         others=others,
         unknown=tuple(t.name for t in others if t.name not in known and not t.name.startswith(shape.beside)),
-        dropped=dropped + needless,
+        dropped=dropped,
+        needless=needless,
         blocks=shape.blocks,
         shape=shape,
         source=source,

@@ -65,6 +65,12 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             f"{shape.architecture}: what stands beside its language model ({', '.join(unsized)}) is not planned yet; "
             "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
         )
+    splits = {(kind_name(sample_of(kind)), kind.split) for kind in shape.modules}
+    if len(splits) > len({name for name, _ in splits}):
+        raise InputError(
+            f"{shape.architecture}: keys that are values in some blocks are not planned yet; learn, and solve for a "
+            "budget in bytes or bits (--budget, --average-bits)"
+        )
     stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
     others = _others(shape, request.ranks, stages)
     return Residency(

@@ -52,8 +52,11 @@ def test_stacked_experts_in_4_bit_floats_are_those_that_transformers_makes_of_th
         for name in ("gate_up_proj", "down_proj"):
             stack = f"model.layers.{block}.mlp.experts.{name}"
             expected = convert_moe_packed_tensors(stored[f"{stack}_blocks"], stored[f"{stack}_scales"])
-            assert torch.equal(read_tensor(inventory.tensor(stack)), expected)
             assert torch.equal(whole[stack], expected.float())
+            for expert in range(4):
+                matrix = inventory.module(stack.replace("experts.", f"experts.{expert}.")).tensor
+                assert torch.equal(read_tensor(matrix), expected[expert].T)
+                assert torch.equal(read_rows(matrix, slice(33, 71)), expected[expert, :, 33:71].T)
 
 
 def test_stacked_experts_with_a_scale_of_each_block_are_single_matrices(tmp_path: Path) -> None:
