@@ -1,13 +1,12 @@
 """What other grids than integers with 16-bit scales would bring: KL with the modules of two blocks quantized, by gptq.
 
-    python benchmarks/quantizers/grids.py MODEL --text FILE --held-out FILE --blocks 2,5 --out grids.json
+    python benchmarks/quantizers/grids.py MODEL --text FILE --held-out FILE --blocks 2,5
 
 Nothing of it can be served; it says what would be worth building. Each grid is compared at its own bytes: `gain` is its
 KL over that of integers with as many bits a weight, the logarithm of whose KL is interpolated between 2, 3 and 4 bits.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from allocator.model import read_inventory  # noqa: E402
 from allocator.quantize import InputStatistics  # noqa: E402
 from allocator.quantize.grid import fit_grid  # noqa: E402
 from allocator.quantize.ldl import LdlFactor, factorize  # noqa: E402
+from benchmarks.record import write_result  # noqa: E402
 
 CLIPS = tuple(1 - 0.05 * i for i in range(11))
 Fit = Callable[[Tensor, Tensor], Tensor]
@@ -44,6 +44,7 @@ class Grid:
     bits: Callable[[int], float]
     make: Callable[[Tensor, Tensor, int, int], Fit]
     outliers: float = 0.0
+    widths: tuple[int, ...] = (2, 3, 4)
 
 
 def integers(_weight: Tensor, _importance: Tensor, num_bits: int, _group: int, keep: Any = None) -> Fit:
@@ -66,6 +67,12 @@ def integers_e4m3(weight: Tensor, importance: Tensor, num_bits: int, group: int)
     return integers(weight, importance, num_bits, group, keep)
 
 
+def signed_floats(_weight: Tensor, _importance: Tensor, num_bits: int, _group: int) -> Fit:
+    """The grids e2m0 and e2m1, which humming serves beside integers; a scale a group."""
+    positive = {3: [1.0, 2, 4], 4: [0.5, 1, 1.5, 2, 3, 4, 6]}[num_bits]
+    return scaled(torch.tensor([-level for level in positive] + [0.0, *positive]) / positive[-1])
+
+
 def table(weight: Tensor, importance: Tensor, num_bits: int, group: int) -> Fit:
     """One table for a module, found by weighted k-means of weights over their group's largest; a scale a group."""
     groups = weight.view(len(weight), -1, group)
@@ -80,6 +87,11 @@ def table(weight: Tensor, importance: Tensor, num_bits: int, group: int) -> Fit:
         sums = torch.zeros_like(levels).index_add_(0, nearest, weights)
         means = torch.zeros_like(levels).index_add_(0, nearest, weights * values)
         levels = torch.where(sums > 0, means / sums.clamp_min(1e-30), levels)
+    return scaled(levels)
+
+
+def scaled(levels: Tensor) -> Fit:
+    """`levels` times the scale that is best for each group."""
 
     def fit(block: Tensor, importance: Tensor) -> Tensor:
         largest = block.abs().amax(-1, keepdim=True).clamp_min(1e-12)
@@ -102,6 +114,7 @@ GRIDS = [
     Grid("integers, groups of 32, e4m3 scales", 32, lambda b: (8 + b) / 32, integers_e4m3),
     Grid("a table for a module, groups of 128", 128, lambda _b: 16 / 128, table),
     Grid("a table for a module, groups of 64", 64, lambda _b: 16 / 64, table),
+    Grid("signed floating point, groups of 128", 128, lambda _b: 16 / 128, signed_floats, widths=(3, 4)),
     Grid("integers, groups of 128, 0.25 % outliers", 128, lambda b: (16 + b) / 128, integers, 0.0025),
     Grid("integers, groups of 128, 1 % outliers", 128, lambda b: (16 + b) / 128, integers, 0.01),
 ]
@@ -209,7 +222,7 @@ def main() -> None:
     parser.add_argument("--blocks", default="2,5")
     parser.add_argument("--shape", default="64,24,256", help="sequences, of which measured on, their length")
     parser.add_argument("--widths", default="2,3,4")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="grids whose names have this; integers in groups of 128 always")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sequences, measured, length = map(int, args.shape.split(","))
@@ -217,15 +230,27 @@ def main() -> None:
     laboratory = Laboratory(args.model, args.text, args.held_out, blocks, (sequences, measured, length))
     widths = [int(width) for width in args.widths.split(",")]
     rows: list[dict[str, Any]] = []
-    for grid in GRIDS:
+    for number, grid in enumerate(GRIDS):
         for width in widths:
+            if width not in grid.widths or (number and args.only not in grid.name):
+                continue
             bits = width + grid.bits(width) + 32 * grid.outliers
-            rows.append({"grid": grid.name, "width": width, "bits": bits, "kl": laboratory.kl(grid, width)})
+            rows.append(
+                {
+                    "model": args.model.name,
+                    "blocks": blocks,
+                    "grid": grid.name,
+                    "width": width,
+                    "bits": bits,
+                    "kl": laboratory.kl(grid, width),
+                }
+            )
             base = [(r["bits"], math.log(r["kl"])) for r in rows if r["grid"] == GRIDS[0].name]
             if len(base) == len(widths):
                 rows[-1]["gain"] = rows[-1]["kl"] / math.exp(interpolated(base, bits))
             print(rows[-1], flush=True)
-    args.out.write_text(json.dumps({"model": args.model.name, "blocks": blocks, "rows": rows}, indent=1))
+    command = f"python benchmarks/quantizers/grids.py {args.model.name} --blocks {args.blocks} --shape {args.shape}"
+    print(write_result("grids", command, [0, 1], rows, []))
 
 
 def interpolated(points: list[tuple[float, float]], at: float) -> float:
