@@ -27,7 +27,9 @@ def installed(requirements: str, name: str) -> Path:
     dependencies (what the packages need beside each other is in .venv)."""
     file = HERE / requirements
     wanted = "".join(path.read_text() for path in [file, *(HERE / line[3:] for line in _included(file))])
-    folder = CACHE / name / "site-packages"  # so named, dill takes what is there for packages, and not for a user's code
+    folder = (
+        CACHE / name / "site-packages"
+    )  # so named, dill takes what is there for packages, and not for a user's code
     stamp = folder / "installed.txt"
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"packages of {requirements}", flush=True)
