@@ -19,6 +19,8 @@ from benchmarks.real_models.process import Cost
 
 __all__ = ["group_size_of", "measured", "unpacked"]
 
+_PARTS = ("scales", "qzeros")
+
 
 def group_size_of(bench: Bench) -> int:
     """The larger of 64 and 128 that divides the hidden size."""
@@ -50,10 +52,7 @@ def measured(
             kept = {"made_of": made_of, "cost": quantize([str(bench.folder), *parts]).record()}
             write_atomically(done, json.dumps(kept))
         checkpoint = next((folder / "out").rglob("config.json")).parent
-        model = bench.load(bench.folder)
-        state = dict(unpacked(checkpoint, {k: tuple(v.shape) for k, v in model.state_dict().items()}, zero_offset))
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
+        model = bench.with_weights(unpacked(checkpoint, zero_offset))
         more = {"rival": rival, **settings}
         return Quantized(model, folder_sizes(bench, checkpoint), Cost(**kept["cost"]), more)
 
@@ -64,10 +63,10 @@ def _digest(token_ids: Tensor) -> str:
     return digest_bytes(token_ids.contiguous().numpy().tobytes())
 
 
-def unpacked(folder: Path, shapes: dict[str, tuple[int, ...]], zero_offset: int = 0) -> Iterator[tuple[str, Any]]:
+def unpacked(folder: Path, zero_offset: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Name and float32 weight of every tensor of a checkpoint with `qweight`, `qzeros` and `scales`.
 
-    shapes: of the model's weights by name; zero_offset: what is added to stored zero points (1 in GPTQ's first format).
+    zero_offset: what is added to stored zero points (1 in GPTQ's first format).
     """
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -75,18 +74,18 @@ def unpacked(folder: Path, shapes: dict[str, tuple[int, ...]], zero_offset: int 
     for name, tensor in stored.items():
         stem, _, kind = name.rpartition(".")
         if kind == "qweight":
-            rows, columns = shapes[f"{stem}.weight"]
-            num_bits = 32 * len(tensor) // columns
-            codes = unpack_codes(tensor.T.contiguous(), num_bits).float()
-            scales = stored[f"{stem}.scales"].float().T
-            zeros = unpack_codes(stored[f"{stem}.qzeros"], num_bits).float().T + zero_offset
-            groups = _groups(stored.get(f"{stem}.g_idx"), columns, scales.shape[1])
-            weight = ((codes - zeros[:, groups]) * scales[:, groups]).reshape(rows, columns)
-            yield f"{stem}.weight", torch.nn.Parameter(weight, requires_grad=False)
-        elif kind not in ("scales", "qzeros", "g_idx"):
-            yield name, torch.nn.Parameter(tensor.float(), requires_grad=False)
+            groups = stored.get(f"{stem}.g_idx")
+            yield f"{stem}.weight", _weight(tensor, *(stored[f"{stem}.{part}"] for part in _PARTS), groups, zero_offset)
+        elif kind not in (*_PARTS, "g_idx"):
+            yield name, tensor.float()
 
 
-def _groups(stored: Tensor | None, columns: int, count: int) -> Tensor:
-    """Of each column its group: as it is stored, else one after the other."""
-    return torch.arange(columns) // (columns // count) if stored is None else stored.long()
+def _weight(packed: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor | None, zero_offset: int) -> Tensor:
+    """float32 `[out_features, in_features]`. packed: codes along the columns, `[words, out_features]`; scales `[groups,
+    out_features]`; zeros: packed along the rows; groups: of each column, one after the other if there are none."""
+    num_bits = 32 * zeros.shape[1] // scales.shape[1]
+    codes = unpack_codes(packed.T.contiguous(), num_bits).float()
+    scale, zero = scales.float().T, unpack_codes(zeros, num_bits).float().T + zero_offset
+    columns = codes.shape[1]
+    of_column = torch.arange(columns) // (columns // len(scales)) if groups is None else groups.long()
+    return (codes - zero[:, of_column]) * scale[:, of_column]
