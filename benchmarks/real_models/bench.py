@@ -54,7 +54,8 @@ def rescalable(bench: Bench) -> bool:
 
 def run(bench: Bench, series: list[Ours], args: argparse.Namespace) -> None:
     """Every row of one model: what is GAMMA's alone first, for each row of another program GAMMA at its bytes last."""
-    for ours in series:
+    own = series if bench.may_want("gamma") or bench.may_want("uniform") else []  # else nothing needs to be learned
+    for ours in own:
         ours.learn("uniform" if args.bank_only else "gamma")
         if "uniform" in args.rivals:
             ours.uniform()
@@ -70,7 +71,7 @@ def run(bench: Bench, series: list[Ours], args: argparse.Namespace) -> None:
             except InputError as error:  # what cannot be had here leaves its rows out, and no others
                 print(f"{bench.model.name}: rows of {name} are left out: {error}", flush=True)
     if not args.bank_only:
-        for ours in series:
+        for ours in own:
             at_bytes_of_rivals(bench, ours)
 
 

@@ -1,6 +1,7 @@
 """What one model's rows are measured with, and where they are kept: a run that is stopped goes on."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -126,6 +127,11 @@ class Bench:
     def wants(self, name: str) -> bool:
         """Whether the row is among those that are to be made."""
         return any(fnmatchcase(name, pattern) for pattern in self._patterns)
+
+    def may_want(self, beginning: str) -> bool:
+        """Whether the name of a row that is to be made can begin so."""
+        certain = [re.split(r"[*?\[]", pattern)[0] for pattern in self._patterns]
+        return any(beginning.startswith(start) or start.startswith(beginning) for start in certain)
 
     def cell(
         self, name: str, make: Callable[[], Quantized], source: str = "", with_tasks: bool = True

@@ -83,6 +83,8 @@ def test_a_row_has_tasks_where_it_asks_for_them_and_a_run_without_them_leaves_th
 def test_only_wanted_rows_are_made(bench: Bench) -> None:
     only = Bench(MODEL, bench.folder, bench.work, bench.work, 2, 16, patterns=["AutoRound W?"])  # type: ignore[arg-type]
     assert only.wants("AutoRound W2")
+    assert not only.may_want("gamma"), "nothing has to be learned for it"
+    assert bench.may_want("gamma")
     assert only.cell("AutoRound AutoScheme 2.5", lambda: pytest.fail("made")) == {}
     assert only.rows() == []
 

@@ -88,6 +88,11 @@ def test_a_rival_that_cannot_be_had_leaves_out_its_rows_and_no_others(
     monkeypatch.setattr(benchmark, "PROGRAMS", programs)
     ours = SimpleNamespace(learn=made.append, floor=lambda: made.append("floor"))
     args = Namespace(bank_only=True, rivals=list(programs))
-    benchmark.run(SimpleNamespace(model=MODEL), [ours], args)  # type: ignore[arg-type, list-item]
+    bench = SimpleNamespace(model=MODEL, may_want=lambda _: True)
+    benchmark.run(bench, [ours], args)  # type: ignore[arg-type, list-item]
     assert made == ["uniform", "floor", "autoround"]
+    made.clear()
+    bench.may_want = lambda _: False
+    benchmark.run(bench, [ours], args)  # type: ignore[arg-type, list-item]
+    assert made == ["floor", "autoround"], "nothing is learned where only rows of others are wanted"
     assert "tiny: rows of llama.cpp are left out: its library needs glibc 2.38" in capsys.readouterr().out
