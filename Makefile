@@ -56,7 +56,7 @@ bench-quantizers: setup ## KL of rtn, mse, gptq and learned-rounding at 2, 3 and
 bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, side by side (an hour of CPU)
 	@$(PYTHON) benchmarks/learning/bench.py
 
-bench-real: setup ## models that people know against uniform widths, llama.cpp and AutoRound (many hours; says first what it downloads)
+bench-real: setup ## models that people know against uniform widths, llama.cpp, AutoRound and GPTQModel (many hours; says first what it downloads)
 	@$(PYTHON) benchmarks/real_models/bench.py $(ARGS)
 
 bench-scale: setup ## peak memory and seconds a block on the shapes of Qwen3-32B and Llama-3.1-8B (an hour or two)

@@ -1,4 +1,4 @@
-"""GAMMA on models that people know, against uniform widths, llama.cpp and AutoRound, at equal bytes.
+"""GAMMA on models that people know, against uniform widths, llama.cpp, AutoRound and GPTQModel, at equal bytes.
 
     make bench-real           # all of it; says first how much it downloads, and about how long it takes
     make bench-real ARGS="--models smollm2 --budgets 2.5 3 --rivals uniform"
@@ -19,6 +19,7 @@ from allocator.contract.errors import GammaError, InputError  # noqa: E402
 from benchmarks.real_models.autoround import ITERATIONS, AutoRound  # noqa: E402
 from benchmarks.real_models.catalogue import MOVED, RealModel, real_models  # noqa: E402
 from benchmarks.real_models.cells import OFF_GRID, Bench  # noqa: E402
+from benchmarks.real_models.gptqmodel import GptqModel  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
 from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
@@ -41,7 +42,8 @@ def estimate(models: list[RealModel]) -> str:
     titles = ", ".join(model.title for model in models)
     return (
         f"{titles}: {megabytes:.0f} MB of models to download, and 70 MB of packages (rivals, chats) the first time; "
-        f"about {hours:.0f} hours on two cores where nothing is there yet. It can be stopped, and goes on where it was."
+        f"about {hours:.0f} hours on two cores where nothing is there yet, most of it AutoRound (--rivals leaves it "
+        "out). It can be stopped, and goes on where it was."
     )
 
 
@@ -52,7 +54,8 @@ def rescalable(bench: Bench) -> bool:
 
 def run(bench: Bench, series: list[Ours], args: argparse.Namespace) -> None:
     """Every row of one model: what is GAMMA's alone first, for each row of another program GAMMA at its bytes last."""
-    for ours in series:
+    own = series if bench.may_want("gamma") or bench.may_want("uniform") else []  # else nothing needs to be learned
+    for ours in own:
         ours.learn("uniform" if args.bank_only else "gamma")
         if "uniform" in args.rivals:
             ours.uniform()
@@ -68,7 +71,7 @@ def run(bench: Bench, series: list[Ours], args: argparse.Namespace) -> None:
             except InputError as error:  # what cannot be had here leaves its rows out, and no others
                 print(f"{bench.model.name}: rows of {name} are left out: {error}", flush=True)
     if not args.bank_only:
-        for ours in series:
+        for ours in own:
             at_bytes_of_rivals(bench, ours)
 
 
@@ -95,7 +98,11 @@ def autoround(bench: Bench, ours: Ours, args: argparse.Namespace) -> None:
     AutoRound(bench, ours.calibration(), args.autoround_iterations).rows(args.budgets)
 
 
-PROGRAMS = {"llama.cpp": llama_cpp, "autoround": autoround}
+def gptqmodel(bench: Bench, ours: Ours, _: argparse.Namespace) -> None:
+    GptqModel(bench, ours.calibration()).rows()
+
+
+PROGRAMS = {"llama.cpp": llama_cpp, "autoround": autoround, "gptqmodel": gptqmodel}
 
 
 def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:

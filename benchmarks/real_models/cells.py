@@ -1,9 +1,10 @@
 """What one model's rows are measured with, and where they are kept: a run that is stopped goes on."""
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -115,9 +116,22 @@ class Bench:
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
+    def with_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """The original with other weights, by name; each takes the place of its own as it comes, so that memory holds
+        one model and no second one."""
+        model = self.load(self.folder)
+        for name, weight in weights:
+            model.get_parameter(name).data = weight.float()
+        return model
+
     def wants(self, name: str) -> bool:
         """Whether the row is among those that are to be made."""
         return any(fnmatchcase(name, pattern) for pattern in self._patterns)
+
+    def may_want(self, beginning: str) -> bool:
+        """Whether the name of a row that is to be made can begin so."""
+        certain = [re.split(r"[*?\[]", pattern)[0] for pattern in self._patterns]
+        return any(beginning.startswith(start) or start.startswith(beginning) for start in certain)
 
     def cell(
         self, name: str, make: Callable[[], Quantized], source: str = "", with_tasks: bool = True
@@ -136,10 +150,11 @@ class Bench:
             if all(kept.get(key) == value for key, value in made_of.items()):
                 return dict(kept)
         begun = time.monotonic()
+        references = self.references  # before there is another model in memory
         quantized = make()
         row: dict[str, Any] = {"model": self.model.name, "row": name} | made_of
         row |= quantized.sizes.record() | quantized.cost.record() | quantized.more
-        for text, reference in self.references.items():
+        for text, reference in references.items():
             losses = reference.losses(quantized.model)
             losses.save(self.losses_path(name, text))
             row[text] = {key: round(value, 6) for key, value in losses.summary().items()}

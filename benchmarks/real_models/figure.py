@@ -20,9 +20,10 @@ _LOOK = {
     "uniform, learned candidates": ("#d4a6c8", "s", "--"),
     "llama.cpp, with importance matrix": ("#4e79a7", "D", "none"),
     "AutoRound": ("#59a14f", "^", "none"),
+    "GPTQModel": ("#9c755f", "X", "none"),
     "AutoRound AutoScheme": ("#59a14f", "P", "--"),
 }
-_LABELLED = ("llama.cpp", "AutoRound W")
+_LABELLED = ("llama.cpp", "AutoRound W", "GPTQModel")
 _DECIMAL = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
 _TEXTS = ("WikiText-2", "chat")
 
@@ -40,7 +41,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             for row in found:
                 if row["row"].startswith(_LABELLED):
                     place = row["tensor_bytes"] / 1e6, row[text]["kl"]
-                    name = row["row"].removeprefix("llama.cpp ").removeprefix("AutoRound ").replace(OFF_GRID, ", moved")
+                    name = (
+                        row["row"]
+                        .removeprefix("llama.cpp ")
+                        .removeprefix("AutoRound ")
+                        .removeprefix("GPTQModel ")
+                        .replace(OFF_GRID, ", moved")
+                    )
                     axes.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
         axes.set_yscale("log")
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
@@ -197,6 +198,8 @@ def folder_from_gguf(file: Path, folder: Path, tied: bool, dtype: torch.dtype = 
         vocabulary = len(weights["model.embed_tokens.weight"])
         config = _config(fields, tied, vocabulary, "model.layers.0.self_attn.q_proj.bias" in weights)
         config["dtype"] = str(dtype).removeprefix("torch.")
+        # Without it transformers warns of every large vocabulary that it might be Mistral's, read wrongly.
+        config["transformers_version"] = transformers.__version__
         _write_json(made / "config.json", config)
         ids = {f"{t}_token_id": config[f"{t}_token_id"] for t in ("bos", "eos", "pad") if f"{t}_token_id" in config}
         _write_json(made / "generation_config.json", ids)

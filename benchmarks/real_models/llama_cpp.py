@@ -64,12 +64,7 @@ class LlamaCpp:
         reader = GGUFReader(target)
         tensors = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) == 2)
-        model = self.bench.load(self.bench.folder)
-        state = {
-            name: torch.nn.Parameter(weight, False) for name, weight in weights_of_gguf(reader, self.bench.model.tied)
-        }
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
+        model = self.bench.with_weights(weights_of_gguf(reader, self.bench.model.tied))
         sizes = sizes_of(tensors, [target.stat().st_size], self.bench.weights, self.bench.model.tied)
         target.unlink()
         return Quantized(model, sizes, cost, {"rival": "llama.cpp", "types": dict(types)})

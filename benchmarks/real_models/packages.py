@@ -23,11 +23,13 @@ def pip(*arguments: str) -> None:
 
 
 def installed(requirements: str, name: str) -> Path:
-    """A folder of packages `name` in the cache, filled once from a requirements file of this benchmark, without
+    """The folder of packages of `name` in the cache, filled once from a requirements file of this benchmark, without
     dependencies (what the packages need beside each other is in .venv)."""
     file = HERE / requirements
     wanted = "".join(path.read_text() for path in [file, *(HERE / line[3:] for line in _included(file))])
-    folder = CACHE / name
+    folder = (
+        CACHE / name / "site-packages"
+    )  # so named, dill takes what is there for packages, and not for a user's code
     stamp = folder / "installed.txt"
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"packages of {requirements}", flush=True)

@@ -53,7 +53,7 @@ def not_measured(rows: Sequence[Row], budgets: Sequence[float]) -> dict[str, Any
             f"uniform {bits}{vocabulary}{candidates.suffix}" for bits in (2, 3, 4) for vocabulary in vocabularies
         ]
     wanted += [f"llama.cpp {file_type}" for file_type in FILE_TYPES]
-    wanted += [f"AutoRound W{bits}" for bits in (2, 3, 4)]
+    wanted += [f"{program} W{bits}" for program in ("AutoRound", "GPTQModel") for bits in (2, 3, 4)]
     wanted += [f"AutoRound AutoScheme {bits}" for bits in budgets if bits >= 2.5]
     wanted += ["the original in bfloat16"]
     found: dict[str, Any] = {}

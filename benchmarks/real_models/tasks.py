@@ -104,11 +104,9 @@ def _task(definition: str, name: str, documents: Documents) -> Any:
 
 
 def _given(split: str, documents: Documents) -> Callable[..., Any]:
-    import pyarrow
     from datasets import Dataset, DatasetDict
 
-    # With a name, as `datasets` cannot make one of a table with every pair of dill and pyarrow.
-    dataset = DatasetDict({split: Dataset(pyarrow.Table.from_pylist(documents), fingerprint=split)})
+    dataset = DatasetDict({split: Dataset.from_list(documents)})
     return lambda **_: dataset
 
 

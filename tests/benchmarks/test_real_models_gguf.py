@@ -1,5 +1,6 @@
 """GGUF files as Hugging Face folders: the same predictions, whatever the file format did to the weights."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,8 @@ def test_a_file_becomes_a_folder_that_predicts_the_same(
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "transformers_version" in config, "else large vocabularies are warned of"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("ab").input_ids[0] == 0, "the file says that BOS comes first"
     assert tokenizer.decode(tokenizer("ab").input_ids[1:]) == "ab"

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from allocator.contract.packing import pack_codes
-from benchmarks.real_models.autoround import unpacked
 from benchmarks.real_models.cells import Bench, Quantized
 from benchmarks.real_models.losses import TokenLosses
-from benchmarks.real_models.process import NO_COST
+from benchmarks.real_models.process import NO_COST, Cost
+from benchmarks.real_models.programs import measured, unpacked
 from benchmarks.real_models.report import claims_of, comparisons, not_measured, table, write_table
 from benchmarks.real_models.sizes import Sizes
 from benchmarks.real_models.texts import Text
@@ -83,6 +83,8 @@ def test_a_row_has_tasks_where_it_asks_for_them_and_a_run_without_them_leaves_th
 def test_only_wanted_rows_are_made(bench: Bench) -> None:
     only = Bench(MODEL, bench.folder, bench.work, bench.work, 2, 16, patterns=["AutoRound W?"])  # type: ignore[arg-type]
     assert only.wants("AutoRound W2")
+    assert not only.may_want("gamma"), "nothing has to be learned for it"
+    assert bench.may_want("gamma")
     assert only.cell("AutoRound AutoScheme 2.5", lambda: pytest.fail("made")) == {}
     assert only.rows() == []
 
@@ -201,7 +203,36 @@ def test_checkpoints_of_autoround_are_read_as_their_codes_say(tmp_path: Path, nu
     stored = {"up.qweight": pack_codes(codes, num_bits).T.contiguous(), "up.scales": scales.T.contiguous()}
     stored |= {"up.qzeros": pack_codes(zeros.T.contiguous(), num_bits), "norm.weight": torch.ones(4).bfloat16()}
     save_file(stored, tmp_path / "model.safetensors")
-    found = dict(unpacked(tmp_path, {"up.weight": (32, 64)}))
+    found = dict(unpacked(tmp_path))
     group = torch.arange(64) // 32
-    torch.testing.assert_close(found["up.weight"].data, (codes - zeros[:, group]) * scales.float()[:, group])
+    later = dict(unpacked(tmp_path, zero_offset=1))["up.weight"]
+    torch.testing.assert_close(later, (codes - zeros[:, group] - 1) * scales.float()[:, group])
+    torch.testing.assert_close(found["up.weight"], (codes - zeros[:, group]) * scales.float()[:, group])
     assert torch.equal(found["norm.weight"], torch.ones(4))
+
+
+def test_what_another_program_wrote_is_kept_and_made_again_for_other_settings(bench: Bench) -> None:
+    from safetensors.torch import save_file
+
+    made: list[dict[str, Any]] = []
+
+    def quantize(arguments: list[str]) -> Cost:
+        model, tokens, out, settings = map(Path, arguments)
+        assert model == bench.folder
+        assert tokens.is_file()
+        made.append(json.loads(settings.read_text()))
+        (out / "named by it").mkdir(parents=True)
+        (out / "named by it" / "config.json").write_text("{}")
+        norm = {"model.norm.weight": torch.zeros(64)}
+        save_file(norm, out / "named by it" / "model.safetensors")
+        return Cost(12.0, 1.0)
+
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    for _ in range(2):
+        measured(bench, "AutoRound", "AutoRound W2", tokens, {"widths": [2], "iters": 200}, quantize)
+        bench.path("AutoRound W2").unlink()
+    assert made == [{"widths": [2], "iters": 200}], "an hour's work is not done twice"
+    measured(bench, "AutoRound", "AutoRound W2", tokens, {"widths": [2], "iters": 2}, quantize)
+    (row,) = bench.rows()
+    assert (row["iters"], row["rival"], row["cpu_seconds"]) == (2, "AutoRound", 12.0)
+    assert row["WikiText-2"]["kl"] > 0.01, "its weights were measured"

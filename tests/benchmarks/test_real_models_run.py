@@ -1,5 +1,6 @@
 """The benchmark from a model folder to its result, on a tiny model: learned once, rows from exported checkpoints."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from allocator.contract.errors import InputError
+from benchmarks.real_models import bench as benchmark
 from benchmarks.real_models.cells import Bench
 from benchmarks.real_models.figure import draw
 from benchmarks.real_models.ours import GPTQ, Candidates, Ours
@@ -72,3 +74,25 @@ def test_a_model_is_learned_once_and_its_rows_keep_their_budgets(
     draw(list(rows.values()), "Tiny", tmp_path / "figure")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_rival_that_cannot_be_had_leaves_out_its_rows_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+
+    def absent(*_: Any) -> None:
+        raise InputError("its library needs glibc 2.38")
+
+    programs = {"llama.cpp": absent, "autoround": lambda *_: made.append("autoround")}
+    monkeypatch.setattr(benchmark, "PROGRAMS", programs)
+    ours = SimpleNamespace(learn=made.append, floor=lambda: made.append("floor"))
+    args = Namespace(bank_only=True, rivals=list(programs))
+    bench = SimpleNamespace(model=MODEL, may_want=lambda _: True)
+    benchmark.run(bench, [ours], args)  # type: ignore[arg-type, list-item]
+    assert made == ["uniform", "floor", "autoround"]
+    made.clear()
+    bench.may_want = lambda _: False
+    benchmark.run(bench, [ours], args)  # type: ignore[arg-type, list-item]
+    assert made == ["floor", "autoround"], "nothing is learned where only rows of others are wanted"
+    assert "tiny: rows of llama.cpp are left out: its library needs glibc 2.38" in capsys.readouterr().out
