@@ -8,9 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from allocator.blocks.backward import BlockBackward
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.products import FastProducts, linear
+from allocator.blocks.products import linear
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
 from allocator.run.journal import Journal
@@ -23,6 +24,8 @@ __all__ = [
     "dealt",
     "draw_signs",
     "fill_gradients",
+    "finish_boundary",
+    "keep_gradient",
     "parts_of_sequence",
     "random_signs",
     "rows_together",
@@ -127,18 +130,13 @@ def _fill_boundary(
     journal: Journal,
     progress: Progress,
 ) -> None:
-    step = f"gradients-{index:04d}"
-    if journal.load(step) is not None:
+    if journal.load(_step(index)) is not None:
         return
     if index == stream.blocks:
         _fill_last(stream, hidden, gradients, seed, journal.process_group, progress)
     else:
         _fill_before(stream, hidden, gradients, index, journal.process_group)
-    journal.process_group.wait()
-    if journal.process_group.leads:
-        for store in gradients:
-            store.settle(index)
-    journal.save(step, True)
+    finish_boundary(gradients, index, journal)
 
 
 def _fill_before(
@@ -151,14 +149,28 @@ def _fill_before(
     """From the gradients after block `index` to those before it."""
     block = stream.block(index)
     for _, rows in process_group.share(batches(hidden.shape)):
-        states = hidden.boundary(index)[rows].to(stream.device).requires_grad_(True)
-        with FastProducts():
-            output = stream.run(block, states)
+        backward = BlockBackward(stream, block, hidden.boundary(index)[rows].to(stream.device))
         for store in gradients:
             above = store.boundary(index + 1)[rows].to(stream.device).float()
-            (gradient,) = torch.autograd.grad(output, states, above, retain_graph=store is not gradients[-1])
-            require_finite(gradient, f"gradients at the input of {stream.inventory.block_prefix(index)[:-1]}")
-            store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
+            keep_gradient(store, index, rows, backward.pull(above, store is gradients[-1]).at_states)
+
+
+def keep_gradient(store: HiddenStates, index: int, rows: slice | Tensor, gradient: Tensor) -> None:
+    """Put a probe's gradient at boundary `index`, `[B, T, D]`, into its store: that of the sequences `rows`."""
+    store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
+
+
+def finish_boundary(gradients: Sequence[HiddenStates], index: int, journal: Journal) -> None:
+    """Tell `journal` that all processes have filled boundary `index`, once it is on the disk."""
+    journal.process_group.wait()
+    if journal.process_group.leads:
+        for store in gradients:
+            store.settle(index)
+    journal.save(_step(index), True)
+
+
+def _step(index: int) -> str:
+    return f"gradients-{index:04d}"
 
 
 def _fill_last(
