@@ -8,9 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from allocator.blocks.backward import BlockBackward
 from allocator.blocks.finite import require_finite
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.products import FastProducts, half_products, linear
+from allocator.blocks.products import linear
 from allocator.blocks.stream import BlockStream, batches
 from allocator.contract.digest import digest_bytes
 from allocator.run.journal import Journal
@@ -23,6 +24,8 @@ __all__ = [
     "dealt",
     "draw_signs",
     "fill_gradients",
+    "finish_boundary",
+    "keep_gradient",
     "parts_of_sequence",
     "random_signs",
     "rows_together",
@@ -41,7 +44,7 @@ def backward_by_block(
     journal: Journal | None = None,
     to_embedding: bool = False,
     progress: Progress = silent,
-    half: bool = False,
+    three_digits: bool = False,
 ) -> Iterator[int]:
     """Yield the numbers of all blocks from the last to the first, each when the gradients at its output are there.
 
@@ -55,11 +58,11 @@ def backward_by_block(
     one block on are on the disk at a time, so what is to be learned of a block must be learned, and kept in `journal`,
     before the next number is asked for. Boundaries that `journal` has are not computed again. With `to_embedding`, -1
     comes after block 0, when the gradients at the embedding's output are there.
-    What is computed before the first number is a step of `progress`. With `half` blocks are run by `half_products`.
+    What is computed before the first number is a step of `progress`. `three_digits`: see `BlockBackward`.
     """
     journal = journal or Journal.nowhere()
     for index in range(stream.blocks, -1 if to_embedding else 0, -1):
-        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress, half)
+        _fill_boundary(stream, hidden, gradients, seed, index, journal, progress, three_digits)
         if journal.process_group.leads:
             for store in gradients:
                 store.forget(index + 1)
@@ -127,20 +130,15 @@ def _fill_boundary(
     index: int,
     journal: Journal,
     progress: Progress,
-    half: bool = False,
+    three_digits: bool = False,
 ) -> None:
-    step = f"gradients-{index:04d}"
-    if journal.load(step) is not None:
+    if journal.load(_step(index)) is not None:
         return
     if index == stream.blocks:
         _fill_last(stream, hidden, gradients, seed, journal.process_group, progress)
     else:
-        _fill_before(stream, hidden, gradients, index, journal.process_group, half)
-    journal.process_group.wait()
-    if journal.process_group.leads:
-        for store in gradients:
-            store.settle(index)
-    journal.save(step, True)
+        _fill_before(stream, hidden, gradients, index, journal.process_group, three_digits)
+    finish_boundary(gradients, index, journal)
 
 
 def _fill_before(
@@ -149,19 +147,34 @@ def _fill_before(
     gradients: Sequence[HiddenStates],
     index: int,
     process_group: ProcessGroup,
-    half: bool,
+    three_digits: bool,
 ) -> None:
     """From the gradients after block `index` to those before it."""
     block = stream.block(index)
     for _, rows in process_group.share(batches(hidden.shape)):
-        states = hidden.boundary(index)[rows].to(stream.device).requires_grad_(True)
-        with half_products(stream.device) if half else FastProducts():
-            output = stream.run(block, states)
+        states = hidden.boundary(index)[rows].to(stream.device)
+        backward = BlockBackward(stream, block, states, three_digits=three_digits)
         for store in gradients:
             above = store.boundary(index + 1)[rows].to(stream.device).float()
-            (gradient,) = torch.autograd.grad(output, states, above, retain_graph=store is not gradients[-1])
-            require_finite(gradient, f"gradients at the input of {stream.inventory.block_prefix(index)[:-1]}")
-            store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
+            keep_gradient(store, index, rows, backward.pull(above, store is gradients[-1]).at_states)
+
+
+def keep_gradient(store: HiddenStates, index: int, rows: slice | Tensor, gradient: Tensor) -> None:
+    """Put a probe's gradient at boundary `index`, `[B, T, D]`, into its store: that of the sequences `rows`."""
+    store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
+
+
+def finish_boundary(gradients: Sequence[HiddenStates], index: int, journal: Journal) -> None:
+    """Tell `journal` that all processes have filled boundary `index`, once it is on the disk."""
+    journal.process_group.wait()
+    if journal.process_group.leads:
+        for store in gradients:
+            store.settle(index)
+    journal.save(_step(index), True)
+
+
+def _step(index: int) -> str:
+    return f"gradients-{index:04d}"
 
 
 def _fill_last(

@@ -7,14 +7,14 @@ decoder block of any architecture computes no more than what lies behind the mod
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from allocator.blocks.products import linear
+from allocator.blocks.products import has_faster_changes, linear, linear_of_change
 
 __all__ = ["Replay", "ReplayError"]
 
@@ -28,15 +28,21 @@ class Replay(TorchFunctionMode):
 
     ends: by name, weights of linear operations that need not be run again: in later runs those get the result of the
     first one, and `at_ends` has the input of the latest run where it is another than `inputs_of_ends`, of the first.
+    Those named in `passed` are run like any other, and `went_past` names those of them that were in the latest run.
     Within later runs ReplayError is raised where they need a tensor that the first one has changed since (in place).
     """
 
     def __init__(self, ends: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.passed: Collection[str] = ()
+        self.went_past: set[str] = set()
         self.at_ends: dict[str, Tensor] = {}
         self.inputs_of_ends: dict[str, Tensor] = {}
         self._results_of_ends: dict[str, Tensor] = {}
         self._ends = {id(weight): name for name, weight in ends.items()}
+        self._exchanged: tuple[int, Tensor | None] = (0, None)
+        # Of weights of linear operations: input and result; None for one that was multiplied with more than once.
+        self._products: dict[int, tuple[Tensor, Tensor, Any] | None] = {}
         self._kept: dict[Hashable, Any] = {}
         # By id, and kept alive so that no other object can have that id.
         self._known: dict[int, Tensor] = {}
@@ -46,7 +52,7 @@ class Replay(TorchFunctionMode):
         self._first = True
 
     def __enter__(self) -> "Replay":
-        self.at_ends = {}
+        self.at_ends, self.went_past = {}, set()
         self._changes_now.clear()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -74,15 +80,39 @@ class Replay(TorchFunctionMode):
             self._keep(key, func, args, result)
         elif (known := all(id(tensor) in self._known for tensor in tensors)) and key in self._kept:
             result = self._kept[key]
-        elif not known and (end := self._end(func, args)) is not None:
+        elif not known and (end := self._end(func, args)) is not None and end not in self.passed:
             self.at_ends[end] = args[0]
             return self._results_of_ends[end]
         else:
+            if not known and end is not None:
+                self.went_past.add(end)
             self._require_unchanged(func, args, kwargs, tensors)
-            return _run(func, args, kwargs)
+            result = self._changed_product(args) if func is F.linear and not kwargs else None
+            return _run(func, args, kwargs) if result is None else result
         if _changes_in_place(func, kwargs):
             self._changes_now[_storage(tensors[0])] += 1
         return result
+
+    def exchange(self, source: Tensor, weight: Tensor) -> None:
+        """Say that the next run has `weight` where the first one had `source`."""
+        self._exchanged = (id(weight), source)
+
+    def _changed_product(self, args: tuple[Any, ...]) -> Tensor | None:
+        """The result of a linear operation from that of the first run, where one of inputs and weight is another and
+        the product of the change alone is faster."""
+        inputs, weight = args[:2]
+        if not has_faster_changes(inputs, weight):
+            return None
+        exchanged, source = self._exchanged
+        known = self._products.get(id(source if id(weight) == exchanged else weight))
+        if known is None or (len(args) > 2 and args[2] is not known[2]):
+            return None
+        base, result, _ = known
+        if id(weight) != exchanged:
+            change = linear_of_change(inputs - base, weight) if inputs.shape == base.shape else None
+        else:
+            change = linear_of_change(inputs, weight - source) if inputs is base else None
+        return None if change is None else result + change
 
     def _states(self, tensors: list[Tensor]) -> Hashable:
         """How often each of `tensors` was changed until now, which it seldom is."""
@@ -113,6 +143,9 @@ class Replay(TorchFunctionMode):
         found: list[Tensor] = []
         _key(result, found)
         self._know(found)
+        if func is F.linear:
+            again = id(args[1]) in self._products
+            self._products[id(args[1])] = None if again else (args[0], result, args[2] if len(args) > 2 else None)
         if (end := self._end(func, args)) is not None:
             self.inputs_of_ends[end], self._results_of_ends[end] = args[0], result
 

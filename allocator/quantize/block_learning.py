@@ -78,7 +78,7 @@ class BlockLearning:
     def _learn(self, to_embedding: bool) -> dict[str, str]:
         run, stores = self.run, self.stores()
         below = backward_by_block(
-            run.stream, run.hidden, stores, _SEED, self.journal, to_embedding, run.progress, half=True
+            run.stream, run.hidden, stores, _SEED, self.journal, to_embedding, run.progress, three_digits=True
         )
         found: dict[str, str] = {}
         for done, index in enumerate(below):

@@ -93,7 +93,9 @@ def _find_metrics(work: _Work) -> None:
     if all(work.metrics.load(_metric_step(index)) is not None for index in range(count)):
         return
     stores = [run.hidden.beside(f"tuning-{n}", torch.bfloat16) for n in range(work.quantizer.draws)]
-    below = backward_by_block(run.stream, run.hidden, stores, _SEED, work.metrics, progress=run.progress, half=True)
+    below = backward_by_block(
+        run.stream, run.hidden, stores, _SEED, work.metrics, progress=run.progress, three_digits=True
+    )
     for done, index in enumerate(below):
         if done == 0:
             run.progress.begin(_METRIC_STEP, count, "block")

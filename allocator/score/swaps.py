@@ -1,25 +1,24 @@
 """One decoder block with the candidates of its modules: what each of them, swapped in alone, does to the output.
 
-Nothing before a module depends on it, so the block is run once and then again from the module that is swapped (see
-`blocks.replay`). Where the output is a sum that a module adds to, as down_proj mostly does, that module is not run
-again either: the gradients are taken back through its weight once, and meet the change of its input. A block with 128
-experts has 384 weights to swap: each is run alone, on the tokens that were routed to it.
+How one is swapped is in `swapped_block`. A block with 128 experts has 384 weights to swap: each is run alone, on the
+tokens that were routed to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from allocator.blocks.products import linear
-from allocator.blocks.replay import Replay, ReplayError
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.structure import Experts
 from allocator.quantize.candidates import BlockCandidates
+from allocator.run.process_group import ALONE, ProcessGroup
 from allocator.run.progress import Progress, silent
-from allocator.score.objective import errors_along
+from allocator.score.ends import find_ends
+from allocator.score.swapped_block import Batch, SwappedBlock, Way
 
 __all__ = [
     "Batch",
@@ -35,23 +34,13 @@ _FEW_TOKENS = 8
 _MOST_KEPT_BYTES = 2 << 30
 """Of several batches, what is kept of the first run of each."""
 
-_MOST_PULLED_BYTES = 1 << 30
-"""Of gradients taken back through a weight; where they are more, the module is run again."""
+KeepGradients = Callable[[int, int, Tensor], None]
+"""Called with the number of a batch, that of a probe, and its gradient at the block's input `[B, T, D]`."""
+
+Ways = dict[tuple[str, int], Way]
+"""How candidates are swapped that need not be swapped exactly, by module and number."""
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """states, teacher: input and output of the original block `[B, T, D]`; gradients: at the output `[S, B, T, D]`."""
-
-    states: Tensor
-    teacher: Tensor
-    gradients: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return self.states.shape[0] * self.states.shape[1]
 
 
 def measure_swaps(
@@ -62,27 +51,41 @@ def measure_swaps(
     reduce: Callable[[Tensor], Found],
     progress: Progress = silent,
     whole_blocks: bool = False,
+    process_group: ProcessGroup = ALONE,
+    below: KeepGradients | None = None,
 ) -> dict[int, dict[str, Found]]:
     """Swap each candidate in alone, on the teacher's input. Returns for each of `batches`, by module, what `reduce`
     makes of the errors of the block's output along the gradients, `[C, B * S * T]`; those of the last candidate, the
     source itself, are 0.
 
     All of it is one unit of the step that `progress` is at. Experts are measured on the tokens that chose them. With
-    `whole_blocks` the whole block is run for each candidate: the same numbers but for rounding, to compare with.
+    `whole_blocks` the whole block is run for each candidate: the same numbers but for rounding and for what
+    `swapped_block.NEARLY` allows, to compare with. `below` is given the gradients at the block's input of each batch,
+    where they come about. `batches` are this process's share of those of `process_group`.
     """
     found: dict[int, dict[str, Found]] = {number: {} for number in batches}
     experts = [] if whole_blocks else [name for name in candidates.formats if is_expert(block, name)]
     others = [name for name in candidates.formats if name not in experts]
-    ends = {} if whole_blocks else _additive(stream, block)
-    left, few = list(batches) if others else [], 1
-    while left:
-        group, left = left[:few], left[few:]
+    ends = None if whole_blocks else find_ends(stream, block)
+
+    def measure(numbers: list[int], ways: Ways | None) -> tuple[Ways, int]:
+        """Returns the ways, found if there were none, and the bytes that were kept of the largest batch."""
         with torch.inference_mode():
-            swapped = {n: _Swapped(stream, block, batches[n](), ends, not whole_blocks) for n in group}
-            if not candidates.kept_bytes:  # read for every few batches: for as many as there is room for
-                few = max(1, _MOST_KEPT_BYTES // max(of_batch.nbytes for of_batch in swapped.values()))
-            _swap_modules(candidates, others, swapped, reduce, found, progress, len(group) / len(batches))
-        swapped.clear()
+            swapped = {n: SwappedBlock(stream, block, batches[n], ends, below and partial(below, n)) for n in numbers}
+            share = len(numbers) / len(batches)
+            tried = _swap_modules(candidates, others, swapped, reduce, found, progress, share, ways)
+            return tried, max(of_batch.nbytes for of_batch in swapped.values())
+
+    left = list(batches) if others else []
+    first = left[:1] if process_group.leads else []
+    untried: Ways | None = {} if process_group.size == len(batches) == 1 else None  # nothing would be gained
+    ways, kept = process_group.from_leader(lambda: measure(first, untried) if first else ({}, 0))
+    left, few = left[len(first) :], 1
+    while left:
+        if kept and not candidates.kept_bytes:  # read for every few batches: for as many as there is room for
+            few = max(1, _MOST_KEPT_BYTES // kept)
+        group, left = left[:few], left[few:]
+        _, kept = measure(group, ways)
     if experts:
         with torch.inference_mode():
             _swap_experts(stream, block, candidates, batches, experts, reduce, found, progress)
@@ -93,108 +96,33 @@ def measure_swaps(
 def _swap_modules(
     candidates: BlockCandidates,
     names: list[str],
-    batches: Mapping[int, "_Swapped"],
+    batches: Mapping[int, SwappedBlock],
     reduce: Callable[[Tensor], Found],
     found: dict[int, dict[str, Found]],
     progress: Progress,
     share: float,
-) -> None:
-    """Put into `found` what `measure_swaps` returns, for the modules `names` on some batches: a share of all."""
+    ways: Ways | None,
+) -> Ways:
+    """Put into `found` what `measure_swaps` returns, for the modules `names` on some batches: a share of all. Where
+    `ways` are not known they are found on the first batch, and returned."""
+    trial = {} if ways is None else ways
     for name in names:
         errors: dict[int, list[Tensor]] = {number: [] for number in batches}
-        for index in range(len(candidates.formats[name]) - 1):
+        tried = ways is None
+        for index in reversed(range(len(candidates.formats[name]) - 1)):  # from the one nearest to the source
             weight = candidates.weight(name, index)
             for number, batch in batches.items():
-                errors[number].append(batch.errors(f"{name}.weight", weight).cpu())
+                exact_or_near = batch.errors(name, weight, trial.get((name, index), "exact"))
+                errors[number].insert(0, exact_or_near.cpu())
+                if tried:
+                    way = batch.way_near(name, weight, exact_or_near)
+                    tried = way is not None
+                    if way is not None:
+                        trial[name, index] = way
         for number, of_batch in errors.items():
             found[number][name] = reduce(torch.stack([*of_batch, torch.zeros_like(of_batch[0])]))
         progress.advance(share / len(candidates.formats), name)
-
-
-def _additive(stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
-    """The weights of those linear modules of `block`, by name, whose output is added to the block's and does nothing
-    else: there the gradient is that of the block's output itself, whatever it is."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
-    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
-    outputs: dict[str, Tensor] = {}
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
-        for name, module in linears.items()
-    ]
-    try:
-        with torch.enable_grad():
-            output = stream.run(block, states.requires_grad_(True))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = torch.autograd.grad(output, list(outputs.values()), gradient, allow_unused=True)
-    same = [name for name, own in zip(outputs, found, strict=True) if own is not None and torch.equal(own, gradient)]
-    return {name: block.get_parameter(f"{name}.weight") for name in same if linears[name].bias is None}
-
-
-@dataclass
-class _Swapped:
-    """A batch on which one weight at a time is swapped. `ends`: the weights of modules that add to the output."""
-
-    stream: BlockStream
-    block: nn.Module
-    batch: Batch
-    ends: Mapping[str, Tensor]
-    replays: bool
-    _replay: Replay | None = None
-    _pulled: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.replays:
-            return
-        wide = sum(weight.shape[1] for weight in self.ends.values())
-        if 4 * self.batch.gradients.shape[0] * self.batch.tokens * wide > _MOST_PULLED_BYTES:
-            self.ends = {}
-        self._gradients = _by_token(self.batch.gradients)
-        self._pulled = {name: linear(self._gradients, weight.T) for name, weight in self.ends.items()}
-        self._replay = Replay(self.ends)
-        with self._replay:
-            self._output = self.stream.run(self.block, self.batch.states)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept of the batch."""
-        gradients = 0 if self._replay is None else self._gradients.nbytes + sum(g.nbytes for g in self._pulled.values())
-        return self.batch.gradients.nbytes + gradients + (self._replay.nbytes if self._replay else 0)
-
-    def errors(self, parameter: str, weight: Tensor) -> Tensor:
-        """`errors_along` of the block's output with `weight` in the place of `parameter`: `[B * S * T]`."""
-        if self._replay is not None:
-            try:
-                return self._errors_by_replay(self._replay, parameter, weight)
-            except ReplayError:
-                self._replay = None
-        output = self.stream.run(self.block, self.batch.states, {parameter: weight})
-        return errors_along(output, self.batch.teacher, self.batch.gradients)
-
-    def _errors_by_replay(self, replay: Replay, parameter: str, weight: Tensor) -> Tensor:
-        batch = self.batch
-        with replay:
-            output = self.stream.run(self.block, batch.states, {parameter: weight})
-        along = self._gradients.new_zeros(self._gradients.shape[:2])  # [B * T, S]
-        if output is not self._output:
-            along += _along(self._gradients, output - self._output)  # what rounding the two have in common goes
-        for name, inputs in replay.at_ends.items():
-            along += _along(self._pulled[name], inputs - replay.inputs_of_ends[name])
-        sequences, tokens, _ = batch.states.shape
-        return along.view(sequences, tokens, -1).transpose(1, 2).flatten()
-
-
-def _by_token(gradients: Tensor) -> Tensor:
-    """`[S, B, T, D]` to `[B * T, S, D]`, in one piece."""
-    return gradients.flatten(1, 2).transpose(0, 1).contiguous()
-
-
-def _along(gradients: Tensor, errors: Tensor) -> Tensor:
-    """Errors `[B, T, K]` along gradients `[B * T, S, K]`: `[B * T, S]`."""
-    return torch.bmm(errors.reshape(len(gradients), 1, -1), gradients.transpose(1, 2)).squeeze(1)
+    return trial
 
 
 def _few_at_a_time(batches: Mapping[int, Callable[[], Batch]]) -> Iterator[dict[int, Batch]]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from allocator.blocks.gradients import backward_by_block
+from allocator.blocks.gradients import backward_by_block, finish_boundary, keep_gradient
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import BlockStream
 from allocator.model import Inventory
@@ -90,7 +90,25 @@ class Task:
         block = self.stream.block(index)
         readers = {number: partial(teacher.batch, self.stream, index, rows) for number, rows in parts.items()}
         candidates = self.candidates(index, block)
-        found = measure_swaps(self.stream, block, candidates, readers, reduce, self.progress)
+        group, wanted = self.journal.process_group, index > 0 or bool(self.vocabulary().formats)
+        kept: set[int] = set()
+
+        def below(number: int, probe: int, gradient: Tensor) -> None:
+            keep_gradient(teacher.gradients[probe], index, parts[number], gradient)
+            kept.add(number)
+
+        found = measure_swaps(
+            self.stream,
+            block,
+            candidates,
+            readers,
+            reduce,
+            self.progress,
+            process_group=group,
+            below=below if wanted else None,
+        )
+        if wanted and not group.any(kept != set(parts)):
+            finish_boundary(teacher.gradients, index, self.journal)
         return {n: {self.module(index, local): f for local, f in of.items()} for n, of in found.items()}
 
     def in_model_order(self, scores: dict[str, Found]) -> dict[str, Found]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import BlockStream
-from allocator.score.swaps import Batch
+from allocator.score.swapped_block import Batch
 
 __all__ = ["Teacher"]
 

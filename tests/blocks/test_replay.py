@@ -63,6 +63,33 @@ def test_the_input_of_an_end_is_told_instead_of_running_it() -> None:
         assert not replay.at_ends
 
 
+def test_an_end_that_is_passed_is_run_and_told() -> None:
+    with torch.inference_mode():
+        replay = Replay({"c": C})
+        with replay:
+            model(A, B)
+        replay.passed = ["c"]
+        with replay:
+            torch.testing.assert_close(model(A + 1, B), model(A + 1, B))
+        assert replay.went_past == {"c"}
+        assert not replay.at_ends
+
+
+def test_a_product_of_which_little_changed_is_as_exact_as_the_change() -> None:
+    """Also where products of changes are made in bfloat16: to three digits of the change, not of the product."""
+    inputs, a, b = (torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    other = a + 1e-3 * torch.randn(128, 128, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        replay = Replay({})
+        with replay:
+            first = F.linear(F.linear(inputs, a), b)
+        replay.exchange(a, other)
+        with replay:
+            second = F.linear(F.linear(inputs, other), b)
+    expected = inputs.double() @ (other - a).double().T @ b.double().T
+    assert float((second - first - expected).norm()) <= 0.01 * float(expected.norm())
+
+
 def test_a_tensor_as_it_was_before_a_change_in_place_is_not_made_up() -> None:
     def changing(a: Tensor, b: Tensor) -> Tensor:
         first = F.linear(X, a)

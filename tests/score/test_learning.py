@@ -20,7 +20,7 @@ from allocator.quantize import BankReader
 from allocator.quantize.candidates import BlockCandidates
 from allocator.score import LearningSettings
 from allocator.score.objective import Kinds, correlations, errors_along, losses_of_errors
-from allocator.score.swaps import Batch
+from allocator.score.swapped_block import Batch
 from allocator.score.teacher import Teacher
 from allocator.solve.quadratic import pair_terms
 

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from allocator.blocks import BlockStream
+from allocator.blocks.products import only_float32
 from allocator.contract.layout import ModuleFormat
 from allocator.model import cut_unsorted, read_inventory
-from allocator.score.swaps import Batch, measure_swaps
+from allocator.score.swapped_block import NEARLY, Batch
+from allocator.score.swaps import measure_swaps
 from tests.families import make_family
 
 FORM = ModuleFormat(shape=(32, 32), num_bits=4, group_size=32, symmetric=False)
@@ -55,14 +57,52 @@ def _are_those_of_whole_blocks(stream: BlockStream, index: int) -> None:
         for number, rows in {0: slice(0, 2), 5: slice(2, 3)}.items()
     }
     read = {number: lambda batch=batch: batch for number, batch in batches.items()}
-    fast, whole = (
-        measure_swaps(stream, block, Moved(block), read, torch.clone, whole_blocks=whole) for whole in (False, True)
-    )
+    with only_float32():
+        fast, whole = (
+            measure_swaps(stream, block, Moved(block), read, torch.clone, whole_blocks=whole) for whole in (False, True)
+        )
     assert list(fast[5]) == list(whole[5])
     assert len(fast[0]) > 3
     for number, of_batch in whole.items():
+        allowed = 2e-4 if number == 0 else 1.5 * NEARLY  # small errors were tried on the first batch
         for name, errors in of_batch.items():
             for found, expected in zip(fast[number][name], errors, strict=True):
-                assert float((found - expected).norm()) <= 2e-4 * float(expected.norm()), (name, number)
+                assert float((found - expected).norm()) <= allowed * float(expected.norm()), (name, number)
             assert not fast[number][name][-1].any()
             assert errors[:-1].square().sum(1).min() > 0 or ".experts." in name
+
+
+def test_gradients_below_the_block_come_with_its_measurements(tiny_model: Callable[[str], Path]) -> None:
+    stream = BlockStream(read_inventory(tiny_model("llama")))
+    block = stream.block(1)
+    states, *gradients = torch.randn(4, 2, 40, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        teacher = stream.run(block, states)
+    batch = Batch(states, teacher, torch.stack(gradients))
+    below: dict[int, torch.Tensor] = {}
+    measure_swaps(
+        stream, block, Moved(block), {3: lambda: batch}, torch.clone,
+        below=lambda number, probe, gradient: below.update({number + probe: gradient}),
+    )  # fmt: skip
+    states.requires_grad_(True)
+    output = stream.run(block, states)
+    for probe, gradient in enumerate(gradients):
+        (expected,) = torch.autograd.grad(output, states, gradient, retain_graph=True)
+        # To three digits: they are rounded to bfloat16 when they are kept.
+        assert float((below[3 + probe] - expected).norm()) <= 0.01 * float(expected.norm())
+
+
+def test_small_errors_are_measured_without_what_stands_behind(tiny_model: Callable[[str], Path]) -> None:
+    """Of the second batch, to three digits; those that are no longer small are measured as ever."""
+    stream = BlockStream(read_inventory(tiny_model("llama")))
+    block = stream.block(1)
+    states, *gradients = torch.randn(4, 2, 40, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        teacher = stream.run(block, states)
+    batch = Batch(states, teacher, torch.stack(gradients))
+    with only_float32():
+        found = measure_swaps(stream, block, Moved(block), {0: lambda: batch, 1: lambda: batch}, torch.clone)
+    small, large = ([found[n]["self_attn.o_proj"][c] for n in (0, 1)] for c in (1, 0))
+    assert torch.equal(*large)
+    assert not torch.equal(*small)
+    assert float((small[0] - small[1]).norm()) <= NEARLY * float(small[0].norm())

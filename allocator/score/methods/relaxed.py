@@ -22,7 +22,7 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import module_bytes
 from allocator.quantize.candidates import BlockCandidates
 from allocator.score.objective import UNIT, gram_matrix, reconstruction_loss
-from allocator.score.swaps import Batch
+from allocator.score.swapped_block import Batch
 from allocator.score.tables import Table
 from allocator.score.task import Task
 from allocator.score.teacher import Teacher
