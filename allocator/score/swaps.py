@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from allocator.blocks.products import linear
 from allocator.blocks.replay import Replay, ReplayError
 from allocator.blocks.stream import BlockStream
-from allocator.blocks.structure import Experts
+from allocator.blocks.structure import Experts, Routes
 from allocator.quantize.candidates import BlockCandidates
 from allocator.run.progress import Progress, silent
 from allocator.score.objective import errors_along
 
 __all__ = [
     "Batch",
-    "Routes",
     "expert_error",
     "is_expert",
     "measure_swaps",
@@ -118,7 +117,12 @@ def _additive(stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
     shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
     states, gradient = torch.randn(shape, generator=generator).to(stream.device)
     outputs: dict[str, Tensor] = {}
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    # Not what makes more of a product, as Llama 4's router does.
+    linears = {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    }
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
         for name, module in linears.items()
@@ -232,15 +236,6 @@ def _swap_experts(
             progress.advance(len(together) / len(batches) / len(candidates.formats), name)
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Input of a block's experts `[n, D]`, and for each of the n tokens its experts and their weights `[n, top_k]`."""
-
-    hidden: Tensor
-    chosen: Tensor
-    weights: Tensor
-
-
 def is_expert(block: nn.Module, name: str) -> bool:
     """Whether the module `name` of `block` is a matrix of one of its experts."""
     parts = name.split(".")
@@ -252,8 +247,8 @@ def record_routes(stream: BlockStream, block: nn.Module, states: Tensor) -> Rout
     experts = next(module for module in block.modules() if isinstance(module, Experts))
     seen: list[Routes] = []
 
-    def see(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(Routes(*inputs))
+    def see(module: Experts, inputs: tuple[Any, ...]) -> None:
+        seen.append(module.routes(*inputs))
 
     hook = experts.register_forward_pre_hook(see)
     try:
@@ -274,4 +269,4 @@ def expert_error(block: nn.Module, name: str, weight: Tensor, routes: Routes) ->
     tokens, place = torch.where(routes.chosen == int(number))
     inputs = routes.hidden[tokens]
     swapped: Tensor = torch.func.functional_call(expert, {f"{matrix}.weight": weight}, (inputs,))
-    return tokens, (swapped - expert(inputs)) * routes.weights[tokens, place, None]
+    return tokens % routes.tokens, (swapped - expert(inputs)) * routes.weights[tokens, place, None]

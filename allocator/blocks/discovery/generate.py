@@ -241,7 +241,7 @@ class _Finder:
         if gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2]):
             return None if self.first.interleaved else "rows"
         if gate_up[1] == down[2] and gate_up[2] == tuple(2 * size for size in down[1]):
-            return "interleaved" if self.first.interleaved else None  # Llama 4 weighs the inputs of experts
+            return "interleaved" if self.first.interleaved else "columns"
         return None
 
     def _is_module(self, tensor: ProbedTensor) -> bool:
