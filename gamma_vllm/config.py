@@ -123,7 +123,7 @@ class GammaConfig(QuantizationConfig):
         A model folder without quantization_config must be a bank: then a manifest is asked for.
         """
         if hf_config is not None:
-            if any(name.startswith("Llama4") for name in hf_config.architectures or ()):
+            if any(name.startswith("Llama4") for name in getattr(hf_config, "architectures", None) or ()):
                 text = hf_config.get_text_config()
                 self.turned_heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
             self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))

@@ -101,6 +101,7 @@ class _Finder:
         self.expressions = Expressions(self.sizes, constant)
         self.modules: dict[str, ProbedTensor] = {}
         self.experts: Trace = ()
+        self.expert_rules: dict[str, Any] | None = None
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
     def find(self) -> Architecture:
@@ -109,7 +110,7 @@ class _Finder:
         inside = [t for t in tensors if t.name not in (embedding, head)]
         inside = [part for t in inside for part in self._unstacked(t)]
         sparse_blocks = {b for t in inside if "{e}" in t.name for b in t.blocks}
-        experts = self._experts(inside, sparse_blocks)
+        experts = self.expert_rules = self._experts(inside, sparse_blocks)
         self.modules = {module_name(t): t for t in inside if self._is_module(t)}
         linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
         others = [self._other(t, sparse_blocks) for t in inside if not self._is_module(t)]
@@ -319,6 +320,8 @@ class _Finder:
         weight = self.modules.get(parent)
         if part == "bias" and weight is not None and (split := self._split(weight)) in ("column", "kv", "qkv"):
             rule["split"] = split
+        if "layout" in (self.expert_rules or {}) and tensor.name.endswith("_proj_bias"):
+            rule["split"] = "expert_row" if part == "down_proj_bias" else "expert_column"
         if self.served.in_float32(tensor.name):
             rule["float32"] = True
         return rule | self._where(tensor, sparse)
