@@ -30,10 +30,8 @@ from allocator.model.expert_stacks import matrices_of
 __all__ = ["find_architecture"]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_EXPERT_LEAVES = {
-    "gate_proj": "w13", "up_proj": "w13", "gate_up_proj": "w13", "w1": "w13", "w3": "w13",
-    "down_proj": "w2", "w2": "w2",
-}  # fmt: skip
+_EXPERT_LEAVES = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"), "w13")
+_EXPERT_LEAVES |= dict.fromkeys(("down_proj", "w2"), "w2")
 _SPLITS: dict[str, Split] = {
     "ColumnParallelLinear": "column",
     "MergedColumnParallelLinear": "column",
