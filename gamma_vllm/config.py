@@ -30,7 +30,7 @@ from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
 from gamma_vllm.shards import CheckpointModule
-from gamma_vllm.weight_stream import ExpertPlace, StreamMapper, load_experts
+from gamma_vllm.weight_stream import ExpertPlace, StreamMapper, load_experts, turn_zero_points
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,6 +72,7 @@ class GammaConfig(QuantizationConfig):
         self.ties_embeddings = False
         self.keys_are_values = False
         self.expert_places: dict[str, ExpertPlace] = {}
+        self.turned_heads: dict[str, int] = {}
         if checkpoint is not None:
             self._set(checkpoint)
 
@@ -126,6 +127,8 @@ class GammaConfig(QuantizationConfig):
             text = hf_config.get_text_config()
             self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
             self.keys_are_values = bool(getattr(text, "attention_k_eq_v", False))
+            if any(name.startswith("Llama4") for name in getattr(hf_config, "architectures", None) or ()):
+                self.turned_heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         folder = Path(model_name)
         if self.declaration is not None:
             require_weight_mapper("serving a checkpoint of another format")
@@ -150,6 +153,8 @@ class GammaConfig(QuantizationConfig):
             steps.append(partial(in_our_order, self.other_format))
         if self.served is not None:
             steps.append(partial(chosen, self.served))
+        if self.turned_heads:
+            steps.append(partial(turn_zero_points, self.checkpoint.modules, self.turned_heads))
         if self.expert_places:
             steps.append(partial(load_experts, self.expert_places))
         return StreamMapper(tuple(steps)) | mapper if steps else mapper

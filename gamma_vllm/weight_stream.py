@@ -1,13 +1,16 @@
 """What is done to the stream of a checkpoint's tensors before vLLM maps their names."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
-__all__ = ["ExpertPlace", "StreamMapper", "load_experts", "mappings"]
+from allocator.contract.layout import ModuleFormat
+from allocator.contract.packing import pack_zero_points, unpack_zero_points
+
+__all__ = ["ExpertPlace", "StreamMapper", "load_experts", "mappings", "turn_zero_points"]
 
 
 class StreamMapper(WeightsMapper):
@@ -61,3 +64,20 @@ def load_experts(places: dict[str, ExpertPlace], weights: Iterable[tuple[str, Te
         parameter.weight_loader(
             parameter, tensor, weight_name=name, shard_id=place.shard, expert_id=place.expert, return_success=True
         )
+
+
+def turn_zero_points(
+    modules: Mapping[str, ModuleFormat], heads: Mapping[str, int], weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream with the zero points of those of `modules` whose leaf is in `heads` (the number of heads of their
+    rows) in the order of rows into which vLLM's Llama 4 turns their codes and scales for its rotary embedding; packed
+    along the rows, they are left as they are there (`permute_qk_weight_for_rotary`)."""
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        count = heads.get(module.rpartition(".")[2])
+        if part != "weight_zero_point" or count is None or module not in modules:
+            yield name, tensor
+            continue
+        form = modules[module]
+        rows = unpack_zero_points(tensor, form.num_bits, form.shape[0]).view(count, -1, 2, tensor.shape[1])
+        yield name, pack_zero_points(rows.transpose(1, 2).flatten(0, 2).contiguous(), form.num_bits)

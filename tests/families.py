@@ -116,6 +116,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": _FOUR
     | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "laguna": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD,
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 192}
+    | {"no_rope_layers": [1, 0], "attention_chunk_size": 128}  # vLLM's CPU attention has no smaller ones
+    | _HEAD,
     "mellum": _FOUR | _HEAD,
     "mimo_v2_flash": _ROUTED | _HEAD | _WINDOWS,
     "minimax_m2": _EXPERTS | {"num_local_experts": 4} | _HEAD,
@@ -145,8 +148,8 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 LIKE_OTHERS = (
     "apertus", "arcee", "cwm", "ernie4_5", "gemma", "gemma4_text", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2",
     "ministral3", "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe",
-    "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe",
-    "qwen3_5_moe_text",
+    "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2",
+    "nemotron_h_moe", "olmoe", "qwen3_5_moe_text",
 )  # fmt: skip
 """Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
 

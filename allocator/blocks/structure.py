@@ -5,7 +5,9 @@ have one tensor an expert and matrix, and Mixtral's says `block_sparse_moe`. Can
 the block is rebuilt to have those as parameters, and computes the same.
 """
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from allocator.contract.modules import Rows
 
-__all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows", "name_as_stored"]
+__all__ = ["Experts", "Routes", "RowBlocks", "as_stored", "cut_rows", "name_as_stored"]
 
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 """Gate, up and down, or without a gate (Nemotron-H)."""
@@ -37,9 +39,12 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
 def _experts(fused: Any, of_experts: Collection[str]) -> "Experts":
     if f"{_FUSED_NAME}.weight" in of_experts:
         return BiasedExperts(fused)
-    count, hidden, wide = fused.down_proj.shape
     names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
-    return Experts(_Expert(fused.act_fn, names, hidden, wide, fused.down_proj.device) for _ in range(count))
+    weighed = len(inspect.signature(fused.forward).parameters) == 1  # hidden states alone
+    count, *sizes = fused.down_proj.shape
+    hidden, wide = reversed(sizes) if weighed else sizes
+    kind = WeighedExperts if weighed else Experts
+    return kind(_Expert(fused.act_fn, names, hidden, wide, fused.down_proj.device) for _ in range(count))
 
 
 def name_as_stored(layer: nn.Module, name: str, stored: str) -> None:
@@ -93,6 +98,19 @@ def _rename_mlp(layer: nn.Module, name: str) -> None:
     layer.__class__ = type(kind.__name__, (kind,), {"mlp": property(lambda self: getattr(self, name))})
 
 
+@dataclass(frozen=True)
+class Routes:
+    """Input of a block's experts `[m, D]`, and for each of its rows its experts and their weights `[m, top_k]`.
+
+    Row i is of token i modulo `tokens`; a number that no expert has stands for none.
+    """
+
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+    tokens: int
+
+
 class Experts(nn.ModuleList):
     """The experts of a block, each with its linear modules. An expert runs on the tokens that chose it, if any."""
 
@@ -104,6 +122,29 @@ class Experts(nn.ModuleList):
             output = self[number](hidden[tokens]) * weights[tokens, place, None]
             total = total.index_add(0, tokens, output.to(total.dtype))
         return total
+
+    def routes(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Routes:
+        """What `forward` is given, by tokens."""
+        return Routes(hidden, chosen, weights, len(hidden))
+
+
+class WeighedExperts(Experts):
+    """Experts whose inputs are weighed, not their outputs (Llama 4): all tokens for each expert, one after the other;
+    those that did not choose it are zeros, and so is what it gives for them."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        """`[experts * n, D]` to `[experts * n, D]`."""
+        outputs = []
+        for expert, rows in zip(self, hidden.view(len(self), -1, hidden.shape[-1]), strict=True):
+            tokens = rows.any(-1).nonzero().flatten()
+            output = torch.zeros_like(rows)
+            outputs.append(output.index_copy(0, tokens, expert(rows[tokens])) if len(tokens) else output)
+        return torch.cat(outputs)
+
+    def routes(self, hidden: Tensor) -> Routes:  # type: ignore[override]
+        numbers = torch.arange(len(self), device=hidden.device).repeat_interleave(len(hidden) // len(self))
+        chosen = torch.where(hidden.any(-1), numbers, len(self)).unsqueeze(1)
+        return Routes(hidden, chosen, torch.ones_like(chosen, dtype=hidden.dtype), len(hidden) // len(self))
 
 
 class _Expert(nn.Module):

@@ -177,7 +177,9 @@ def _elements(other: OtherKind, ranks: Ranks, heads: Heads) -> int:
     split: Split = other.split
     if split == "kv":
         return other.shape[0] // heads.key_value * max(heads.key_value // size, 1)
-    if split in ("column", "row"):
+    if split.startswith("expert") and ranks.expert_parallel:  # biases `[experts, rows]`
+        return prod(other.shape) // other.shape[0] * -(-other.shape[0] // size)
+    if split in ("column", "row", "expert_column"):
         return prod(other.shape) // size
     return prod(other.shape)
 

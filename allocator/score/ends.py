@@ -44,7 +44,12 @@ def find_ends(stream: BlockStream, block: nn.Module) -> Ends:
     shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
     states, gradient = torch.randn(shape, generator=generator).to(stream.device)
     outputs: dict[str, Tensor] = {}
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    # Not what makes more of a product, as Llama 4's router does.
+    linears = {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    }
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
         for name, module in linears.items()

@@ -54,7 +54,8 @@ def _count(task: Task, index: int) -> dict[str, int]:
 
 def _chosen(task: Task, block: nn.Module, index: int, rows: slice, experts: int) -> Tensor:
     states = task.hidden.boundary(index)[rows].to(task.stream.device)
-    return torch.bincount(record_routes(task.stream, block, states).chosen.flatten().cpu(), minlength=experts)
+    chosen = record_routes(task.stream, block, states).chosen.flatten().cpu()
+    return torch.bincount(chosen, minlength=experts)[:experts]
 
 
 def with_credibility(scores: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:

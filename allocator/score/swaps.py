@@ -5,7 +5,6 @@ tokens that were routed to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from allocator.blocks.stream import BlockStream
-from allocator.blocks.structure import Experts
+from allocator.blocks.structure import Experts, Routes
 from allocator.quantize.candidates import BlockCandidates
 from allocator.run.process_group import ALONE, ProcessGroup
 from allocator.run.progress import Progress, silent
@@ -22,7 +21,6 @@ from allocator.score.swapped_block import Batch, SwappedBlock, Way
 
 __all__ = [
     "Batch",
-    "Routes",
     "expert_error",
     "is_expert",
     "measure_swaps",
@@ -194,15 +192,6 @@ def _gradients_at_experts(stream: BlockStream, block: nn.Module, batch: Batch) -
     return torch.stack(found).flatten(1, -2)
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Input of a block's experts `[n, D]`, and for each of the n tokens its experts and their weights `[n, top_k]`."""
-
-    hidden: Tensor
-    chosen: Tensor
-    weights: Tensor
-
-
 def is_expert(block: nn.Module, name: str) -> bool:
     """Whether the module `name` of `block` is a matrix of one of its experts."""
     parts = name.split(".")
@@ -214,8 +203,8 @@ def record_routes(stream: BlockStream, block: nn.Module, states: Tensor) -> Rout
     experts = next(module for module in block.modules() if isinstance(module, Experts))
     seen: list[Routes] = []
 
-    def see(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(Routes(*inputs))
+    def see(module: Experts, inputs: tuple[Any, ...]) -> None:
+        seen.append(module.routes(*inputs))
 
     hook = experts.register_forward_pre_hook(see)
     try:
@@ -236,4 +225,4 @@ def expert_error(block: nn.Module, name: str, weight: Tensor, routes: Routes) ->
     tokens, place = torch.where(routes.chosen == int(number))
     inputs = routes.hidden[tokens]
     swapped: Tensor = torch.func.functional_call(expert, {f"{matrix}.weight": weight}, (inputs,))
-    return tokens, (swapped - expert(inputs)) * routes.weights[tokens, place, None]
+    return tokens % routes.tokens, (swapped - expert(inputs)) * routes.weights[tokens, place, None]

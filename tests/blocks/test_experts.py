@@ -9,16 +9,18 @@ import torch
 from allocator.blocks import BlockStream
 from allocator.model import read_inventory
 from allocator.score.swaps import expert_error, is_expert, record_routes
+from tests.families import FAMILIES, make_family
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_errors_equal_those_of_the_whole_block(kind: str, tiny_model: Callable[[str], Path]) -> None:
-    stream = BlockStream(read_inventory(tiny_model(kind)))
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "llama4_text"])
+def test_errors_equal_those_of_the_whole_block(kind: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = make_family(kind, tmp_path / kind) if kind in FAMILIES else tiny_model(kind)
+    stream = BlockStream(read_inventory(folder))
     block = stream.block(1)
-    states = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(2, 24, stream.inventory.shape.hidden_size, generator=torch.Generator().manual_seed(0))
     names = [n for n, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     experts = [name for name in names if is_expert(block, name)]
-    assert len(experts) == 3 * {"qwen3_moe": 8, "mixtral": 4}[kind]
+    assert len(experts) == {"qwen3_moe": 24, "mixtral": 12, "gpt_oss": 8, "llama4_text": 12}[kind]
     assert "self_attn.q_proj" not in experts
     routes = record_routes(stream, block, states)
     with torch.inference_mode():

@@ -34,10 +34,8 @@ from allocator.model.expert_stacks import matrices_of
 __all__ = ["find_architecture"]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_EXPERT_LEAVES = {
-    "gate_proj": "w13", "up_proj": "w13", "gate_up_proj": "w13", "w1": "w13", "w3": "w13",
-    "down_proj": "w2", "w2": "w2",
-}  # fmt: skip
+_EXPERT_LEAVES = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"), "w13")
+_EXPERT_LEAVES |= dict.fromkeys(("down_proj", "w2"), "w2")
 _SPLITS: dict[str, Split] = {
     "ColumnParallelLinear": "column",
     "MergedColumnParallelLinear": "column",
@@ -115,6 +113,7 @@ class _Finder:
         self.modules: dict[str, ProbedTensor] = {}
         self.every: list[ProbedTensor] = []
         self.experts: Trace = ()
+        self.expert_rules: dict[str, Any] | None = None
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
     def find(self) -> Architecture:
@@ -124,7 +123,7 @@ class _Finder:
         inside = [t for t in tensors if t.name not in (embedding, head)]
         inside = [part for t in inside for part in self._unstacked(t)]
         sparse_blocks = {b for t in inside if "{e}" in t.name for b in t.blocks}
-        experts = self._experts(inside, sparse_blocks)
+        experts = self.expert_rules = self._experts(inside, sparse_blocks)
         self.every = [t for t in inside if self._is_module(t)]
         self.modules = {module_name(t): t for t in self.every}
         linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
@@ -225,7 +224,7 @@ class _Finder:
         if gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2]):
             return None if self.first.interleaved else "rows"
         if gate_up[1] == down[2] and gate_up[2] == tuple(2 * size for size in down[1]):
-            return "interleaved" if self.first.interleaved else None  # Llama 4 weighs the inputs of experts
+            return "interleaved" if self.first.interleaved else "columns"
         return None
 
     def _is_module(self, tensor: ProbedTensor) -> bool:
@@ -311,6 +310,8 @@ class _Finder:
         weight = self.modules.get(parent)
         if part == "bias" and weight is not None and (split := self._split(weight)) in ("column", "kv", "qkv"):
             rule["split"] = split
+        if "layout" in (self.expert_rules or {}) and tensor.name.endswith("_proj_bias"):
+            rule["split"] = "expert_row" if part == "down_proj_bias" else "expert_column"
         if self.served.in_float32(tensor.name):
             rule["float32"] = True
         return rule | self._where(tensor, sparse)

@@ -12,7 +12,16 @@ from allocator.model.architectures import Architecture, ExpertLayout
 from allocator.model.expert_stacks import matrices_of
 from allocator.model.shape import shape_of
 
-__all__ = ["ProbedTensor", "check_rules", "experts_of", "module_name", "numbered", "parent_name", "probed_tensors"]
+__all__ = [
+    "ProbedTensor",
+    "check_rules",
+    "experts_of",
+    "module_name",
+    "numbered",
+    "parent_name",
+    "probed_tensors",
+    "single_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,9 @@ def check_rules(rules: Architecture, of: Probe, architecture: str) -> None:
     said |= {name: other.shape for other in shape.others for name in other.names()}
     made = {
         name: size
-        for name, size in _single(of.stored, said, "rows" if rules.experts is None else rules.experts.layout).items()
+        for name, size in single_experts(
+            of.stored, said, "rows" if rules.experts is None else rules.experts.layout
+        ).items()
         if not (shape.tied and name == f"{of.head}.weight")
     }
     if odd := sorted(set(said.items()) ^ set(made.items())):
@@ -92,7 +103,7 @@ def check_rules(rules: Architecture, of: Probe, architecture: str) -> None:
         )
 
 
-def _single(
+def single_experts(
     stored: dict[str, tuple[int, ...]], said: Container[str], layout: ExpertLayout
 ) -> dict[str, tuple[int, ...]]:
     """Shapes by name, with stacks of experts as single matrices where these are said to be there."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from allocator.blocks.discovery.probes import Probe, probe_of
+from allocator.blocks.discovery.tensors import single_experts
 from allocator.contract.errors import InputError
 from allocator.model.architectures import Architecture
 from allocator.model.shape import shape_of
@@ -47,13 +48,14 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     rules["text_config"] = True
     config = made.config.to_dict() | {"architectures": [architecture]}
     said = _names(shape_of(architecture, Architecture.model_validate(rules), config))
-    if missing := sorted(name for name in said if made.stored.get(name) != said[name]):
+    stored = single_experts(made.stored, said, "rows" if text.experts is None else text.experts.layout)
+    if missing := sorted(name for name in said if stored.get(name) != said[name]):
         raise InputError(
             f"{architecture}: its language model is not that of its kind: {missing[0]} is "
-            f"{made.stored.get(missing[0])}, not {said[missing[0]]}"
+            f"{stored.get(missing[0])}, not {said[missing[0]]}"
         )
     rules["beside"] = sorted(
-        {_part(name, said) for name in made.stored if name not in said and name != f"{made.head}.weight"}
+        {_part(name, said) for name in stored if name not in said and name != f"{made.head}.weight"}
     )
     return Architecture.model_validate(rules)
 
