@@ -4,6 +4,7 @@ The documents are files in a folder: lambada/lambada_test.jsonl (the OpenAI vari
 """
 
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Tasks:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that it is given
         lambada, paradigms = self._documents()
         tasks = [_task("lambada/lambada_openai.yaml", "lambada_openai", lambada)]
         tasks += [_task("blimp/_template_yaml", name, found) for name, found in paradigms.items()]
