@@ -164,13 +164,14 @@ def keep_gradient(store: HiddenStates, index: int, rows: slice | Tensor, gradien
     store.boundary(index)[rows] = gradient.to(store.dtype).cpu()
 
 
-def finish_boundary(gradients: Sequence[HiddenStates], index: int, journal: Journal) -> None:
-    """Tell `journal` that all processes have filled boundary `index`, once it is on the disk."""
+def finish_boundary(gradients: Sequence[HiddenStates], index: int, journal: Journal, may_stop: bool = True) -> None:
+    """Tell `journal` that all processes have filled boundary `index`, once it is on the disk (`may_stop` as in
+    `Journal.save`)."""
     journal.process_group.wait()
     if journal.process_group.leads:
         for store in gradients:
             store.settle(index)
-    journal.save(_step(index), True)
+    journal.save(_step(index), True, may_stop)
 
 
 def _step(index: int) -> str:

@@ -111,8 +111,9 @@ class Journal:
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             return None
 
-    def save(self, step: str, state: Any) -> None:
-        """Keep `state`; then raise StoppedError if SIGTERM asked for it (in any process of the group)."""
+    def save(self, step: str, state: Any, may_stop: bool = True) -> None:
+        """Keep `state`; then raise StoppedError if SIGTERM asked for it (in any process of the group), unless another
+        step of the same work is about to be kept."""
         if self.folder is not None and self.process_group.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
@@ -127,7 +128,7 @@ class Journal:
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-        if self.process_group.any(stop_requested()):
+        if may_stop and self.process_group.any(stop_requested()):
             kept = "nothing is kept of it" if self.folder is None else "the same command goes on from here"
             raise StoppedError(f"stopped on request after the step {step}; {kept}")
 

@@ -108,7 +108,7 @@ class Task:
             below=below if wanted else None,
         )
         if wanted and not group.any(kept != set(parts)):
-            finish_boundary(teacher.gradients, index, self.journal)
+            finish_boundary(teacher.gradients, index, self.journal, may_stop=False)  # the measurements are kept first
         return {n: {self.module(index, local): f for local, f in of.items()} for n, of in found.items()}
 
     def in_model_order(self, scores: dict[str, Found]) -> dict[str, Found]:

@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_a_step_that_does_not_end_is_stopped_after_the_grace(monkeypatch: pytest
 def test_before_the_first_step_nothing_is_waited_for() -> None:
     with pytest.raises(StoppedError, match="stopped at once"):
         stopped_in(lambda: None)
+
+
+def test_what_a_step_keeps_on_its_way_does_not_stop_it(tmp_path: Path) -> None:
+    kept = journal.Journal(tmp_path)
+    with finish_step_on_sigterm():
+        steps_begin()
+        signal.raise_signal(signal.SIGTERM)
+        kept.save("gradients", True, may_stop=False)
+        with pytest.raises(StoppedError, match="after the step measured"):
+            kept.save("measured", True)
+    assert kept.load("gradients")
+    assert kept.load("measured")
 
 
 def test_a_step_that_ends_is_not_stopped() -> None:
