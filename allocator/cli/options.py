@@ -157,8 +157,8 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=list(EFFORTS),
         default=DEFAULT_EFFORT,
-        help="time for good candidates: fast: gptq; standard (default): learned-rounding from gptq's, within twice the "
-        "time of fast; best: learned for twice as long, and `gamma fit` tunes them for the assignment",
+        help="time for good candidates: fast: gptq; standard (default): learned-rounding, from gptq's; best: the same, "
+        "and `gamma fit` tunes what it has chosen",
     )
     bank.add_argument(
         "--quantizer",

@@ -16,7 +16,7 @@ class Effort:
 EFFORTS = {
     "fast": Effort("gptq"),
     "standard": Effort("learned-rounding"),
-    "best": Effort("learned-rounding:iterations=400", tune=True),
+    "best": Effort("learned-rounding", tune=True),
 }
 """What each costs, and what it brings, is measured in docs/scale.md."""
 

@@ -8,7 +8,6 @@ import pytest
 from allocator.cli import fit
 from allocator.pipeline import FitRequest, fitting
 from allocator.pipeline.effort import EFFORTS
-from allocator.quantize import LearnedRounding, get_quantizer
 
 
 class AskedError(Exception):
@@ -39,10 +38,3 @@ def test_other_options_override_the_level(
         fit.run(parser.parse_args(["model", "--average-bits", "3", "--out", str(tmp_path / "out"), *options]))
     request = found.value.args[0]
     assert (request.candidates.quantizer, request.tuned) == (quantizer, tuned)
-
-
-def test_more_effort_learns_for_longer() -> None:
-    standard, best = (get_quantizer(EFFORTS[level].quantizer) for level in ("standard", "best"))
-    assert isinstance(standard, LearnedRounding)
-    assert isinstance(best, LearnedRounding)
-    assert standard.passes(128) < best.passes(128)
