@@ -6,14 +6,12 @@ below 16 bits are replaced by the chosen candidates of the bank, so a new budget
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from vllm.model_executor.models.utils import WeightsMapper
 
 from allocator.contract.bank import BANK_NAME
 from allocator.contract.errors import ContractError
@@ -22,7 +20,7 @@ from allocator.contract.served_bank import ServedBank, open_served_bank
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["BankMapper", "find_served_bank", "mappings"]
+__all__ = ["chosen", "find_served_bank"]
 
 _MANIFEST_VARIABLE = "GAMMA_MANIFEST"
 _VERIFY_VARIABLE = "GAMMA_VERIFY"
@@ -48,32 +46,7 @@ def find_served_bank(folder: Path, hf_config: "PreTrainedConfig | None") -> Serv
     return open_served_bank(folder, Path(named), digests=os.environ.get(_VERIFY_VARIABLE) == "1")
 
 
-class BankMapper(WeightsMapper):
-    """A mapper of vLLM that also replaces weights by candidates before it maps the names.
-
-    vLLM joins mappers with `|`; `__ror__` of a subclass comes first there, so the joined mapper is a BankMapper too.
-    """
-
-    def __init__(self, served: ServedBank | None = None, **mappings: Any):
-        super().__init__(**mappings)
-        self.served = served
-
-    def __or__(self, other: WeightsMapper) -> "BankMapper":
-        return BankMapper(self.served, **mappings(super().__or__(other)))
-
-    def __ror__(self, other: WeightsMapper) -> "BankMapper":
-        return BankMapper(self.served, **mappings(WeightsMapper.__or__(other, self)))
-
-    def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        return super().apply(_chosen(self.served, weights) if self.served else weights)
-
-
-def mappings(mapper: WeightsMapper) -> dict[str, Any]:
-    """What a mapper maps, as the arguments that make another like it."""
-    return {field.name: getattr(mapper, field.name) for field in fields(WeightsMapper)}
-
-
-def _chosen(served: ServedBank, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def chosen(served: ServedBank, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The stream of a checkpoint, given that of the source model."""
     for name, tensor in weights:
         source_name, _, kind = name.rpartition(".")

@@ -1,5 +1,7 @@
 """`quant_method: gamma`: which layer is stored how, and the refusal of all that does not fit together."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +22,15 @@ from allocator.contract.manifest import MANIFEST_NAME, Manifest
 from allocator.contract.modules import row_block_name
 from allocator.contract.served_bank import ServedBank
 from gamma_vllm.announce import announce
-from gamma_vllm.bank_loading import BankMapper, find_served_bank
+from gamma_vllm.bank_loading import chosen, find_served_bank
 from gamma_vllm.compatibility import require_weight_mapper
 from gamma_vllm.embedding import GammaVocabularyMethod, TiedHeadMethod
-from gamma_vllm.format_conversion import ConversionMapper, OtherFormat, is_convertible, read_other_format
+from gamma_vllm.format_conversion import OtherFormat, in_our_order, is_convertible, read_other_format
 from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
 from gamma_vllm.shards import CheckpointModule
+from gamma_vllm.weight_stream import ExpertPlace, StreamMapper, load_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,6 +43,9 @@ _DRAFT_PREFIX = "draft_model."
 
 _USUAL_FUSION = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """For model classes that fuse these layers and have no `packed_modules_mapping` that says it (StableLM)."""
+
+_GPT_OSS_NAMES = ("w13_weight", "w2_weight")
+"""What its model class renames gate_up_proj and down_proj of an expert to."""
 
 _HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
@@ -64,6 +70,8 @@ class GammaConfig(QuantizationConfig):
         self.declaration: dict[str, Any] | None = None
         self.other_format: OtherFormat | None = None
         self.ties_embeddings = False
+        self.keys_are_values = False
+        self.expert_places: dict[str, ExpertPlace] = {}
         if checkpoint is not None:
             self._set(checkpoint)
 
@@ -115,7 +123,9 @@ class GammaConfig(QuantizationConfig):
         A model folder without quantization_config must be a bank: then a manifest is asked for.
         """
         if hf_config is not None:
-            self.ties_embeddings = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
+            text = hf_config.get_text_config()
+            self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+            self.keys_are_values = bool(getattr(text, "attention_k_eq_v", False))
         folder = Path(model_name)
         if self.declaration is not None:
             require_weight_mapper("serving a checkpoint of another format")
@@ -132,12 +142,17 @@ class GammaConfig(QuantizationConfig):
             announce(self.manifest, model_name)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
-        """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights, and
-        tensors of other methods are put into our order."""
+        """vLLM passes all weights through this: from a bank, the chosen candidates take the place of the weights,
+        tensors of other methods are put into our order, and some experts are loaded here."""
         mapper = QuantizationConfig.get_checkpoint_weight_mapper()
+        steps: list[Callable[[Any], Any]] = []
         if self.other_format is not None:
-            return ConversionMapper(self.other_format) | mapper
-        return mapper if self.served is None else BankMapper(self.served) | mapper
+            steps.append(partial(in_our_order, self.other_format))
+        if self.served is not None:
+            steps.append(partial(chosen, self.served))
+        if self.expert_places:
+            steps.append(partial(load_experts, self.expert_places))
+        return StreamMapper(tuple(steps)) | mapper if steps else mapper
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename modules as the model class renames weights."""
@@ -181,6 +196,8 @@ class GammaConfig(QuantizationConfig):
         parent, _, leaf = prefix.rpartition(".")
         joined = self.packed_modules_mapping.get(leaf) or _USUAL_FUSION.get(leaf) or [leaf]
         names = [f"{parent}.{name}" if parent else name for name in joined]
+        if self.keys_are_values and f"{parent}.v_proj" in names and f"{parent}.v_proj" not in self.modules:
+            names = [f"{parent}.k_proj" if name == f"{parent}.v_proj" else name for name in names]  # loaded twice
         absent = [name for name in names if name not in self.modules]
         if absent:
             raise ContractError(
@@ -204,16 +221,32 @@ class GammaConfig(QuantizationConfig):
         if not any(name.startswith(f"{prefix}.") for name in self.modules):
             return UnquantizedFusedMoEMethod(layer.moe_config)  # in a layout of their own, copied
         leaves = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name]
-        experts = [
-            ExpertModules(
-                tuple(self._modules_of(f"{prefix}.{i}.{leaf}")[0] for leaf in leaves),
-                self._modules_of(f"{prefix}.{i}.{layer.ckpt_down_proj_name}")[0],
-            )
-            for i in range(layer.moe_config.num_logical_experts)
-        ]
+        numbers = range(layer.moe_config.num_logical_experts)
+        stacked = ".block_sparse_moe." in prefix and leaves[0] == "gate_proj"  # Granite's hybrid model
+        if fused := f"{prefix}.0.{_GPT_OSS_NAMES[0]}" in self.modules:
+            pairs = [[self.modules[f"{prefix}.{i}.{name}"] for name in _GPT_OSS_NAMES] for i in numbers]
+            experts = [ExpertModules((w13,), w2) for w13, w2 in pairs]
+        else:
+            experts = [
+                ExpertModules(
+                    tuple(self._modules_of(f"{prefix}.{i}.{leaf}")[0] for leaf in leaves),
+                    self._modules_of(f"{prefix}.{i}.{layer.ckpt_down_proj_name}")[0],
+                )
+                for i in numbers
+            ]
+        if fused or stacked:  # vLLM reads them from stacks only, those of 16 bits too
+            self._load_here(layer, experts)
+            return GammaMoEMethod(layer, experts, self.checkpoint.dtype)
         if any(module.format.quantized for expert in experts for module in (*expert.w13, expert.w2)):
             return GammaMoEMethod(layer, experts, self.checkpoint.dtype)
         return UnquantizedFusedMoEMethod(layer.moe_config)
+
+    def _load_here(self, layer: RoutedExperts, experts: list[ExpertModules]) -> None:
+        """Let the tensors of `experts` be loaded by `load_experts`."""
+        for number, expert in enumerate(experts):
+            of_w13 = zip(expert.w13, ("w1", "w3"), strict=False)
+            self.expert_places |= {m.name: ExpertPlace(layer, "w13", shard, number) for m, shard in of_w13}
+            self.expert_places[expert.w2.name] = ExpertPlace(layer, "w2", "w2", number)
 
     def _lm_head(self, prefix: str) -> QuantizeMethodBase:
         if prefix not in self.modules and self.ties_embeddings:

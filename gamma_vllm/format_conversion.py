@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from vllm.model_executor.models.utils import WeightsMapper
 
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.digest import digest_json
@@ -24,9 +23,8 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import pack_codes, pack_zero_points, unpack_zero_points
 from allocator.contract.safetensors_file import StoredTensor, read_folder_headers
-from gamma_vllm.bank_loading import mappings
 
-__all__ = ["ConversionMapper", "OtherFormat", "is_convertible", "read_other_format"]
+__all__ = ["OtherFormat", "in_our_order", "is_convertible", "read_other_format"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _GPTQ_LIKE = ("auto-round", "gptq", "auto_gptq")
@@ -174,24 +172,7 @@ def _format(name: str, values: dict[str, Any]) -> ModuleFormat:
         raise ContractError(f"{name}: {explain(error)}") from None
 
 
-class ConversionMapper(WeightsMapper):
-    """A mapper of vLLM that also puts tensors of other formats into our order before it maps the names."""
-
-    def __init__(self, other_format: OtherFormat | None = None, **names: Any):
-        super().__init__(**names)
-        self.other_format = other_format
-
-    def __or__(self, other: WeightsMapper) -> "ConversionMapper":
-        return ConversionMapper(self.other_format, **mappings(super().__or__(other)))
-
-    def __ror__(self, other: WeightsMapper) -> "ConversionMapper":
-        return ConversionMapper(self.other_format, **mappings(WeightsMapper.__or__(other, self)))
-
-    def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        return super().apply(_ours(self.other_format, weights) if self.other_format else weights)
-
-
-def _ours(other_format: OtherFormat, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def in_our_order(other_format: OtherFormat, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The stream of a checkpoint of ours, given that of the other program."""
     for name, tensor in weights:
         module_name, _, part = name.rpartition(".")

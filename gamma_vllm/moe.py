@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.activation import (
     MoEActivation,
     apply_moe_activation,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16, module_tensors
@@ -43,10 +44,13 @@ from gamma_vllm.shards import PARTS, CheckpointModule, LayerGeometry, Segment, S
 
 __all__ = ["ExpertModules", "GammaMoEMethod"]
 
+_SWIGLUOAI_ALPHA, _SWIGLUOAI_LIMIT = 1.702, 7.0
+
 
 @dataclass(frozen=True)
 class ExpertModules:
-    """The checkpoint's modules of one expert: gate and up (`w13`, one when the activation has no gate), and down."""
+    """The checkpoint's modules of one expert: gate and up (`w13`, one when the activation has no gate, or when it takes
+    their rows in turns, as gpt-oss's does), and down."""
 
     w13: tuple[CheckpointModule, ...]
     w2: CheckpointModule
@@ -92,8 +96,6 @@ class GammaMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register flat parameters for the `num_experts` of this rank. Raises ContractError on a contradiction."""
-        if self.moe.has_bias:
-            raise ContractError(f"layer {layer.layer_name}: experts with biases are not supported by this release")
         self.kernel = choose_kernel(torch.get_default_device())
         self.expects_load = expects_load()
         config = get_current_vllm_config_or_none()
@@ -106,7 +108,8 @@ class GammaMoEMethod(FusedMoEMethodBase):
                 f"layer {layer.layer_name}: {num_experts} experts on this rank, the checkpoint's are {sorted(local)}"
             )
         size = intermediate_size_per_partition
-        w13 = [self._plan(layer, local[i].w13, hidden_size, size, rows=True) for i in range(num_experts)]
+        wide = size * (2 if self.moe.is_act_and_mul else 1) // len(self.experts[0].w13)
+        w13 = [self._plan(layer, local[i].w13, hidden_size, wide, rows=True) for i in range(num_experts)]
         w2 = [self._plan(layer, (local[i].w2,), size, hidden_size, rows=False) for i in range(num_experts)]
         dtypes = part_dtypes(self.checkpoint_dtype, params_dtype)
         for name, shards_of_experts in (("w13", w13), ("w2", w2)):
@@ -120,6 +123,10 @@ class GammaMoEMethod(FusedMoEMethodBase):
                     parameter.shards_per_expert = len(shards_of_experts[0])
                     layer.register_parameter(f"{name}_{part}", parameter)
             self.stacks.append(_Stack(name, _segments(shards_of_experts), {}))
+        for name, width in (("w13", wide * len(self.experts[0].w13)), ("w2", hidden_size)) if self.moe.has_bias else ():
+            bias = torch.nn.Parameter(torch.zeros(num_experts, width, dtype=params_dtype), requires_grad=False)
+            layer.register_parameter(f"{name}_bias", bias)
+            set_weight_attrs(bias, extra_weight_attrs)
 
     def _parts(self, stack: str) -> set[str]:
         """The tensors that any expert of the model has in a stack."""
@@ -194,7 +201,8 @@ class GammaMoEMethod(FusedMoEMethodBase):
         w13, w2 = (stack.held(layer) for stack in self.stacks)
         silu = layer.activation is MoEActivation.SILU and layer.swiglu_limit is None
         activation = Activation(functools.partial(self._activate, layer), silu)
-        together = self.kernel.experts(w13, w2, x, ids, weights, activation)
+        # Kernels for all experts at once have no biases.
+        together = None if self.moe.has_bias else self.kernel.experts(w13, w2, x, ids, weights, activation)
         if together is not None:
             return together
         ids = ids.to(torch.int64)
@@ -226,9 +234,14 @@ class GammaMoEMethod(FusedMoEMethodBase):
         return output.to(x.dtype)
 
     def _expert(self, layer: RoutedExperts, w13: Stack, w2: Stack, expert: int, x: Tensor) -> Tensor:
-        return self._product(w2, expert, self._activate(layer, self._product(w13, expert, x)))
+        if not self.moe.has_bias:
+            return self._product(w2, expert, self._activate(layer, self._product(w13, expert, x)))
+        hidden = self._activate(layer, self._product(w13, expert, x) + layer.w13_bias[expert])
+        return self._product(w2, expert, hidden) + layer.w2_bias[expert]
 
     def _activate(self, layer: RoutedExperts, hidden: Tensor) -> Tensor:
+        if layer.activation is MoEActivation.SWIGLUOAI and not hidden.is_cuda:
+            return _swigluoai(hidden)  # vLLM's CPU build has no operator for it alone
         columns = hidden.shape[1] // 2 if self.moe.is_act_and_mul else hidden.shape[1]
         activated = torch.empty(hidden.shape[0], columns, dtype=hidden.dtype, device=hidden.device)
         apply_moe_activation(layer.activation, activated, hidden, activation_config=_activation_config(layer))
@@ -292,6 +305,12 @@ def _join(name: str, tensors: dict[tuple[int, int, str], Tensor]) -> tuple[Tenso
     for key, tensor in tensors.items():
         joined.narrow(0, places[key].offset, tensor.numel()).copy_(tensor.reshape(-1))
     return joined, places
+
+
+def _swigluoai(hidden: Tensor) -> Tensor:
+    """gpt-oss's activation of gate and up in turns, `[n, 2 * size]` to `[n, size]`, as vLLM's `SwigluOAIAndMul`."""
+    gate, up = hidden[:, ::2].clamp(max=_SWIGLUOAI_LIMIT), hidden[:, 1::2].clamp(-_SWIGLUOAI_LIMIT, _SWIGLUOAI_LIMIT)
+    return (up + 1) * gate * torch.sigmoid(_SWIGLUOAI_ALPHA * gate)
 
 
 def _activation_config(layer: RoutedExperts) -> ApplyMoEActivationConfig:

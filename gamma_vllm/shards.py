@@ -209,15 +209,16 @@ def _possible_tp(columns: int, group_size: int) -> list[int]:
 def windows(shards: Iterable[Shard], part: str) -> dict[int, Window]:
     """Shard index -> window, for the shards that have tensor `part`, laid out one after the other.
 
-    `weight_shape` belongs to a module, not to a shard: it stands once, with the module's first shard.
+    `weight_shape` belongs to a module, not to a shard: it stands with the module's first shard, and again where the
+    same rows are loaded again (keys that are values too).
     """
     table: dict[int, Window] = {}
-    offset, seen = 0, set()
+    offset, first_rows = 0, dict[str, int]()
     for index, shard in enumerate(shards):
         shape = shard.shape(part)
-        if part == "weight_shape" and shard.quantized and shard.module.name not in seen:
-            seen.add(shard.module.name)
-            shape = (2,)
+        if part == "weight_shape" and shard.quantized:
+            begins = first_rows.setdefault(shard.module.name, shard.row_start) == shard.row_start
+            shape = (2,) if begins else None
         if shape is not None:
             table[index] = Window(shard, offset, shape)
             offset += math.prod(shape)

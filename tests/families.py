@@ -57,6 +57,17 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1,
 _ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _FOUR = _EXPERTS | {"num_experts": 4}
 
+_GEMMA4 = (
+    {"tie_word_embeddings": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0}
+    | {
+        "global_head_dim": 64,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    }
+    | _HEAD
+    | _WINDOWS
+)
+
 DENSE: dict[str, dict[str, Any]] = {
     "apertus": _HEAD,
     "arcee": {},
@@ -67,6 +78,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "exaone4": _HEAD | _WINDOWS,
     "gemma": {"tie_word_embeddings": True} | _HEAD,
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32} | _HEAD | _WINDOWS,
+    "gemma4_text": _GEMMA4,
     "glm": _HEAD,
     "glm4": _HEAD,
     "granite": {
@@ -95,6 +107,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": _ROUTED | _LATENT | {"q_lora_rank": None, "topk_method": "greedy"},
     "deepseek_v3": _ROUTED | _LATENT | {"topk_method": "noaux_tc"},
     "exaone_moe": _FOUR | {"first_k_dense_replace": 1, "num_shared_experts": 1} | _HEAD | _WINDOWS,
+    "gemma4_moe": _GEMMA4 | _FOUR | {"enable_moe_block": True, "top_k_experts": 2},
     "glm4_moe": _ROUTED | {"use_qk_norm": True} | _HEAD,
     "glm4_moe_lite": _ROUTED | _LATENT | {"mlp_layer_types": ["dense", "sparse"]},
     "gpt_oss": _EXPERTS | {"num_local_experts": 4} | _HEAD | _WINDOWS,
@@ -130,9 +143,9 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 """Model type in transformers -> what differs from the common sizes."""
 
 LIKE_OTHERS = (
-    "apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3",
-    "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe", "granitemoe",
-    "hunyuan_v1_moe", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe",
+    "apertus", "arcee", "cwm", "ernie4_5", "gemma", "gemma4_text", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2",
+    "ministral3", "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe",
+    "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe",
     "qwen3_5_moe_text",
 )  # fmt: skip
 """Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
@@ -155,7 +168,7 @@ NOT_SERVED: dict[str, str] = {
 }
 """Why vLLM's answers are not those of transformers; the same without quantization."""
 
-MODEL_TYPES = {"nemotron_h_moe": "nemotron_h"}
+MODEL_TYPES = {"gemma4_moe": "gemma4_text", "nemotron_h_moe": "nemotron_h"}
 """What transformers calls a family that is here in more than one way."""
 
 NOT_TRIED = ("vaultgemma",)

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
+from allocator.blocks.tensors import read_tensor
 from allocator.contract.errors import GammaError, InputError
+from allocator.model import read_inventory
+from allocator.model.expert_stacks import ExpertMatrix
+from allocator.model.hf_config import read_config
+from allocator.model.quantized_source import split_quantization
 
 __all__ = ["build_skeleton", "has_tokenizer", "model_class", "open_config", "open_model", "open_tokenizer"]
 
@@ -28,6 +33,9 @@ def open_config(folder: Path) -> Any:
     with _explained(folder / "config.json", "transformers cannot read it", "take that of the original model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
+        for part in (config, text):  # its weights are dequantized on reading
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
     rows, pad = text.vocab_size, getattr(text, "pad_token_id", None)
     if isinstance(pad, int) and not -rows <= pad < rows:
         raise InputError(
@@ -68,11 +76,22 @@ def model_class(config: Any) -> Any:
 def open_model(folder: Path, **options: Any) -> Any:
     """The whole causal language model of a folder in float32, in eval mode. Raises InputError."""
     config = open_config(folder)
+    state = _dequantized_state(folder)
     with _explained(folder, "transformers cannot load the model", "`gamma inspect` checks its files"):
         model = model_class(config).from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False, **options
-        )
+            folder if state is None else None, state_dict=state, config=config, dtype=torch.float32,
+            trust_remote_code=False, **options,
+        )  # fmt: skip
     return model.eval()
+
+
+def _dequantized_state(folder: Path) -> dict[str, torch.Tensor] | None:
+    """All tensors of a model that is quantized already, dequantized; None for another model."""
+    if split_quantization(read_config(folder), folder)[1] is None:
+        return None
+    tensors = read_inventory(folder).tensors
+    wholes = {t.name: t for t in (t.stack if isinstance(t, ExpertMatrix) else t for t in tensors)}
+    return {name: read_tensor(tensor) for name, tensor in wholes.items()}
 
 
 def has_tokenizer(folder: Path) -> bool:

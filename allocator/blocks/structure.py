@@ -17,6 +17,7 @@ __all__ = ["Experts", "RowBlocks", "as_stored", "cut_rows", "name_as_stored"]
 
 _EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 """Gate, up and down, or without a gate (Nemotron-H)."""
+_FUSED_NAME = "gate_up_proj"
 
 
 def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
@@ -28,10 +29,17 @@ def as_stored(layer: nn.Module, stored: Collection[str]) -> nn.Module:
         of_experts = [n.removeprefix(f"{name}.0.") for n in stored if n.startswith(f"{name}.0.")]
         stacks = dict(module.named_parameters()).keys() if name.endswith("experts") and of_experts else ()
         if "gate_up_proj" in stacks or "up_proj" in stacks:
-            names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
             parent, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(parent), attribute, Experts(module, names))
+            setattr(layer.get_submodule(parent), attribute, _experts(module, of_experts))
     return layer
+
+
+def _experts(fused: Any, of_experts: Collection[str]) -> "Experts":
+    if f"{_FUSED_NAME}.weight" in of_experts:
+        return BiasedExperts(fused)
+    count, hidden, wide = fused.down_proj.shape
+    names = next(n for n in _EXPERT_NAMES if f"{n[0]}.weight" in of_experts)
+    return Experts(_Expert(fused.act_fn, names, hidden, wide, fused.down_proj.device) for _ in range(count))
 
 
 def name_as_stored(layer: nn.Module, name: str, stored: str) -> None:
@@ -88,11 +96,6 @@ def _rename_mlp(layer: nn.Module, name: str) -> None:
 class Experts(nn.ModuleList):
     """The experts of a block, each with its linear modules. An expert runs on the tokens that chose it, if any."""
 
-    def __init__(self, fused: Any, names: tuple[str, ...]) -> None:
-        count, hidden, wide = fused.down_proj.shape
-        device = fused.down_proj.device
-        super().__init__(_Expert(fused.act_fn, names, hidden, wide, device) for _ in range(count))
-
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden `[n, D]`; chosen, weights `[n, top_k]`: the experts of each token and what their outputs weigh."""
         total = torch.zeros_like(hidden)
@@ -117,4 +120,39 @@ class _Expert(nn.Module):
         *gates, up, down = (self.get_submodule(name) for name in self._names)
         states = self._activation(gates[0](x)) * up(x) if gates else self._activation(up(x))
         output: Tensor = down(states)
+        return output
+
+
+class BiasedExperts(Experts):
+    """Experts with biases, which the files have in one tensor for all of them, and gate and up in one module (gpt-oss).
+
+    `fused` gives sizes, device and the activation; its weights are not taken over.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        count, wide, hidden = fused.down_proj.shape
+        device = fused.down_proj.device
+        super().__init__()
+        for name in ("gate_up_proj_bias", "down_proj_bias"):
+            shape = getattr(fused, name).shape
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device), requires_grad=False))
+        for number in range(count):
+            self.append(_BiasedExpert(self, number, fused._apply_gate, hidden, wide, device))
+
+
+class _BiasedExpert(nn.Module):
+    """Expert `number` of `of`, which has its biases."""
+
+    def __init__(
+        self, of: BiasedExperts, number: int, activation: Any, hidden: int, wide: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._of, self._number, self._activation = (of,), number, activation  # a tuple, so that `of` is no part of it
+        self.gate_up_proj = nn.Linear(hidden, 2 * wide, bias=False, device=device)
+        self.down_proj = nn.Linear(wide, hidden, bias=False, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = self._of[0]
+        hidden = self._activation(self.gate_up_proj(x) + biases.get_parameter("gate_up_proj_bias")[self._number])
+        output: Tensor = self.down_proj(hidden) + biases.get_parameter("down_proj_bias")[self._number]
         return output

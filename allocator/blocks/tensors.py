@@ -9,15 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from allocator.blocks.dequantize import dequantized, dequantized_rows
 from allocator.contract.safetensors_file import StoredTensor
 from allocator.model import ArrangedTensor
 from allocator.model.expert_stacks import ExpertMatrix
+from allocator.model.quantized_source import DequantizedTensor
 
 __all__ = ["read_rows", "read_tensor", "torch_dtype", "write_safetensors"]
 
 
 def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Tensor:
-    """One tensor as it is stored, its rows or columns arranged as it says."""
+    """One tensor as it is stored, dequantized if it is a quantized weight, rows or columns arranged as it says."""
     if isinstance(stored, ArrangedTensor):
         whole = read_tensor(stored.source)
         if stored.rows is not None:
@@ -27,6 +29,8 @@ def read_tensor(stored: StoredTensor, device: str | torch.device = "cpu") -> Ten
         return whole.to(device)
     if isinstance(stored, ExpertMatrix):
         return read_rows(stored, slice(None), device)
+    if isinstance(stored, DequantizedTensor):
+        return dequantized(stored).to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         tensor: Tensor = file.get_tensor(stored.stored_as or stored.name)
     return tensor
@@ -43,9 +47,14 @@ def read_rows(stored: StoredTensor, rows: slice, device: str | torch.device = "c
     if isinstance(stored, ExpertMatrix):
         start, stop, step = rows.indices(stored.shape[0])
         within = slice(stored.first_row + start, stored.first_row + stop, step)
+        if isinstance(stored.stack, DequantizedTensor):
+            return dequantized_rows(stored.stack, within, stored.expert).to(device)
         with safe_open(stored.path, framework="pt", device=str(device)) as file:
-            matrix: Tensor = file.get_slice(stored.stack.stored_as or stored.stack.name)[stored.expert, within]
-        return matrix
+            stack = file.get_slice(stored.stack.stored_as or stored.stack.name)
+            matrix: Tensor = stack[stored.expert, :, within].T if stored.transposed else stack[stored.expert, within]
+        return matrix.contiguous()
+    if isinstance(stored, DequantizedTensor):
+        return dequantized_rows(stored, rows).to(device)
     with safe_open(stored.path, framework="pt", device=str(device)) as file:
         found: Tensor = file.get_slice(stored.stored_as or stored.name)[rows]
     return found

@@ -18,11 +18,13 @@ BANK_NAME = "bank.json"
 
 
 class ModelReference(Strict):
-    """The source model: `digest` identifies it, the rest is for people."""
+    """The source model: `digest` identifies it, the rest is for people. `quantized_by`: the method, where the source's
+    files were quantized already and dequantized on reading (`fp8`)."""
 
     name: str
     architecture: str
     digest: Digest
+    quantized_by: str | None = None
 
 
 class BankModule(Strict):

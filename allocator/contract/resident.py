@@ -4,6 +4,7 @@
 
     column      rows (out_features) are divided among the ranks
     kv          rows of key or value heads: divided, and replicated when there are more ranks than heads
+    key_value   rows of keys that are the values too (Gemma 4): as kv, and held twice
     qkv         a whole `qkv_proj` stored as one: query rows as column, key and value rows as kv
     row         columns (in_features) are divided
     replicated  every rank holds all
@@ -25,7 +26,7 @@ from pydantic import Field
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat
-from allocator.contract.modules import kind_name, layer_name
+from allocator.contract.modules import kind_name, layer_name, parent_of
 
 __all__ = [
     "ARK_ROWS",
@@ -46,7 +47,9 @@ __all__ = [
     "segment_tensors",
 ]
 
-Split = Literal["column", "kv", "qkv", "row", "replicated", "embedding", "head", "tied", "expert_column", "expert_row"]
+Split = Literal[
+    "column", "kv", "key_value", "qkv", "row", "replicated", "embedding", "head", "tied", "expert_column", "expert_row"
+]
 Kernel = Literal["torch", "native", "ark", "ark-amx", "humming"]
 """`ark-amx` is ark on a CPU with AMX."""
 
@@ -106,7 +109,7 @@ def rank_shape(
             return shape
         case "embedding" | "head" | "tied":
             return _divided("the padded vocabulary", pad(rows, VOCABULARY_PADDING), split, ranks, heads), columns
-        case "kv" | "qkv":
+        case "kv" | "key_value" | "qkv":
             if heads is None:
                 raise InputError("key and value heads are needed to divide qkv_proj among ranks")
             return _kv_rows(rows, split, ranks, heads), columns
@@ -163,7 +166,7 @@ def _kv_rows(rows: int, split: Split, ranks: Ranks, heads: Heads) -> int:
     kept = max(heads.key_value // size, 1)
     if split == "qkv":
         return (_divided("attention heads", heads.query, split, ranks, heads) + 2 * kept) * heads.size
-    return rows // heads.key_value * kept
+    return rows // heads.key_value * kept * (2 if split == "key_value" else 1)
 
 
 def segment_tensors(rows: int, columns: int, module: ModuleFormat, kernel: Kernel) -> tuple[int, ...]:
@@ -237,8 +240,8 @@ class Stage(Strict):
 
 
 class Residency(Strict):
-    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`); the order of
-    `fused` is that of vLLM inside a layer (q, k, v)."""
+    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`), `splits` too
+    by the name of a module that is cut otherwise than its kind. `fused` has the order of vLLM's layers (q, k, v)."""
 
     kernel: Kernel
     tensor_parallel_size: int = Field(ge=1)
@@ -343,7 +346,7 @@ class Residency(Strict):
         return [sorted(layer, key=lambda n: order.get(kind_name(n), 0)) for layer in layers.values()]
 
     def _split(self, name: str) -> Split:
-        split = self.splits.get(kind_name(name))
+        split = self.splits.get(parent_of(name)) or self.splits.get(kind_name(name))
         if split is None:
             raise InputError(f"{name}: the plan has no such module; it is of another model")
         return split

@@ -39,6 +39,11 @@ class StoredTensor(TensorSpec):
     start: int
     stored_as: str | None = field(default=None, kw_only=True)
 
+    @property
+    def in_files(self) -> tuple["StoredTensor", ...]:
+        """The tensors of the files that it is made of: itself, unless it is dequantized or cut out on reading."""
+        return (self,)
+
 
 def serialized_order(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
     """The order in which the safetensors library lays tensors out: highest dtype rank first, then by name."""

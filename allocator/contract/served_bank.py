@@ -87,7 +87,8 @@ def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
     if not index.exists():
         raise ContractError(
             f"{folder}: no {INDEX_NAME}; this bank cannot be served by itself. Run `gamma learn` on it again, "
-            "which adds what is missing, or export a checkpoint"
+            "which adds what is missing, or export a checkpoint (the only way where the model was quantized already or "
+            "has the experts of a block in one tensor)"
         )
     document = parse_json(read_text_limited(index, _INDEX_MAX_BYTES), index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 
 from allocator.blocks.hf_model import model_class, open_config
+from allocator.blocks.stacked_state import as_transformers_writes
 from allocator.blocks.tensors import read_tensor
 from allocator.contract.checkpoint import check_checkpoint
 from allocator.contract.modules import Rows
 from allocator.contract.packing import dequantize
 from allocator.contract.safetensors_file import read_folder_headers
+from allocator.model import read_shape
+from allocator.model.hf_config import read_config
 
 __all__ = ["load_dequantized"]
 
@@ -23,7 +26,6 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     declared, _manifest = check_checkpoint(folder)
     stored = read_folder_headers(folder)
     config = open_config(folder)
-    del config.quantization_config
     state = {}
     for name, module in declared.modules.items():
         if not module.quantized:
@@ -35,6 +37,7 @@ def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     state |= {name: read_tensor(tensor).to(dtype) for name, tensor in stored.items()}
     for original, modules in declared.parents.rows().items():
         state[f"{original}.weight"] = _joined([(state.pop(f"{name}.weight"), rows) for name, rows in modules.items()])
+    state = as_transformers_writes(state, read_shape(read_config(folder)), config)
     # Through transformers' own loading: a checkpoint has names of its own, and experts one by one.
     model, told = model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

@@ -26,6 +26,7 @@ from allocator.model.found_here import read_found
 __all__ = [
     "Architecture",
     "ExpertKeys",
+    "ExpertLayout",
     "Linear",
     "NamedShape",
     "OtherTensor",
@@ -41,6 +42,9 @@ _OLD_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
 
 _OF_THE_PROJECTOR = ("spatial_merge_size",)
 """Keys that stand neither with the language model nor with the tower."""
+ExpertLayout = Literal["rows", "columns", "interleaved"]
+"""How experts that are stored together are: `[experts, rows, in_features]`; `[experts, in_features, rows]`; or like the
+latter, with the rows of gate and up in turns."""
 
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
@@ -114,10 +118,11 @@ class LayerKinds(Strict):
 
 
 class ExpertKeys(Strict):
-    """A mixture of experts: config keys of how many there are, how many a token takes, and their size.
+    """A mixture of experts: config keys of how many there are, how many a token takes, and their size. `layout` is that
+    of experts which are stored together.
 
     `blocks` says which blocks have them: `all`, those of the kind `kind`, or the config key that says it
-    (`decoder_sparse_step`, `first_k_dense_replace`).
+    (`decoder_sparse_step`, `first_k_dense_replace`). If `when` is given, only models that have that config key.
     """
 
     count: str
@@ -125,6 +130,8 @@ class ExpertKeys(Strict):
     size: str
     blocks: Literal["all", "kind", "decoder_sparse_step", "first_k_dense_replace"]
     kind: str | None = None
+    when: str | None = None
+    layout: ExpertLayout = "rows"
 
 
 class Architecture(Strict):
@@ -134,7 +141,9 @@ class Architecture(Strict):
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
     why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
     names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
-    `length_is_stretched`: its max_position_embeddings count every RoPE scaling.
+    `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `without`: config keys that a
+    model must not have a value for, and why. `of_full_attention`: config keys whose values are, in configs that list
+    what differs by block (`per_layer_config`), those of other keys in the blocks of full attention.
     """
 
     block: str = Field(pattern=r"\{i\}")
@@ -152,17 +161,38 @@ class Architecture(Strict):
     text_config: bool = False
     length_is_stretched: bool = False
     plan_only: str | None = None
+    without: dict[str, str] = Field(default_factory=dict)
+    of_full_attention: dict[str, str] = Field(default_factory=dict)
     beside: list[str] = Field(default_factory=list)
 
     def language(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The part of config.json that describes the language model."""
-        if not self.text_config:
-            return config
-        text = config.get("text_config")
-        if not isinstance(text, dict):
-            raise InputError(f"config.json: text_config must be an object, given {text!r:.40}")
-        beside = {key: config[key] for key in _OF_THE_PROJECTOR if key in config}
-        return {**beside, **text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+        """The part of config.json that describes the language model. Raises InputError for what cannot be run."""
+        language = config
+        if self.text_config:
+            text = config.get("text_config")
+            if not isinstance(text, dict):
+                raise InputError(f"config.json: text_config must be an object, given {text!r:.40}")
+            beside = {key: config[key] for key in _OF_THE_PROJECTOR if key in config}
+            language = {**beside, **text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+        for key, reason in self.without.items():
+            if self.has(key, language):
+                raise InputError(f"config.json: a model with {key} cannot be learned: {reason}")
+        return {**self._of_full_attention(language), **language} if self.of_full_attention else language
+
+    def _of_full_attention(self, config: dict[str, Any]) -> dict[str, Any]:
+        listed = config.get("per_layer_config")
+        if listed is None:
+            return {}
+        if not isinstance(listed, dict) or not all(isinstance(values, dict) for values in listed.values()):
+            raise InputError(f"config.json: per_layer_config must be an object of objects, given {listed!r:.60}")
+        alike = {json.dumps(values, sort_keys=True) for values in listed.values()}
+        kinds = config.get("layer_types") or []
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        blocks = sorted(int(block) for block in listed if str(block).isdecimal() and int(block) < len(kinds))
+        if len(alike) > 1 or (listed and full != blocks):
+            raise InputError("config.json: per_layer_config must say the same of all blocks of full attention, no more")
+        values: dict[str, Any] = next(iter(listed.values()), {})
+        return {key: values[of] for key, of in self.of_full_attention.items() if of in values}
 
     def dimension(self, expression: str, config: dict[str, Any]) -> int:
         """The value of an expression such as `num_key_value_heads*head_dim`; `config` is that of `language`.
@@ -194,15 +224,17 @@ class Architecture(Strict):
         return self.dimension(self.block_count, config)
 
     def has(self, key: str, config: dict[str, Any]) -> bool:
-        """Whether the config key has a value that is not false."""
-        value = config.get(key, self.defaults.get(key))
+        """Whether the config key, of a part of the config where it has a dot, has a value that is not false."""
+        part, _, name = key.rpartition(".")
+        given = config.get(part) if part else config
+        value = given.get(name, self.defaults.get(key)) if isinstance(given, dict) else self.defaults.get(key)
         if value is not None and not isinstance(value, bool | int):
             raise InputError(f"config.json: {key} must be true or false, given {value!r}")
         return bool(value)
 
     def is_sparse(self, block: int, config: dict[str, Any]) -> bool:
         """Whether block `block` has experts."""
-        if self.experts is None:
+        if self.experts is None or (self.experts.when is not None and not self.has(self.experts.when, config)):
             return False
         if self.experts.blocks == "all":
             return True
@@ -314,6 +346,8 @@ def architecture_rules(name: str) -> Architecture:
     rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
     tower = _towers()[tower] if isinstance(tower, str) else tower
     together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
+    if "beside" in tower:  # transformers builds none where nobody asks for it
+        together["beside"] = tower["beside"]
     return Architecture.model_validate_json(json.dumps(rules | together), strict=True)
 
 

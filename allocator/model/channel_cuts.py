@@ -27,6 +27,10 @@ class ArrangedTensor(StoredTensor):
     rows: "array[int] | None" = None
     columns: "array[int] | None" = None
 
+    @property
+    def in_files(self) -> tuple[StoredTensor, ...]:
+        return self.source.in_files
+
 
 def _gated_mlps(inventory: Inventory) -> dict[str, tuple[Module, Module, Module]]:
     """By name of an MLP (`model.layers.0.mlp`) its modules gate_proj, up_proj and down_proj."""

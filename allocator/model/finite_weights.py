@@ -5,14 +5,18 @@ from allocator.contract.safetensors_file import StoredTensor
 
 __all__ = ["refuse_not_finite"]
 
-_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-"""By dtype the unsigned integers of its size, and the bits of the exponent: all set in NaN and infinity alone."""
+_EXPONENTS = {
+    "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52),
+    "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F), "F8_E8M0": ("u1", 0xFF),
+}  # fmt: skip
+"""By dtype the unsigned integers of its size, and the bits that are all set in NaN and infinity alone: the exponent,
+and in 8-bit floats without infinity all of them."""
 
 
 def refuse_not_finite(tensor: StoredTensor, chunk: bytes, offset: int) -> None:
     """Raises ContractError with tensor, row and column of the first number of `chunk` that is NaN or infinite.
 
-    chunk: the bytes of `tensor` from byte `offset` on, whole numbers of them. Integers and 8-bit floats pass.
+    chunk: the bytes of `tensor` from byte `offset` on, whole numbers of them. Integers pass.
     """
     if tensor.dtype not in _EXPONENTS:
         return
@@ -23,7 +27,7 @@ def refuse_not_finite(tensor: StoredTensor, chunk: bytes, offset: int) -> None:
     if not bits.size or int((bits & exponent).max()) != exponent:
         return
     first = int(np.flatnonzero((bits & exponent) == exponent)[0])
-    mantissa = int(bits[first]) & (exponent & -exponent) - 1
+    mantissa = int(bits[first]) & (exponent & -exponent) - 1 or tensor.dtype in ("F8_E4M3", "F8_E8M0")
     number = offset // bits.itemsize + first
     width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
     place = f"row {number // width}" + (f", column {number % width}" if len(tensor.shape) > 1 else "")

@@ -14,7 +14,6 @@ __all__ = [
     "HUB_SCHEME",
     "find_config",
     "read_config",
-    "refuse_quantized",
     "split_hub",
 ]
 
@@ -78,18 +77,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f": give {' or '.join(cached[:3])}" if cached else "; expected a Hugging Face model folder"
         raise InputError(f"{folder}: no config.json{hint}")
     return _parsed(folder / _CONFIG_NAME)
-
-
-def refuse_quantized(config: dict[str, Any], where: object) -> None:
-    """Raises InputError for the config of a model that is already quantized."""
-    for key in ("quantization_config", "compression_config"):
-        quantized = config.get(key)
-        if quantized:
-            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-            raise InputError(
-                f"{where}: the model is already quantized ({key}, quant_method {method!r}); "
-                "give the original 16-bit or 32-bit model"
-            )
 
 
 def resolves(address: str) -> bool:

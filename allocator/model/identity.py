@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ BytesRead = Callable[[int, int], None]
 
 
 def model_digest(inventory: Inventory, progress: BytesRead | None = None) -> str:
-    """Digest over (name, dtype, shape, content) of each tensor of the model and its config.
+    """Digest over (name, dtype, shape, content) of each tensor of the model, as the files have it, and its config.
 
     Reads every weight once, 4 MiB at a time. `progress(bytes_read, bytes_in_all)` is called after each chunk.
     Tensors that a checkpoint drops (a tied lm_head stored twice) do not count, nor does the cut into files.
@@ -37,13 +37,12 @@ def model_digest(inventory: Inventory, progress: BytesRead | None = None) -> str
     """
     if inventory.channels is not None:
         raise ValueError("the digest of a model is that of its own tensors, before they are cut into channel blocks")
-    tensors = [*(m.tensor for m in inventory.modules), *inventory.others]
-    config = {key: value for key, value in inventory.config.items() if key not in VOLATILE_CONFIG_KEYS}
-    return digest_model(_contents(tensors, progress), config)
+    config = {key: value for key, value in inventory.declared_config.items() if key not in VOLATILE_CONFIG_KEYS}
+    return digest_model(_contents(inventory.stored, progress), config)
 
 
 def _contents(
-    tensors: list[StoredTensor], progress: BytesRead | None
+    tensors: Sequence[StoredTensor], progress: BytesRead | None
 ) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     total, done = sum(t.nbytes for t in tensors), 0
     for tensor in sorted(tensors, key=lambda t: (t.path, t.start)):
@@ -105,15 +104,13 @@ def cached_model_digest(inventory: Inventory, cache: Path, progress: BytesRead |
 
 
 def _headers(inventory: Inventory) -> str:
-    tensors = [*(m.tensor for m in inventory.modules), *inventory.others]
-    entries = sorted([t.name, t.dtype, list(t.shape), str(t.path.resolve()), t.start] for t in tensors)
-    return digest_json({"config": inventory.config, "tensors": entries})
+    entries = sorted([t.name, t.dtype, list(t.shape), str(t.path.resolve()), t.start] for t in inventory.stored)
+    return digest_json({"config": inventory.declared_config, "tensors": entries})
 
 
 def _files(inventory: Inventory) -> list[_FileIdentity]:
-    tensors = [*(m.tensor for m in inventory.modules), *inventory.others]
     found = []
-    for path in sorted({t.path.resolve() for t in tensors}):
+    for path in sorted({t.path.resolve() for t in inventory.stored}):
         status = path.stat()
         found.append(
             _FileIdentity(

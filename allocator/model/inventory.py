@@ -23,8 +23,9 @@ from allocator.contract.resident import Split
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_folder_headers
 from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
-from allocator.model.expert_stacks import unstacked
-from allocator.model.hf_config import read_config, refuse_quantized
+from allocator.model.expert_stacks import ExpertMatrix, unstacked
+from allocator.model.hf_config import read_config
+from allocator.model.quantized_source import DequantizedTensor, QuantizedSource, dequantized_view, split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
 __all__ = ["Inventory", "Module", "Role", "read_inventory"]
@@ -67,8 +68,9 @@ class Inventory:
     `dtype` is that of 16-bit weights and of scales in a checkpoint: the source's if it has 16 bits, else
     BF16; where float16 and float32 are mixed, what config.json says. `others` are copied bit for bit; of these the
     architecture does not know `unknown`. `dropped` are tensors that a checkpoint leaves out: the second copy
-    of a tied lm_head. `channels` is the order of the MLPs' channels where these are cut into pieces (see
-    `allocator.model.channel_cuts`).
+    of a tied lm_head; `needless` are those that only a quantized model has, scales of activations. `channels` is the
+    order of the MLPs' channels where these are cut into pieces (see `allocator.model.channel_cuts`). `source` says how
+    the files are quantized; `config` does not.
     """
 
     folder: Path
@@ -83,10 +85,37 @@ class Inventory:
     shape: ModelShape
     channels: ChannelOrder | None = None
     unknown: tuple[str, ...] = ()
+    source: QuantizedSource | None = None
+    needless: tuple[StoredTensor, ...] = ()
 
     @cached_property
     def _by_name(self) -> dict[str, StoredTensor]:
-        return {t.name: t for t in (*(m.tensor for m in self.modules), *self.others)}
+        return {t.name: t for t in self.tensors}
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All tensors of a checkpoint of the model, at 16 bits."""
+        return (*(module.tensor for module in self.modules), *self.others)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the files that `tensors` are made of, each once."""
+        return tuple({(t.path, t.name): t for tensor in self.tensors for t in tensor.in_files}.values())
+
+    @property
+    def has_its_tensors(self) -> bool:
+        """Whether the files have the tensors of a checkpoint at 16 bits, of which a server can take them."""
+        return not any(isinstance(tensor, DequantizedTensor | ExpertMatrix) for tensor in self.tensors)
+
+    @property
+    def weight_files(self) -> set[Path]:
+        """The files that tensors are read from, those of dropped ones too."""
+        return {t.path for tensor in (*self.tensors, *self.dropped, *self.needless) for t in tensor.in_files}
+
+    @property
+    def declared_config(self) -> dict[str, Any]:
+        """config.json as far as it says what the model is, its quantization included."""
+        return self.config if self.source is None else self.config | {"quantization_config": self.source.declaration}
 
     def tensor(self, name: str) -> StoredTensor:
         """The stored tensor `name`. Raises InputError when a checkpoint of the model has no such tensor."""
@@ -154,6 +183,13 @@ class Inventory:
         for dtype in sorted({m.dtype for m in self.modules} - {self.dtype}):
             names = [m.name for m in self.modules if m.dtype == dtype]
             lines.append(f"rounded from {dtype} to {self.dtype} where they are kept at 16 bits: {_shown(names)}")
+        if self.source is not None:
+            wholes = {t.name: t for t in (t.stack if isinstance(t, ExpertMatrix) else t for t in self.tensors)}
+            names = [name for name, tensor in wholes.items() if isinstance(tensor, DequantizedTensor)]
+            method = f"quantized already, by {self.source.method}"
+            lines.append(f"{method}; dequantized to {self.dtype} as they are read: {_shown(names) or 'no tensors'}")
+        if self.needless:
+            lines.append(f"left out, of use to a quantized model only: {_shown([t.name for t in self.needless])}")
         if self.unknown:
             lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
         return lines
@@ -199,16 +235,16 @@ class Inventory:
 def read_inventory(folder: Path) -> Inventory:
     """Read config.json and the safetensors headers of a Hugging Face model folder; check that they agree.
 
-    Raises InputError for a model that cannot be used (unknown architecture, already quantized, no
-    safetensors, a tensor missing or of another shape or dtype), ContractError for damaged files.
+    Raises InputError for a model that cannot be used (unknown architecture, quantized so that it cannot be dequantized
+    on reading, no safetensors, a tensor missing or of another shape or dtype), ContractError for damaged files.
     """
-    config = read_config(folder)
-    refuse_quantized(config, folder)
+    config, source = split_quantization(read_config(folder), folder)
     shape = read_shape(config)
     if shape.plan_only is not None:
         raise InputError(f"{folder}: {shape.architecture} can be planned (`gamma plan`) only: {shape.plan_only}")
     rules = architecture_of(config)[1]
-    stored = unstacked(_with_prefix(_read_headers(folder), rules), shape)
+    headers, needless = dequantized_view(_read_headers(folder), source, shape.dtype)
+    stored = unstacked(_with_prefix(headers, rules), shape)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
     head = stored.get(f"{rules.lm_head.name}.weight")
@@ -232,8 +268,10 @@ def read_inventory(folder: Path) -> Inventory:
         others=others,
         unknown=tuple(t.name for t in others if t.name not in known and not t.name.startswith(shape.beside)),
         dropped=dropped,
+        needless=needless,
         blocks=shape.blocks,
         shape=shape,
+        source=source,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from allocator.contract.errors import InputError
 from allocator.contract.layout import PACK_UNIT, Dtype16
 from allocator.contract.resident import Heads, Split
-from allocator.model.architectures import Architecture, Linear, OtherTensor, architecture_of
+from allocator.model.architectures import Architecture, ExpertLayout, Linear, OtherTensor, architecture_of
 from allocator.model.attention_layers import AttentionLayer, attention_layers
 from allocator.model.context_length import ContextLength, context_length
 
@@ -88,11 +88,13 @@ class OtherKind:
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """Experts of a sparse block, how many a token takes, and their intermediate size."""
+    """Experts of a sparse block, how many a token takes, and their intermediate size; `layout` is that of experts which
+    are stored together."""
 
     count: int
     per_token: int
     size: int
+    layout: ExpertLayout = "rows"
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,10 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
     others = [rest for other in rules.others if (rest := _other(rules, other, language, places)) is not None]
     experts = None
     if rules.experts is not None and any(sparse):
-        sizes = (rules.experts.count, rules.experts.per_token, rules.experts.size)
-        experts = ExpertCounts(*(rules.dimension(key, language) for key in sizes))
+        count, per_token, size = (
+            rules.dimension(key, language) for key in (rules.experts.count, rules.experts.per_token, rules.experts.size)
+        )
+        experts = ExpertCounts(count, per_token, size, rules.experts.layout)
     return ModelShape(
         architecture=name,
         config=config,

@@ -44,7 +44,7 @@ class SideFiles:
 
 def side_files(inventory: Inventory) -> SideFiles:
     """Every file of the model's folder but config.json and the weights that the inventory reads."""
-    read = {t.path.name for t in (*(m.tensor for m in inventory.modules), *inventory.others, *inventory.dropped)}
+    read = {path.name for path in inventory.weight_files}
     carried, left_out = [], {}
     for name, path in _entries(inventory.folder):
         if name in read or name == "config.json":

@@ -19,7 +19,7 @@ from allocator.contract.outputs import check_output_folder, naming_lack_of_room
 from allocator.contract.scores import Scores
 from allocator.model import Inventory, read_inventory
 from allocator.pipeline.calibration_text import calibration_text, told_amount
-from allocator.pipeline.model_folder import digest_of_model, name_of_model
+from allocator.pipeline.model_folder import digest_of_model, reference_to
 from allocator.pipeline.room import bank_bytes, check_room, learning_bytes
 from allocator.pipeline.settings import CandidateSettings
 from allocator.quantize import (
@@ -133,7 +133,7 @@ def _opened(task: _Task, work: Path) -> WorkFolder:
 def _learn(task: _Task, folder: WorkFolder, progress: Progress, resume: Resume) -> LearnResult:
     inventory, group = task.inventory, folder.process_group
     digest = group.from_leader(lambda: digest_of_model(inventory, folder.folder, progress))
-    reference = ModelReference(name=name_of_model(inventory.folder), architecture=inventory.architecture, digest=digest)
+    reference = reference_to(inventory, digest)
     _LOG.info("calibration: %s", told_amount(inventory, task.candidates))
     calibration = group.from_leader(lambda: calibration_text(inventory, task.candidates, progress))
     folder.begin(_fingerprint(task, reference, calibration), resume)

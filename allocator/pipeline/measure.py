@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allocator.contract.bank import BANK_NAME, Bank, ModelReference
+from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.scores import KV_CACHE_NAME, KvCacheScores, Scores
-from allocator.pipeline.model_folder import digest_of_model, name_of_model, work_folder_at
+from allocator.pipeline.model_folder import digest_of_model, reference_to, work_folder_at
 from allocator.pipeline.settings import CandidateSettings
 from allocator.run.progress import Progress, silent
 
@@ -80,11 +80,7 @@ def measure_kv_losses(
 
     inventory = read_inventory(model)
     digest = digest_of_model(inventory, None if work is None else work_folder_at(work), progress)
-    reference = ModelReference(
-        name=name_of_model(model),
-        architecture=inventory.architecture,
-        digest=digest,
-    )
+    reference = reference_to(inventory, digest)
     length = inventory.sequence_length(text.sequence_length)
     if text.files is None:
         calibration = calibration_from_model(model, text.sequences, length, text.seed, progress)

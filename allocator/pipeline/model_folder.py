@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from allocator.contract.bank import ModelReference
 from allocator.contract.errors import InputError
 from allocator.model import DIGEST_CACHE_NAME, Inventory, cached_model_digest, model_digest
 from allocator.model.hf_config import split_hub
 from allocator.run.progress import Progress
 
-__all__ = ["digest_of_model", "name_of_model", "resolve_model", "work_folder_at"]
+__all__ = ["digest_of_model", "name_of_model", "reference_to", "resolve_model", "work_folder_at"]
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -45,6 +46,16 @@ def digest_of_model(inventory: Inventory, work: Path | None, progress: Progress)
     if work is None:
         return model_digest(inventory, tell)
     return cached_model_digest(inventory, work / DIGEST_CACHE_NAME, tell)
+
+
+def reference_to(inventory: Inventory, digest: str) -> ModelReference:
+    """What documents call the model."""
+    return ModelReference(
+        name=name_of_model(inventory.folder),
+        architecture=inventory.architecture,
+        digest=digest,
+        quantized_by=None if inventory.source is None else inventory.source.method,
+    )
 
 
 def work_folder_at(folder: Path) -> Path | None:

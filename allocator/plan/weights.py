@@ -13,7 +13,8 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
 from allocator.contract.modules import kind_name, original_shapes
 from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage
-from allocator.model.hf_config import find_config, refuse_quantized
+from allocator.model.hf_config import find_config
+from allocator.model.quantized_source import split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, OtherKind, read_shape
 from allocator.plan.kv_cache import stage_layers
 from allocator.plan.schema import PlanRequest
@@ -64,6 +65,13 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             f"{shape.architecture}: what stands beside its language model ({', '.join(unsized)}) is not planned yet; "
             "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
         )
+    heads = [layer.kv_heads for layer in shape.attention if layer.kind in ("full", "sliding", "chunked")]
+    fewest = min(heads, default=1)
+    if fewest < min(request.tensor_parallel_size, shape.heads.key_value):
+        raise InputError(
+            f"--tensor-parallel-size {request.tensor_parallel_size}: layers of {shape.architecture} have {fewest} key "
+            f"and value heads, others {shape.heads.key_value}; at most {fewest} ranks are planned"
+        )
     stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
     others = _others(shape, request.ranks, stages)
     return Residency(
@@ -76,9 +84,18 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             Stage(first_block=stage.start, last_block=stage.stop - 1, other_bytes=nbytes)
             for stage, nbytes in zip(stages, others, strict=True)
         ],
-        splits={kind_name(sample_of(kind)): kind.split for kind in shape.modules},
+        splits=_splits(shape),
         fused={kind_name(sample_of(kind)): kind.fused.rpartition(".")[2] for kind in shape.modules if kind.fused},
     )
+
+
+def _splits(shape: ModelShape) -> dict[str, Split]:
+    """By the name of a kind; of modules that are cut otherwise than their like in other blocks, by their own name."""
+    splits: dict[str, Split] = {}
+    for kind in shape.modules:
+        if splits.setdefault(kind_name(sample_of(kind)), kind.split) != kind.split:
+            splits |= {_numbered(kind, block, 0): kind.split for block in kind.blocks}
+    return splits
 
 
 def weight_sizes(shape: ModelShape, residency: Residency, group_size: int, symmetric: bool) -> WeightSizes:
@@ -195,13 +212,14 @@ class PlannedModel:
 
 
 def read_model(model: str, revision: str | None = None) -> PlannedModel:
-    """From config.json alone: of a folder, a file, or a hub id. Raises InputError, also for other quantized models."""
+    """From config.json alone: of a folder, a file, or a hub id. A model that is quantized already is planned as what it
+    is dequantized to. Raises InputError, also where it cannot be."""
     config = dict(find_config(model, revision))
     quantized = config.get("quantization_config")
     checkpoint = None
     if isinstance(quantized, dict) and quantized.get("quant_method") == CheckpointConfig.QUANT_METHOD:
         checkpoint = CheckpointConfig.parse(config.pop("quantization_config"))
-    refuse_quantized(config, model)
+    config = split_quantization(config, model)[0]
     name = model.rstrip("/") if not Path(model).exists() else Path(model).resolve().name
     return PlannedModel(name, read_shape(config), checkpoint)
 

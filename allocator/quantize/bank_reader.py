@@ -115,10 +115,14 @@ def make_servable(inventory: Inventory, bank_folder: Path, *, copy: bool = False
     """Put the model's config and side files, links to its safetensors files (`copy`: the files themselves) and
     an index of the tensors that a checkpoint has into `bank_folder`.
 
-    What is there already is replaced.
+    What is there already is replaced. Where the files do not have the tensors of a checkpoint as they are (they are
+    quantized, or have the experts of a block in one tensor), nothing is put there: a checkpoint must be exported.
     """
     bank_folder.mkdir(parents=True, exist_ok=True)
-    tensors = (*(module.tensor for module in inventory.modules), *inventory.others)
+    tensors = inventory.tensors
+    if not inventory.has_its_tensors:
+        (bank_folder / INDEX_NAME).unlink(missing_ok=True)
+        return
     for path in sorted({tensor.path for tensor in tensors}):
         target = bank_folder / path.name
         target.unlink(missing_ok=True)

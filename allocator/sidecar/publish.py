@@ -135,7 +135,7 @@ def _add_source(store: Store, inventory: Inventory, digest: str, progress: Progr
     at, written = f"sources/{hex_of(digest)}", 0
     if store.backend.exists(f"{at}/config.json"):
         return 0
-    weights = {t.path.name for t in (*(m.tensor for m in inventory.modules), *inventory.others, *inventory.dropped)}
+    weights = {path.name for path in inventory.weight_files}
     index = [INDEX_NAME] if (inventory.folder / INDEX_NAME).exists() else []
     names = [*sorted(weights), *index, *side_files(inventory).carried, "config.json"]
     total = sum((inventory.folder / name).stat().st_size for name in names)

@@ -27,6 +27,8 @@ AGAIN = {
     "Qwen3NextForCausalLM": "linear attention",
     "NemotronHForCausalLM": "blocks of four kinds, experts of a size of their own",
     "Lfm2ForCausalLM": "a size that its class computes",
+    "Gemma4ForCausalLM": "heads by kind of block, keys that are values",
+    "GptOssForCausalLM": "experts in one tensor, gate and up in turns",
 }
 
 

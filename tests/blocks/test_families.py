@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from allocator.blocks import BlockStream
 from allocator.blocks.hf_model import open_model
 from allocator.blocks.hidden_states import HiddenStates
-from allocator.blocks.tensors import read_tensor
+from allocator.blocks.tensors import read_rows, read_tensor
 from allocator.evaluate import load_dequantized
 from allocator.model import model_digest, read_inventory
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
@@ -82,6 +82,29 @@ def test_experts_stored_as_one_tensor_are_the_same_modules(family, tmp_path: Pat
     for one, other in zip(single.modules, stacked.modules, strict=True):
         assert torch.equal(read_tensor(one.tensor), read_tensor(other.tensor)), one.name
     assert model_digest(stacked) == model_digest(single)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "down", "transposed"),
+    [
+        ("granitemoe", "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight", False),
+        ("gpt_oss", "mlp.experts.gate_up_proj", "mlp.experts.down_proj", True),
+    ],
+)
+def test_matrices_of_stacked_experts_are_read_one_by_one(name: str, fused: str, down: str, transposed: bool, family):
+    inventory = read_inventory(family(name))
+    tensors = load_file(inventory.folder / "model.safetensors")
+    for block in range(2):
+        whole, last = (tensors[f"model.layers.{block}.{stack}"] for stack in (fused, down))
+        for module in (m for m in inventory.modules if m.block == block and ".experts." in m.name):
+            expert, leaf = int(module.name.split(".")[-2]), module.name.rpartition(".")[2]
+            matrix = (last if leaf == "down_proj" else whole)[expert]
+            matrix = matrix.T if transposed else matrix
+            if leaf in ("gate_proj", "up_proj"):
+                matrix = matrix.chunk(2)[leaf == "up_proj"]
+            assert module.shape == matrix.shape
+            assert torch.equal(read_tensor(module.tensor), matrix), module.name
+            assert torch.equal(read_rows(module.tensor, slice(3, 40)), matrix[3:40]), module.name
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -125,3 +125,16 @@ def test_plan_of_another_quantized_model_is_refused(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
     assert "already quantized (quantization_config, quant_method 'awq')" in capsys.readouterr().err
+
+
+def test_a_model_that_is_quantized_already_is_planned_as_what_it_is_dequantized_to(capsys, tmp_path):
+    config = json.loads((FOLDER / "qwen3-8b.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    answers = []
+    for name, more in (("plain", {}), ("fp8", {"quantization_config": fp8})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | more))
+        assert main(["plan", str(tmp_path / name), "--gpu", "h100", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [(answer.pop("model"), answer.pop("digest"))[0] for answer in answers] == ["plain", "fp8"]
+    assert answers[0] == answers[1]

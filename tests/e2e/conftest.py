@@ -22,7 +22,7 @@ _CYCLE = [
     # No width below 16 in qkv.
     {"q": (16, 0, True), "k": (16, 0, True), "v": (16, 0, True), "gate": (2, 32, False), "up": (5, 128, True)},
 ]
-_EXPERT_PARTS = ["gate", "up", "down", "w1", "w3", "w2"]
+_EXPERT_PARTS = ["gate", "up", "down", "w1", "w3", "w2", "gate_up"]
 _OTHERS = [(8, 128, False), (16, 0, True), (3, 64, True), (6, 32, False), (4, 128, True)]
 
 

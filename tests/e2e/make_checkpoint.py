@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from allocator.blocks.hf_model import open_config
+from allocator.blocks.stacked_state import as_transformers_writes
+from allocator.blocks.tensors import read_tensor
 from allocator.contract.bank import ModelReference
 from allocator.contract.checkpoint import CheckpointConfig
 from allocator.contract.digest import digest_bytes
 from allocator.contract.layout import ModuleFormat, module_bytes, module_tensors, usable_group_size
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
-from allocator.model import read_inventory
+from allocator.model import read_inventory, read_shape
 
 __all__ = ["ChooseFormat", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
 
@@ -33,8 +36,10 @@ def make_checkpoint(source: Path, target: Path, choose: ChooseFormat) -> Checkpo
     """Quantize every module of the model folder `source` as `choose` says, and write a checkpoint."""
     target.mkdir(parents=True)
     tensors, modules = {}, {}
-    known = {module.name: module for module in read_inventory(source).modules}
-    for name, tensor in load_file(source / "model.safetensors").items():
+    inventory = read_inventory(source)
+    known = {module.name: module for module in inventory.modules}
+    for stored in inventory.tensors:
+        name, tensor = stored.name, read_tensor(stored)
         module = name.removesuffix(".weight")
         if module not in known:
             tensors[name] = tensor
@@ -111,6 +116,7 @@ def write_dequantized(checkpoint: Path, target: Path) -> None:
             tensors[f"{name}.weight"] = dequantize(*parts, module.num_bits)  # type: ignore[arg-type]
     (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     _copy_others(checkpoint, target)
+    tensors = as_transformers_writes(tensors, read_shape(config), open_config(target))
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
 

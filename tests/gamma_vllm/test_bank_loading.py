@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from functools import partial
 from types import SimpleNamespace
 
 from safetensors.torch import save_file
@@ -13,7 +14,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from allocator.contract.channel_blocks import Parents
 from allocator.contract.served_bank import ServedBank
-from gamma_vllm.bank_loading import BankMapper
+from gamma_vllm.bank_loading import chosen
+from gamma_vllm.weight_stream import StreamMapper
 from tests.gamma_vllm.layers import declare
 
 
@@ -35,14 +37,14 @@ DROP = WeightsMapper(orig_to_new_suffix={".bias": None})
 
 @pytest.mark.parametrize("join", [lambda m: RENAME | m | DROP, lambda m: m | RENAME | DROP], ids=["right", "left"])
 def test_candidates_take_the_place_of_weights_before_names_are_mapped(served, join):
-    stream = dict(join(BankMapper(served)).apply(iter(SOURCE)))
+    stream = dict(join(StreamMapper((partial(chosen, served),))).apply(iter(SOURCE)))
     assert set(stream) == {"language_model.a.q_proj.weight_packed", "language_model.a.k_proj.weight"}
     assert stream["language_model.a.q_proj.weight_packed"].tolist() == [3, 3]
 
 
 def test_the_mapper_joins_in_place_as_vllm_joins_it(served):
     mapper = WeightsMapper()
-    mapper |= BankMapper(served) | DROP
+    mapper |= StreamMapper((partial(chosen, served),)) | DROP
     mapper |= RENAME
-    assert isinstance(mapper, BankMapper)
+    assert isinstance(mapper, StreamMapper)
     assert len(list(mapper.apply(iter(SOURCE)))) == 2

@@ -17,6 +17,7 @@ from gamma_vllm.kernels.base import Activation, Place, Stack
 from gamma_vllm.kernels.native import NativeKernel, usable_isas
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.shards import CheckpointModule, Segment
+from gamma_vllm.weight_stream import ExpertPlace, load_experts
 from tests.gamma_vllm.layers import declare, stored_tensors
 from tests.skips import lacking_kernel
 
@@ -40,23 +41,24 @@ def modules():
     return made
 
 
-def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False, dtype=torch.float32):
+def make_layer(declared, tp=(0, 1), local=range(EXPERTS), on_input=False, dtype=torch.float32, biased=False):
     """A layer as vLLM makes it: tensor-parallel (rank, size), or with the experts `local` only."""
     layer = nn.Module()
     slots = {g: i for i, g in enumerate(local)}
     layer.layer_name = "a.experts"
-    layer.activation = MoEActivation.SILU
+    layer.activation = MoEActivation.SWIGLUOAI if biased else MoEActivation.SILU
     layer.apply_router_weight_on_input = on_input
     layer.swiglu_limit = layer.swiglu_alpha = layer.swiglu_beta = None
     layer.expert_map_manager = SimpleNamespace(map_global_to_local=lambda g: slots.get(g, -1))
     whole = len(slots) == EXPERTS
     layer.expert_map = None if whole else torch.tensor([slots.get(g, -1) for g in range(EXPERTS)], dtype=torch.int32)
     layer.moe_config = SimpleNamespace(
-        has_bias=False, is_act_and_mul=True, tp_rank=tp[0], tp_size=tp[1],
+        has_bias=biased, is_act_and_mul=True, tp_rank=tp[0], tp_size=tp[1],
         activation_situ_beta=None, activation_situ_linear_beta=None,
     )  # fmt: skip
     named = {key: CheckpointModule(f"a.experts.{key[0]}.{key[1]}_proj", form) for key, form in declared.items()}
-    experts = [ExpertModules((named[i, "gate"], named[i, "up"]), named[i, "down"]) for i in range(EXPERTS)]
+    parts = ("gate_up",) if biased else ("gate", "up")
+    experts = [ExpertModules(tuple(named[i, part] for part in parts), named[i, "down"]) for i in range(EXPERTS)]
     layer.quant_method = GammaMoEMethod(layer, experts, "BF16")
     layer.quant_method.create_weights(layer, len(slots), HIDDEN, INTERMEDIATE // tp[1], dtype)
     return layer
@@ -112,6 +114,55 @@ def test_the_ranks_add_up_to_the_sum_over_experts(parallel, monkeypatch, routed,
         assert all(name.startswith("gamma_w") for name, _ in layer.named_parameters())
         total += layer.quant_method.apply(layer, *routed, None, None)
     torch.testing.assert_close(total, expected(weights, *routed), rtol=1e-3, atol=1e-3)
+
+
+def _gpt_oss(weights, biases, x):
+    """One expert of gpt-oss on one token, as transformers computes it: gate and up in turns, limited, and biases."""
+    hidden = weights["gate_up"] @ x + biases["w13"]
+    gate, up = hidden[::2].clamp(max=7), hidden[1::2].clamp(-7, 7)
+    return weights["down"] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + biases["w2"]
+
+
+@pytest.mark.parametrize("ranks", ["one", "cut", "dealt out"])
+def test_experts_with_biases_and_their_gate_and_up_in_turns(parallel, routed, ranks):
+    declared, weights, biases = {}, {}, {}
+    for expert in range(EXPERTS):
+        declared[expert, "gate_up"] = declare(2 * INTERMEDIATE, HIDDEN, *FORMS[expert])
+        declared[expert, "down"] = declare(HIDDEN, INTERMEDIATE, *FORMS[expert + 3])
+        generator = torch.Generator().manual_seed(expert)
+        biases[expert] = {
+            "w13": 4 * torch.randn(2 * INTERMEDIATE, generator=generator),
+            "w2": torch.randn(HIDDEN, generator=generator),
+        }
+    x, shares, ids = routed
+    total = torch.zeros(5, HIDDEN)
+    make = {
+        "one": [{}],
+        "cut": [{"tp": (0, 2)}, {"tp": (1, 2)}],
+        "dealt out": [{"local": (0, 2)}, {"local": (1, 3)}],
+    }[ranks]
+    for options in make:
+        layer = make_layer(declared, biased=True, **options)
+        places = {}
+        for (expert, part), form in declared.items():
+            name = f"a.experts.{expert}.{part}_proj"
+            tensors, weights[expert, part] = stored_tensors(form, expert)
+            places[name] = ExpertPlace(layer, *(("w2", "w2") if part == "down" else ("w13", "w1")), expert)
+            stream = [(f"{name}.{leaf}", tensor) for leaf, tensor in tensors.items()]
+            assert list(load_experts(places, [*stream, ("a.router.weight", x)])) == [("a.router.weight", x)]
+        rank, size = options.get("tp", (0, 1))
+        wide = 2 * INTERMEDIATE // size
+        for slot, expert in enumerate(options.get("local", range(EXPERTS))):
+            layer.w13_bias.data[slot] = biases[expert]["w13"][rank * wide : (rank + 1) * wide]
+            layer.w2_bias.data[slot] = biases[expert]["w2"] if rank == 0 else 0  # as vLLM loads them
+        layer.quant_method.process_weights_after_loading(layer)
+        total += layer.quant_method.apply(layer, *routed, None, None)
+    exact = torch.zeros_like(x)
+    for token in range(len(x)):
+        for share, expert in zip(shares[token], ids[token].tolist(), strict=True):
+            of_expert = {part: weights[expert, part] for part in ("gate_up", "down")}
+            exact[token] += share * _gpt_oss(of_expert, biases[expert], x[token])
+    torch.testing.assert_close(total, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_a_captured_graph_does_not_look_where_the_tokens_go(parallel, routed):

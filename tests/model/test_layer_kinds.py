@@ -18,6 +18,11 @@ NEMOTRON_H = {
     "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "n_routed_experts": 128, "num_experts_per_tok": 6,
     "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "tie_word_embeddings": False,
 }  # fmt: skip
+GEMMA_4 = {
+    "architectures": ["Gemma4ForCausalLM"], "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "attention_k_eq_v": True, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 1000,
+    "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 
 
 def blocks_of(config: dict[str, Any], module: str) -> tuple[int, ...]:
@@ -51,6 +56,32 @@ def test_experts_of_a_latent_size_are_smaller() -> None:
     assert up == (1856, 2688)
     latent = read_shape(config | {"moe_latent_size": 1024})
     assert {kind.shape for kind in latent.modules if kind.name.endswith("{e}.up_proj")} == {(1856, 1024)}
+
+
+def test_heads_of_full_attention_are_read_from_configs_old_and_new() -> None:
+    """Gemma 4: the keys of its blocks of full attention are the values too."""
+    published = GEMMA_4 | {"global_head_dim": 512, "num_global_key_value_heads": 2}
+    saved = GEMMA_4 | {"per_layer_config": {"1": {"head_dim": 512, "num_key_value_heads": 2}}}
+    for config in (published, saved):
+        found = {(k.name.rpartition(".")[2], k.blocks): (k.shape[0], k.split) for k in read_shape(config).modules}
+        assert found["q_proj", (0,)] == (8 * 256, "column")
+        assert found["q_proj", (1,)] == (8 * 512, "column")
+        assert found["k_proj", (0,)] == (4 * 256, "kv")
+        assert found["k_proj", (1,)] == (2 * 512, "key_value")
+        assert ("v_proj", (1,)) not in found
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input cannot be learned: its blocks are given"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers cannot be learned: its blocks take keys and values from"),
+        ({"per_layer_config": {"0": {"head_dim": 512}}}, "per_layer_config must say the same of all blocks"),
+    ],
+)
+def test_what_blocks_run_one_by_one_cannot_have_is_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        read_shape(GEMMA_4 | change)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ those that transformers makes.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 from allocator.blocks.discovery.expressions import Expressions, Trace
+from allocator.blocks.discovery.layer_kinds import layer_kinds_rule
 from allocator.blocks.discovery.probes import BLOCKS, PROBES, Probe, blocks_key, config_class, probe, sizes_of
+from allocator.blocks.discovery.switches import with_switches
 from allocator.blocks.discovery.tensors import (
     ProbedTensor,
     check_rules,
@@ -21,17 +23,21 @@ from allocator.blocks.discovery.tensors import (
     parent_name,
     probed_tensors,
 )
+from allocator.blocks.discovery.told import BY_KIND, FIXED, KINDS, WITHOUT, default_of, value_of
 from allocator.blocks.discovery.vllm_source import ServedModel, served_model
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
-from allocator.model.architectures import Architecture
+from allocator.model.architectures import Architecture, ExpertLayout
 from allocator.model.derived_sizes import DERIVED
-from allocator.model.expert_stacks import STACKS
+from allocator.model.expert_stacks import matrices_of
 
 __all__ = ["find_architecture"]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_EXPERT_LEAVES = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
+_EXPERT_LEAVES = {
+    "gate_proj": "w13", "up_proj": "w13", "gate_up_proj": "w13", "w1": "w13", "w3": "w13",
+    "down_proj": "w2", "w2": "w2",
+}  # fmt: skip
 _SPLITS: dict[str, Split] = {
     "ColumnParallelLinear": "column",
     "MergedColumnParallelLinear": "column",
@@ -41,16 +47,8 @@ _SPLITS: dict[str, Split] = {
 }
 _BY_TRANSFORMERS = {"qkv_proj": list(_QKV), "gate_up_proj": ["gate_proj", "up_proj"]}
 """What vLLM fuses where it runs the code of transformers."""
-_PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
 _ALWAYS_GIVEN = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
 """Every config.json has them, but for those whose language model is a part: it leaves out what is default."""
-_KINDS: dict[str, list[str]] = {
-    # Of what kinds the blocks of a published model are; made without a list, the class has others or none.
-    "lfm2": ["conv", "full_attention"],
-    "lfm2_moe": ["conv", "full_attention"],
-    "nemotron_h": ["linear_attention", "moe", "full_attention", "mlp"],
-}
-_NO_SWITCHES = ("tie_word_embeddings", "use_cache", "return_dict", "is_encoder_decoder", "output_hidden_states")
 _SPARSE_RULES: dict[str, dict[str, Any]] = {
     "all": {},
     "first_k_dense_replace": {"first_k_dense_replace": 3},
@@ -88,13 +86,15 @@ class _Finder:
         self.model_class = getattr(transformers, architecture, None)
         if self.model_class is None:
             raise InputError(f"{architecture}: transformers has no class of this name")
-        self.sizes = sizes_of(self.kind)
+        self.by_kind, self.without = BY_KIND.get(model_type, {}), WITHOUT.get(model_type, {})
+        fixed = FIXED.get(model_type, {})
+        self.sizes = {k: v for k, v in sizes_of(self.kind, self.by_kind).items() if k not in fixed}
         self.sparse = {
             key: value for rule in _SPARSE_RULES.values() for key, value in rule.items() if key in self.known
-        }
-        self.mixes_kinds = model_type in _KINDS
+        } | fixed
+        self.mixes_kinds = model_type in KINDS
         if self.mixes_kinds:
-            self._mix_kinds(_KINDS[model_type])
+            self._mix_kinds(KINDS[model_type])
         self.probes = self._probes({})
         if set(self.probes[0].layer_kinds or ()) == {"linear_attention"}:
             # Without attention by default: with it, every second block shows what that has.
@@ -105,7 +105,7 @@ class _Finder:
         constant = {
             name: value
             for name in sorted(self.known - self.sizes.keys())
-            if type(value := getattr(self.first.config, name, None)) is int and name not in ("num_hidden_layers",)
+            if type(value := value_of(self.first.config, name)) is int and name not in ("num_hidden_layers",)
         }
         self.derived = {key: size for key, size in DERIVED.items() if set(size.of) <= self.known}
         computed = {
@@ -113,17 +113,20 @@ class _Finder:
         }
         self.expressions = Expressions(self.sizes, constant, computed)
         self.modules: dict[str, ProbedTensor] = {}
+        self.every: list[ProbedTensor] = []
         self.experts: Trace = ()
         self.used: set[str] = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
     def find(self) -> Architecture:
-        tensors = self._with_switches()
+        tensors, switches = with_switches(self.kind, self.sizes, self.probes, self._probes)
+        self.used |= switches
         embedding, head = self.first.embedding + ".weight", self.first.head + ".weight"
         inside = [t for t in tensors if t.name not in (embedding, head)]
         inside = [part for t in inside for part in self._unstacked(t)]
         sparse_blocks = {b for t in inside if "{e}" in t.name for b in t.blocks}
         experts = self._experts(inside, sparse_blocks)
-        self.modules = {module_name(t): t for t in inside if self._is_module(t)}
+        self.every = [t for t in inside if self._is_module(t)]
+        self.modules = {module_name(t): t for t in self.every}
         linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
         others = [self._other(t, sparse_blocks) for t in inside if not self._is_module(t)]
         plan_only = None
@@ -145,17 +148,19 @@ class _Finder:
             "plan_only": plan_only,
             "attention": "mla" if "kv_lora_rank" in self.known else "grouped",
             "defaults": {},
+            "without": self.without,
+            "of_full_attention": self.by_kind,
         }
         if [self._text(trace) for trace in shapes[embedding]] != where:
             raise InputError(f"{self.architecture}: its embedding is not one row of hidden_size a token")
         of_layers = set(self.first.layer_kinds or ())
-        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim"}
+        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim", *self.without}
         self.used |= {"max_position_embeddings", "original_max_position_embeddings"}  # LongRoPE
         by_kind = any("kinds" in rule for rule in linears + others) or rules["window"] == "pattern"
         if by_kind or of_layers - {"full_attention", "sliding_attention"}:
-            rules["layer_kinds"] = self._layer_kinds()
+            rules["layer_kinds"] = layer_kinds_rule(self.kind, self.first.layer_kinds or [], self.mixes_kinds)
         rules["defaults"] = self._defaults(experts)
-        found = Architecture.model_validate({k: v for k, v in rules.items() if v not in (None, False)})
+        found = Architecture.model_validate({k: v for k, v in rules.items() if v not in (None, False, {})})
         for one in self.probes:
             check_rules(found, one, self.architecture)
         return found
@@ -179,45 +184,6 @@ class _Finder:
                 ) from error
         return models
 
-    def _with_switches(self) -> list[ProbedTensor]:
-        """The tensors of the model, and those that it has for another value of a key that is true or false."""
-        usual = {(t.name, t.blocks): t for t in probed_tensors(self.probes)}
-        gained: list[ProbedTensor] = []
-        for key, other in self._switches():
-            if not self._matters({key: other}):
-                continue
-            changed = {(t.name, t.blocks): t for t in probed_tensors(self._probes({key: other}))}
-            self.used.add(key)
-            lost = not other
-            here = {p for p, t in usual.items() if p not in changed or t.shape != changed[p].shape}
-            new = [t for place, t in changed.items() if place not in usual or place in here]
-            for place in here:
-                tensor = usual[place]
-                usual[place] = replace(tensor, when=key) if lost else replace(tensor, unless=key)
-            gained += [replace(t, unless=key) if lost else replace(t, when=key) for t in new]
-        return [*usual.values(), *gained]
-
-    def _switches(self) -> Iterator[tuple[str, bool | None]]:
-        """Keys that are true or false, and those of sizes that may be left out, with the other value of each."""
-        for key in fields(self.kind):
-            value = getattr(self.first.config, key.name, None)
-            if isinstance(value, bool) and key.name not in _NO_SWITCHES:
-                yield key.name, not value
-            elif (
-                key.name in self.sizes
-                and "None" in str(key.type)
-                and key.name not in ("head_dim", "num_key_value_heads")
-            ):
-                yield key.name, None
-
-    def _matters(self, change: dict[str, Any]) -> bool:
-        """Whether the model has other tensors with another value of a key."""
-        try:
-            (changed,) = self._probes(change, 1)
-        except InputError:
-            return False
-        return changed.stored.keys() != self.first.stored.keys()
-
     def _in_order(self, tensors: list[ProbedTensor]) -> list[ProbedTensor]:
         """As the model has them; of experts gate, up and down, which is vLLM's order in a fused layer."""
         places: dict[str, int] = {}
@@ -239,28 +205,28 @@ class _Finder:
 
     def _unstacked(self, tensor: ProbedTensor) -> list[ProbedTensor]:
         """The matrices of which a tensor `[experts, rows, in_features]` is made, in the layout of `nn.Linear`."""
-        parent, _, leaf = tensor.name.rpartition(".")
-        parts = STACKS.get(leaf)
-        if parts is None or not parent.endswith(".experts") or len(tensor.shape) != 3 or not self._stacked(parent):
+        modules = () if len(tensor.shape) != 3 or self.layout is None else matrices_of(tensor.name, self.layout)
+        if not modules:
             return [tensor]
-        rows = tuple(size // len(parts) for size in tensor.shape[1])
-        return [
-            replace(
-                tensor,
-                name=f"{parent}.{{e}}.{part}.weight",
-                shape=(rows, tensor.shape[2]),
-                linear=True,
-            )
-            for part in parts
-        ]
+        sizes = tensor.shape[1:] if self.layout == "rows" else tensor.shape[:0:-1]
+        rows = tuple(size // len(modules) for size in sizes[0])
+        return [replace(tensor, name=f"{module}.weight", shape=(rows, sizes[1]), linear=True) for module in modules]
 
-    def _stacked(self, experts: str) -> bool:
-        """Whether gate_up_proj and down_proj of `experts` have rows and columns as linear modules have."""
-        of = {t.name: t.shape for t in probed_tensors(self.probes)}
-        gate_up, down = of.get(f"{experts}.gate_up_proj"), of.get(f"{experts}.down_proj")
-        if gate_up is None or down is None or f"{experts}.gate_up_proj_bias" in of:
-            return False
-        return gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2])
+    @cached_property
+    def layout(self) -> ExpertLayout | None:
+        """How the experts of a block lie in one tensor: with rows and columns as linear modules have, or the other way
+        round. None if they do not, or in a way that is not known."""
+        of = [(t.name, t.shape) for t in probed_tensors(self.probes) if len(t.shape) == 3]
+        gate_up, down = (
+            next((shape for name, shape in of if len(matrices_of(name, "rows")) == parts), None) for parts in (2, 1)
+        )
+        if gate_up is None or down is None:
+            return None
+        if gate_up[2] == down[1] and gate_up[1] == tuple(2 * size for size in down[2]):
+            return None if self.first.interleaved else "rows"
+        if gate_up[1] == down[2] and gate_up[2] == tuple(2 * size for size in down[1]):
+            return "interleaved" if self.first.interleaved else None  # Llama 4 weighs the inputs of experts
+        return None
 
     def _is_module(self, tensor: ProbedTensor) -> bool:
         return tensor.linear and len(tensor.shape) == 2 and bool(tensor.blocks)
@@ -283,6 +249,8 @@ class _Finder:
         if fused is None:
             return [rule | self._alone(leaf) | where]
         whole, split, when = fused
+        if leaf == "k_proj" and self._are_values(tensor):
+            split = "key_value"
         together = rule | {"split": split, "fused": f"{parent}.{whole}" if parent else whole}
         if when is None or tensor.when is not None:
             return [together | where]
@@ -302,6 +270,12 @@ class _Finder:
             known = self.served.by_transformers or whole in self.served.layers
             return whole, "column" if known else "replicated", when
         return None
+
+    def _are_values(self, keys: ProbedTensor) -> bool:
+        """Whether the keys are the values too: no values stand beside them where they are."""
+        beside = [t for t in self.every if module_name(t) == f"{parent_name(keys.name)}.v_proj"]
+        where = {b for t in beside if keys.when is None or t.unless != keys.when for b in t.blocks}
+        return not where.intersection(keys.blocks)
 
     def _alone(self, leaf: str) -> dict[str, Any]:
         """How a module is cut that is a layer of its own, and why it is not below 16 bits."""
@@ -402,6 +376,10 @@ class _Finder:
             raise InputError(f"{self.architecture}: no key of its config says how many experts a token takes")
         self.used |= {per_token} | ({rule} & self.known)
         keys = {"count": self._text(counts), "per_token": per_token, "size": self._text(down.shape[1]), "blocks": rule}
+        if down.when is not None and rule == "all":
+            keys["when"] = down.when
+        if self.layout not in (None, "rows"):
+            keys["layout"] = self.layout
         return keys | ({"kind": of_kind} if rule == "kind" else {})
 
     def _kind_of(self, blocks: set[int]) -> str | None:
@@ -424,7 +402,7 @@ class _Finder:
                 if key != "head_dim" and "head_dim" in self.known:
                     given["head_dim"] = self.sizes["head_dim"][number]
                 try:
-                    values.append(getattr(self.kind(**given), key, None))
+                    values.append(default_of(self.kind(**given), key, self.by_kind))
                 except Exception:  # a class that cannot do without it has no default
                     values.append(None)
             if key == "head_dim" and None in values:
@@ -461,33 +439,3 @@ class _Finder:
         if kinds is not None and self.served.windows_by_layer and "sliding_attention" in kinds:
             return "pattern"
         return "every" if isinstance(config.sliding_window, int) or "sliding_window" in self.known else "none"
-
-    def _kinds_with(self, changes: dict[str, Any]) -> list[str]:
-        return list(self.kind(**({blocks_key(self.kind): BLOCKS} | changes)).layer_types)
-
-    def _layer_kinds(self) -> dict[str, Any]:
-        kinds = self.first.layer_kinds or []
-        key = "layer_types" if "layer_types" in self.known else "layers_block_type"
-        rule: dict[str, Any] = {"key": key}
-        if "full_attn_idxs" in self.known:
-            rule |= {"numbers_key": "full_attn_idxs", "nth": "full_attention", "rest": "conv"}
-        if hasattr(self.kind, "hybrid_override_pattern"):
-            rule |= {"letters_key": "hybrid_override_pattern", "letters": _letters(self.kind._pattern_to_list)}
-        if len(set(kinds)) == 1 and key not in self.known:  # no key of config.json: all blocks are alike
-            return rule | {"period": 1, "nth": kinds[0]}
-        for period in () if self.mixes_kinds else range(2, 9):
-            nth, rest = set(kinds[period - 1 :: period]), {k for i, k in enumerate(kinds) if (i + 1) % period}
-            if len(nth) == len(rest) == 1 and nth != rest:
-                rule |= {"period": period, "nth": nth.pop(), "rest": rest.pop()}
-                key_of_period = next((k for k in _PERIOD_KEYS if self._kinds_with({k: period + 1}) != kinds), None)
-                return rule | ({"period_key": key_of_period} if key_of_period else {})
-        return rule
-
-
-def _letters(kinds_of: Any) -> dict[str, str]:
-    """What each letter of a pattern of blocks stands for, by the function that reads such patterns."""
-    found = {}
-    for letter in map(chr, range(33, 127)):
-        with suppress(KeyError, ValueError):
-            found[letter] = kinds_of(letter)[0]
-    return found

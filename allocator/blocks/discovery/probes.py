@@ -6,7 +6,7 @@ of them it is made of.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
@@ -35,7 +35,7 @@ _UNCHANGED = re.compile(
 class Probe:
     """A model on the meta device. `stored` are shapes by the names that its checkpoint has; `linear` are the names of
     its linear modules, `in_order` the place of each module with weights; `layer_kinds` says of what kind each block is,
-    if config tells."""
+    if config tells. `interleaved`: its experts have the rows of gate and up in turns."""
 
     config: Any
     stored: dict[str, tuple[int, ...]]
@@ -45,6 +45,7 @@ class Probe:
     embedding: str
     head: str
     layer_kinds: list[str] | None
+    interleaved: bool = False
 
 
 def config_class(model_type: str) -> Any:
@@ -60,15 +61,16 @@ def blocks_key(kind: Any) -> str:
     return key
 
 
-def sizes_of(kind: Any) -> dict[str, tuple[int, ...]]:
-    """The value of each size of a config class in each of the probes."""
+def sizes_of(kind: Any, more: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+    """The value of each size of a config class in each of the probes, and of those keys that it reads undeclared."""
     values: dict[str, tuple[int, ...]] = {}
     named = {key.name: str(key.type) for key in fields(kind)}
     own_names = {own: common for common, own in kind.attribute_map.items()}
-    for name, of_type in (named | {"head_dim": "int"}).items():  # many read it without declaring it
+    undeclared = dict.fromkeys(("head_dim", *more), "int")
+    for name, of_type in (named | undeclared).items():
         if "int" not in of_type or any(other in of_type for other in ("float", "list", "dict")):
             continue
-        if _UNCHANGED.fullmatch(name) or name in _ROUTERS:
+        if (_UNCHANGED.fullmatch(name) and name not in more) or name in _ROUTERS:
             continue
         role = own_names.get(name, name)
         if role == "num_attention_heads":
@@ -84,6 +86,8 @@ def sizes_of(kind: Any) -> dict[str, tuple[int, ...]]:
             values[name] = (22, 34, 30, 74)
         elif role == "hidden_size":
             values[name] = tuple(h * f for h, f in zip(_HEADS, (22, 34, 10, 74), strict=True))
+        elif name == "num_global_key_value_heads":
+            values[name] = (2, 5, 21, 4)
         elif name == "num_key_value_heads":
             values[name] = _KV_HEADS
         elif name.endswith("num_value_heads"):
@@ -141,6 +145,7 @@ def probe_of(model: Any, config: Any) -> Probe:
         embedding=names[id(model.get_input_embeddings().weight)],
         head=names[id(model.get_output_embeddings().weight)],
         layer_kinds=_layer_kinds(config.get_text_config()),
+        interleaved=any(not getattr(module, "is_concatenated", True) for module in model.modules()),
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from allocator.blocks.discovery.expressions import Trace
 from allocator.blocks.discovery.probes import Probe
 from allocator.contract.errors import InputError
-from allocator.model.architectures import Architecture
-from allocator.model.expert_stacks import STACKS
+from allocator.model.architectures import Architecture, ExpertLayout
+from allocator.model.expert_stacks import matrices_of
 from allocator.model.shape import shape_of
 
 __all__ = ["ProbedTensor", "check_rules", "experts_of", "module_name", "numbered", "parent_name", "probed_tensors"]
@@ -63,7 +63,7 @@ def parent_name(name: str) -> str:
 
 def experts_of(of: Probe) -> int:
     """How many experts its blocks with experts have."""
-    stacks = [shape[0] for name, shape in of.stored.items() if name.endswith(".experts.down_proj")]
+    stacks = [shape[0] for name, shape in of.stored.items() if len(shape) == 3 and matrices_of(name, "rows")]
     if stacks:
         return stacks[0]
     found = [re.search(r"\.experts\.(\d+)\.", name) for name in of.stored]
@@ -82,7 +82,7 @@ def check_rules(rules: Architecture, of: Probe, architecture: str) -> None:
     said |= {name: other.shape for other in shape.others for name in other.names()}
     made = {
         name: size
-        for name, size in _single(of.stored, said).items()
+        for name, size in _single(of.stored, said, "rows" if rules.experts is None else rules.experts.layout).items()
         if not (shape.tied and name == f"{of.head}.weight")
     }
     if odd := sorted(set(said.items()) ^ set(made.items())):
@@ -92,15 +92,18 @@ def check_rules(rules: Architecture, of: Probe, architecture: str) -> None:
         )
 
 
-def _single(stored: dict[str, tuple[int, ...]], said: Container[str]) -> dict[str, tuple[int, ...]]:
+def _single(
+    stored: dict[str, tuple[int, ...]], said: Container[str], layout: ExpertLayout
+) -> dict[str, tuple[int, ...]]:
     """Shapes by name, with stacks of experts as single matrices where these are said to be there."""
     found = {}
     for name, size in stored.items():
-        parent, _, leaf = name.rpartition(".")
-        parts = STACKS.get(leaf, ())
-        if not parts or f"{parent}.0.{parts[0]}.weight" not in said:
+        modules = matrices_of(name, layout)
+        if not modules or f"{modules[0]}.weight".replace("{e}", "0") not in said:
             found[name] = size
             continue
-        experts, rows, columns = size
-        found |= {f"{parent}.{e}.{p}.weight": (rows // len(parts), columns) for e in range(experts) for p in parts}
+        experts, rows, columns = size if layout == "rows" else (size[0], size[2], size[1])
+        for module in modules:
+            each = (rows // len(modules), columns)
+            found |= {f"{module}.weight".replace("{e}", str(expert)): each for expert in range(experts)}
     return found

@@ -3,6 +3,7 @@
 What stands beside the language model, a vision tower and its projector, is copied and served untouched.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     Raises InputError where its language model is not that of `text`.
     """
     try:
-        made = _built(model_type, architecture)
+        made = _built(model_type, architecture, text.without)
     except InputError:
         raise
     except Exception as error:  # transformers has as many ways to fail as it has models
@@ -57,13 +58,16 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     return Architecture.model_validate(rules)
 
 
-def _built(model_type: str, architecture: str) -> Probe:
-    """A model of few blocks on the meta device, otherwise of the sizes that its config class has."""
+def _built(model_type: str, architecture: str, without: Iterable[str]) -> Probe:
+    """A model of few blocks on the meta device, otherwise of the sizes that its config class has, but none of the keys
+    `without`."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config: Any = CONFIG_MAPPING[model_type]()
     language = config.get_text_config()
+    for key in without:
+        setattr(language, key, 0)
     language.num_hidden_layers, language.tie_word_embeddings = _BLOCKS, False
     config.tie_word_embeddings = False
     if getattr(language, "layer_types", None):

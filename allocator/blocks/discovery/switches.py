@@ -1,0 +1,59 @@
+"""Tensors that a model has for some values of a config key only: keys that are true or false, and sizes left out."""
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from allocator.blocks.discovery.probes import Probe
+from allocator.blocks.discovery.tensors import ProbedTensor, probed_tensors
+from allocator.blocks.discovery.told import value_of
+from allocator.contract.errors import InputError
+
+__all__ = ["with_switches"]
+
+_NO_SWITCHES = ("tie_word_embeddings", "use_cache", "return_dict", "is_encoder_decoder", "output_hidden_states")
+_SIZES_OF_EXPERTS = ("num_experts", "moe_intermediate_size")
+"""Left out, there are no experts; another key says that."""
+
+
+def with_switches(
+    kind: Any, sizes: Container[str], probes: list[Probe], build: Callable[..., list[Probe]]
+) -> tuple[list[ProbedTensor], set[str]]:
+    """The tensors of the model, and those that it has, or has in another shape, for another value of a key; and the
+    keys that say so. `build(changes, count)` makes probes of the config class `kind` with other values."""
+    usual = {(t.name, t.blocks): t for t in probed_tensors(probes)}
+    gained: list[ProbedTensor] = []
+    used: set[str] = set()
+    for key, other in _switches(kind, sizes, probes[0]):
+        if not _matters({key: other}, probes[0], build):
+            continue
+        changed = {(t.name, t.blocks): t for t in probed_tensors(build({key: other}))}
+        used.add(key)
+        lost = not other
+        here = {p for p, t in usual.items() if p not in changed or t.shape != changed[p].shape}
+        new = [t for place, t in changed.items() if place not in usual or place in here]
+        for place in here:
+            tensor = usual[place]
+            usual[place] = replace(tensor, when=key) if lost else replace(tensor, unless=key)
+        gained += [replace(t, unless=key) if lost else replace(t, when=key) for t in new]
+    return [*usual.values(), *gained], used
+
+
+def _switches(kind: Any, sizes: Container[str], first: Probe) -> Iterator[tuple[str, bool | None]]:
+    """Keys that are true or false, and those of sizes that may be left out, with the other value of each."""
+    kept = ("head_dim", "num_key_value_heads", *_SIZES_OF_EXPERTS)
+    for key in fields(kind):
+        value = value_of(first.config, key.name)
+        if isinstance(value, bool) and key.name not in _NO_SWITCHES:
+            yield key.name, not value
+        elif key.name in sizes and "None" in str(key.type) and key.name not in kept:
+            yield key.name, None
+
+
+def _matters(change: dict[str, Any], first: Probe, build: Callable[..., list[Probe]]) -> bool:
+    """Whether the model has other tensors with another value of a key."""
+    try:
+        (changed,) = build(change, 1)
+    except InputError:
+        return False
+    return changed.stored.keys() != first.stored.keys()
