@@ -32,6 +32,7 @@ PUBLISHED_PARAMETERS = {
 bits, the 20.91 billion of its model card)."""
 
 COUNTED_PARAMETERS = PUBLISHED_PARAMETERS | {
+    "gemma-4-31b": 31_273_088_876,
     "glm-4-32b": 32_566_081_536,
     "exaone-4-32b": 32_003_216_384,
     "nemotron-h-8b": 8_100_852_736,
@@ -40,10 +41,10 @@ COUNTED_PARAMETERS = PUBLISHED_PARAMETERS | {
     "qwen3.5-27b": 27_356_728_560,
     "qwen3.5-35b-a3b": 35_107_181_936,
 }
-"""As the model class of transformers has them. The publishers' figures of the first three were not at hand. That of
-Nemotron 3 Nano is smaller by 2,944, the corrections of its routers' scores, which are no parameters; those of the last
-three are larger by the layer that predicts further tokens, which transformers and vLLM leave out: 81,324,862,720,
-27,781,427,952 and 35,951,822,704."""
+"""As the model class of transformers has them, with what it stores beside parameters. The publisher's figure of Gemma 4
+was at hand as 31.3 billion, those of the next three were not. That of Nemotron 3 Nano is smaller by 2,944, the
+corrections of its routers' scores; those of the last three are larger by the layer that predicts further tokens, which
+transformers and vLLM leave out: 81,324,862,720, 27,781,427,952 and 35,951,822,704."""
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pydantic import Field
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import GROUP_SIZES, PACK_UNIT, ModuleFormat
-from allocator.contract.modules import kind_name, layer_name
+from allocator.contract.modules import kind_name, layer_name, parent_of
 
 __all__ = [
     "ARK_ROWS",
@@ -240,8 +240,8 @@ class Stage(Strict):
 
 
 class Residency(Strict):
-    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`); the order of
-    `fused` is that of vLLM inside a layer (q, k, v)."""
+    """How the modules of a model lie on the ranks. `splits` and `fused` are by kind of name (`kind_name`), `splits` too
+    by the name of a module that is cut otherwise than its kind. `fused` has the order of vLLM's layers (q, k, v)."""
 
     kernel: Kernel
     tensor_parallel_size: int = Field(ge=1)
@@ -346,7 +346,7 @@ class Residency(Strict):
         return [sorted(layer, key=lambda n: order.get(kind_name(n), 0)) for layer in layers.values()]
 
     def _split(self, name: str) -> Split:
-        split = self.splits.get(kind_name(name))
+        split = self.splits.get(parent_of(name)) or self.splits.get(kind_name(name))
         if split is None:
             raise InputError(f"{name}: the plan has no such module; it is of another model")
         return split

@@ -65,11 +65,12 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             f"{shape.architecture}: what stands beside its language model ({', '.join(unsized)}) is not planned yet; "
             "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
         )
-    splits = {(kind_name(sample_of(kind)), kind.split) for kind in shape.modules}
-    if len(splits) > len({name for name, _ in splits}):
+    heads = [layer.kv_heads for layer in shape.attention if layer.kind in ("full", "sliding", "chunked")]
+    fewest = min(heads, default=1)
+    if fewest < min(request.tensor_parallel_size, shape.heads.key_value):
         raise InputError(
-            f"{shape.architecture}: keys that are values in some blocks are not planned yet; learn, and solve for a "
-            "budget in bytes or bits (--budget, --average-bits)"
+            f"--tensor-parallel-size {request.tensor_parallel_size}: layers of {shape.architecture} have {fewest} key "
+            f"and value heads, others {shape.heads.key_value}; at most {fewest} ranks are planned"
         )
     stages = stage_layers(shape.blocks, request.pipeline_parallel_size)
     others = _others(shape, request.ranks, stages)
@@ -83,9 +84,18 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             Stage(first_block=stage.start, last_block=stage.stop - 1, other_bytes=nbytes)
             for stage, nbytes in zip(stages, others, strict=True)
         ],
-        splits={kind_name(sample_of(kind)): kind.split for kind in shape.modules},
+        splits=_splits(shape),
         fused={kind_name(sample_of(kind)): kind.fused.rpartition(".")[2] for kind in shape.modules if kind.fused},
     )
+
+
+def _splits(shape: ModelShape) -> dict[str, Split]:
+    """By the name of a kind; of modules that are cut otherwise than their like in other blocks, by their own name."""
+    splits: dict[str, Split] = {}
+    for kind in shape.modules:
+        if splits.setdefault(kind_name(sample_of(kind)), kind.split) != kind.split:
+            splits |= {_numbered(kind, block, 0): kind.split for block in kind.blocks}
+    return splits
 
 
 def weight_sizes(shape: ModelShape, residency: Residency, group_size: int, symmetric: bool) -> WeightSizes:

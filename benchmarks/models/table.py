@@ -49,10 +49,10 @@ What a **yes** means.
 - *since vLLM*: the oldest release, of those that the plugin serves with, whose registry has the architecture
   (`benchmarks/models/since.py` reads them); the oldest of these is {oldest}.
 
-*found* means that nothing is known to be missing and no test has tried it. `gamma plan` knows Gemma 3, Mistral 3 and
-Qwen3.5 with their vision towers, and refuses other multimodal models, of which it knows the language model only. Of all
-the language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for their
-language model, which tests try layer by layer and not in a server: vLLM's CPU build needs torchvision for them.
+*found* means that nothing is known to be missing and no test has tried it. `gamma plan` knows Gemma 3 and 4, Mistral 3
+and Qwen3.5 with their vision towers, and refuses other multimodal models, of which it knows the language model only.
+Of all the language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for
+their language model, which tests try layer by layer and not in a server: vLLM's CPU build needs torchvision for them.
 
 What vLLM builds without a quantization config stays at 16 bits, embeddings and lm_heads of some families among it;
 `gamma inspect` says so of each module. *but experts* means that the experts are stored in a way that is not cut into

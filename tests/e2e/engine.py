@@ -131,12 +131,13 @@ def _resident(worker):
     """Bytes of all parameters of this rank, each counted once.
 
     vLLM's CPU backend moves the 16-bit weights of linear layers into memory of oneDNN and leaves an empty
-    parameter: those are counted by the layer's sizes on this rank.
+    parameter: those are counted by the layer's sizes on this rank. Gemma 4's scalar of each block is a buffer.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     model = worker.model_runner.model
     total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total += sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name.endswith("layer_scalar"))
     for layer in model.modules():
         if not isinstance(layer, LinearBase) or not isinstance(layer.quant_method, UnquantizedLinearMethod):
             continue

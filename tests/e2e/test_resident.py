@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 OTHER_LAYERS = [
     # latent attention, shared experts, a dense block; with AMX vLLM keeps the projections of keys in a form of its own
     *([] if planned_as() == "ark-amx" else ["deepseek_v2"]),
+    "gemma4_text",  # heads by the kind of the block, keys that are the values too
     "gpt_oss",  # experts that are stacked and have biases
     "lfm2",  # short convolutions
     "nemotron_h",  # Mamba 2, blocks of one kind each
