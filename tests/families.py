@@ -14,6 +14,7 @@ __all__ = [
     "MODEL_TYPES",
     "NOT_SERVED",
     "NOT_TRIED",
+    "SERVED_AS",
     "SERVED_WITH",
     "SIZES",
     "WRAPPERS",
@@ -224,6 +225,9 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Multimodal model type -> that of its language model, what it has beside, and what differs in the language model."""
+
+SERVED_AS = {"gemma4": "Gemma4ForCausalLM"}
+"""Multimodal model type -> the architecture that vLLM's CPU build serves its language model as (`--hf-overrides`)."""
 
 
 def make_wrapper(model_type: str, folder: Path) -> Path:

@@ -86,10 +86,10 @@ def registered(registry: str) -> dict[str, tuple[str, str]]:
 def language_model_of(architecture: str) -> str | None:
     """The architecture that vLLM runs the language model of a multimodal one with, where its source names just one."""
     module = served_architectures()[architecture][0]
-    tree = _parse(_files(f"vllm.model_executor.models.{module}")[0])
     named = {
         ast.literal_eval(keyword.value)[0]
-        for call in ast.walk(tree)
+        for file in _files(f"vllm.model_executor.models.{module}")
+        for call in ast.walk(_parse(file))
         if isinstance(call, ast.Call)
         for keyword in call.keywords
         if keyword.arg == "architectures" and isinstance(keyword.value, ast.List) and "Causal" in ast.unparse(keyword)
