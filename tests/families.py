@@ -14,6 +14,7 @@ __all__ = [
     "MODEL_TYPES",
     "NOT_SERVED",
     "NOT_TRIED",
+    "SERVED_AS",
     "SERVED_WITH",
     "SIZES",
     "WRAPPERS",
@@ -204,24 +205,32 @@ def make_family(model_type: str, folder: Path) -> Path:
 
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+_PATCHES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+_ROTATION = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5]}
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"vision_config": _VISION | {"num_hidden_layers": 1}, "mm_tokens_per_image": 4}, _HEAD),
+    "gemma4": (
+        "gemma4_text",
+        {"vision_config": _VISION | {"num_hidden_layers": 1, "head_dim": 16, "num_key_value_heads": 2}},
+        _GEMMA4 | {"tie_word_embeddings": False, "pad_token_id": 0},
+    ),
     "mistral3": ("mistral", {"vision_config": _VISION | {"num_hidden_layers": 1, "head_dim": 16}}, _HEAD),
     "qwen3_5": (
         "qwen3_5_text",
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 128,
-            }
-        },
+        {"vision_config": _PATCHES},
         _HEAD | _LINEAR_ATTENTION,
+    ),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {"vision_config": _PATCHES}, {"rope_parameters": _ROTATION}),
+    "qwen3_vl": (
+        "qwen3_vl_text",
+        {"vision_config": _PATCHES | {"deepstack_visual_indexes": [0]}},
+        _HEAD | {"rope_parameters": _ROTATION | {"mrope_interleaved": True}},
     ),
 }
 """Multimodal model type -> that of its language model, what it has beside, and what differs in the language model."""
+
+SERVED_AS = {"gemma4": "Gemma4ForCausalLM"}
+"""Multimodal model type -> the architecture that vLLM's CPU build serves its language model as (`--hf-overrides`)."""
 
 
 def make_wrapper(model_type: str, folder: Path) -> Path:

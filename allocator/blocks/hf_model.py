@@ -6,9 +6,11 @@ Python code that a folder brings along is never run: what transformers has no co
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from allocator.blocks.tensors import read_tensor
 from allocator.contract.errors import GammaError, InputError
@@ -47,12 +49,14 @@ def open_config(folder: Path) -> Any:
 
 def build_skeleton(folder: Path, config: Any) -> Any:
     """The causal language model of `config` on the meta device: structure without weights. Raises InputError."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModelForCausalLM
 
     with (
         _explained(folder / "config.json", "transformers cannot build this model", "take that of the original model"),
         torch.device("meta"),
     ):
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_MAPPING:
+            return _WithHead(config)
         try:
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
@@ -119,6 +123,28 @@ def open_tokenizer(folder: Path) -> Any:
                 f"{folder}: its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which gamma "
                 "does not run; put a tokenizer.json beside it that says the same, and take auto_map out"
             ) from None
+
+
+class _WithHead(nn.Module):
+    """A language model that transformers has only inside a multimodal one (Qwen3-VL): its backbone and a lm_head."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModel
+
+        super().__init__()
+        self.model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, **inputs: Any) -> Any:
+        """As causal language models of transformers answer."""
+        return SimpleNamespace(logits=self.lm_head(self.model(**inputs)[0]))
 
 
 @contextmanager

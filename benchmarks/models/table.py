@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
-from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_WITH, WRAPPERS  # noqa: E402
+from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_AS, SERVED_WITH, WRAPPERS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 ELSEWHERE = (
@@ -52,7 +52,9 @@ What a **yes** means.
 *found* means that nothing is known to be missing and no test has tried it. `gamma plan` knows Gemma 3 and 4, Mistral 3
 and Qwen3.5 with their vision towers, and refuses other multimodal models, of which it knows the language model only.
 Of all the language model is learned; the vision tower is copied bit for bit. They are served by the plugin's rules for
-their language model, which tests try layer by layer and not in a server: vLLM's CPU build needs torchvision for them.
+their language model, which tests try layer by layer and not in a server: vLLM's CPU build imports torchvision for them,
+without images too. Where it has a class for the language model alone that does without, as for Gemma 4, that is served
+by name.
 
 What vLLM builds without a quantization config stays at 16 bits, embeddings and lm_heads of some families among it;
 `gamma inspect` says so of each module. *but experts* means that the experts are stored in a way that is not cut into
@@ -85,6 +87,8 @@ def row(name: str, families: dict[str, str], since: str) -> str:
     serve = (
         f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
     )
+    if kind in SERVED_AS:
+        serve = f"its language model, with {_options({'hf_overrides': {'architectures': [SERVED_AS[kind]]}})}"
     others = [other for other, of in MODEL_TYPES.items() if of == kind and other in NOT_SERVED]
     if serve == "yes" and kind in SERVED_WITH and (notes := _options(SERVED_WITH[kind])):
         serve += f", with {notes}"

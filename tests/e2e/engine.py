@@ -168,9 +168,10 @@ def _scores(logprobs, prompt, save):
     return math.exp(-float(chosen.mean()))
 
 
-def _inspect_here(model):
+def _inspect_here(model, options):
     """vLLM inspects a model class in a process of its own, which costs 10 s for each; this one has all it needs."""
-    (name,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    config = json.loads((Path(model) / "config.json").read_text()) | options.get("hf_overrides", {})
+    (name,) = config["architectures"]
     ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
@@ -178,7 +179,7 @@ def run(job):
     engine = None
     try:
         if "kernel" in job:
-            _inspect_here(job["model"])
+            _inspect_here(job["model"], job.get("options", {}))
             os.environ |= {"GAMMA_KERNEL": job["kernel"], **job.get("environment", {})}
             engine = Vllm(job["model"], **job.get("options", {}))
         else:

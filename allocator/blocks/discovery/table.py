@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator.blocks.discovery.generate import find_architecture
-from allocator.blocks.discovery.vllm_source import served_architectures, vllm_version
+from allocator.blocks.discovery.vllm_source import language_model_of, served_architectures, vllm_version
 from allocator.blocks.discovery.wrappers import find_wrapper
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import InputError
@@ -66,12 +66,13 @@ def wrappers() -> dict[str, tuple[str, str]]:
 def found_wrapper(architecture: str) -> dict[str, Any]:
     """The rules of a multimodal architecture as they stand in the table. Raises InputError."""
     model_type, text_type = wrappers()[architecture]
-    names = [name for name, kind in candidates().items() if kind == text_type]
-    if not names:
+    known = candidates()
+    name = next((name for name, kind in known.items() if kind == text_type), language_model_of(architecture))
+    if name not in known:
         raise InputError(f"{architecture}: its language model ({text_type}) is none that is known by itself")
-    text = find_architecture(text_type, names[0], inside_another=True)
+    text = find_architecture(known[name], name, inside_another=True)
     rules = find_wrapper(model_type, architecture, text).model_dump(exclude_defaults=True, mode="json")
-    return rules | _KNOWN_BETTER.get(names[0], {})
+    return rules | _KNOWN_BETTER.get(name, {})
 
 
 def make_table() -> dict[str, Any]:

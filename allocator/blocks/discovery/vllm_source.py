@@ -13,7 +13,10 @@ from pathlib import Path
 
 from allocator.contract.errors import InputError
 
-__all__ = ["LayerCall", "ServedModel", "registered", "served_architectures", "served_model", "vllm_version"]
+__all__ = [
+    "LayerCall", "ServedModel", "language_model_of", "registered", "served_architectures", "served_model",
+    "vllm_version",
+]  # fmt: skip
 
 _TABLES = ("_TEXT_GENERATION_MODELS", "_SEQUENCE_CLASSIFICATION_MODELS", "_MULTIMODAL_MODELS",
            "_TRANSFORMERS_SUPPORTED_MODELS")  # fmt: skip
@@ -83,6 +86,20 @@ def registered(registry: str) -> dict[str, tuple[str, str]]:
                     module, name = ast.literal_eval(value)[:2]
                     found.setdefault(ast.literal_eval(key), (module, name))
     return found
+
+
+def language_model_of(architecture: str) -> str | None:
+    """The architecture that vLLM runs the language model of a multimodal one with, where its source names just one."""
+    module = served_architectures()[architecture][0]
+    named = {
+        ast.literal_eval(keyword.value)[0]
+        for file in _files(f"vllm.model_executor.models.{module}")
+        for call in ast.walk(_parse(file))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "architectures" and isinstance(keyword.value, ast.List) and "Causal" in ast.unparse(keyword)
+    }
+    return str(named.pop()) if len(named) == 1 else None
 
 
 @cache
