@@ -42,7 +42,6 @@ _OLD_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
 
 _OF_THE_PROJECTOR = ("spatial_merge_size",)
 """Keys that stand neither with the language model nor with the tower."""
-
 ExpertLayout = Literal["rows", "columns", "interleaved"]
 """How experts that are stored together are: `[experts, rows, in_features]`; `[experts, in_features, rows]`; or like the
 latter, with the rows of gate and up in turns."""
@@ -225,8 +224,10 @@ class Architecture(Strict):
         return self.dimension(self.block_count, config)
 
     def has(self, key: str, config: dict[str, Any]) -> bool:
-        """Whether the config key has a value that is not false."""
-        value = config.get(key, self.defaults.get(key))
+        """Whether the config key, of a part of the config where it has a dot, has a value that is not false."""
+        part, _, name = key.rpartition(".")
+        given = config.get(part) if part else config
+        value = given.get(name, self.defaults.get(key)) if isinstance(given, dict) else self.defaults.get(key)
         if value is not None and not isinstance(value, bool | int):
             raise InputError(f"config.json: {key} must be true or false, given {value!r}")
         return bool(value)
@@ -345,6 +346,8 @@ def architecture_rules(name: str) -> Architecture:
     rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
     tower = _towers()[tower] if isinstance(tower, str) else tower
     together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
+    if "beside" in tower:  # transformers builds none where nobody asks for it
+        together["beside"] = tower["beside"]
     return Architecture.model_validate_json(json.dumps(rules | together), strict=True)
 
 

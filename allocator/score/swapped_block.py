@@ -142,7 +142,8 @@ class SwappedBlock:
         return self._as_numbers(_along(self._at_outputs[name], change))
 
     def _errors_by_replay(self, replay: Replay, parameter: str, weight: Tensor) -> Tensor:
-        replay.exchange(self._block.get_parameter(parameter), weight)
+        module, _, own = parameter.rpartition(".")
+        replay.exchange(getattr(self._block.get_submodule(module), own), weight)
         with replay:
             output = self._stream.run(self._block, self._batch.states, {parameter: weight})
         along = self._gradients.new_zeros(self._gradients.shape[:2])  # [B * T, S]

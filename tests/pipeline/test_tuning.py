@@ -105,8 +105,8 @@ def test_a_tuning_that_is_stopped_ends_in_the_same_bytes(
     whole = tune(solved.request(tmp_path / "whole", quick))
     saved, left = Journal.save, [0]
 
-    def save(self: Journal, step: str, state: object) -> None:
-        saved(self, step, state)
+    def save(self: Journal, step: str, state: object, may_stop: bool = True) -> None:
+        saved(self, step, state, may_stop)
         left[0] -= 1
         if left[0] == 0:
             raise StoppedError("stopped")

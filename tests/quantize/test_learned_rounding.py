@@ -90,8 +90,8 @@ class Stopping(Journal):
         found.root = self  # type: ignore[attr-defined]
         return found
 
-    def save(self, step: str, state: object) -> None:
-        super().save(step, state)
+    def save(self, step: str, state: object, may_stop: bool = True) -> None:
+        super().save(step, state, may_stop)
         root = getattr(self, "root", self)
         root.left -= 1
         if root.left == 0:

@@ -126,9 +126,9 @@ def test_a_stopped_run_goes_on_to_the_same_scores(
 ) -> None:
     original, saved, stop_at = Journal.save, 0, 0
 
-    def save(journal: Journal, step: str, state: object) -> None:
+    def save(journal: Journal, step: str, state: object, may_stop: bool = True) -> None:
         nonlocal saved
-        original(journal, step, state)
+        original(journal, step, state, may_stop)
         saved += 1
         if saved == stop_at:
             raise KeyboardInterrupt
