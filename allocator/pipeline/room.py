@@ -34,7 +34,8 @@ def learning_bytes(
     states = 4 * tokens * inventory.shape.hidden_size * (inventory.blocks + 1 + learning.draws)
     candidates = sum(map(len, formats.values()))
     errors = 2 * candidates * min(tokens * learning.draws, learning.pair_samples)
-    small = _DISK_BLOCK_BYTES * (len(formats) + 3 * (inventory.blocks + 1))
+    # A file a module in the bank's journal, and what frames its errors among those measured, which is less.
+    small = _DISK_BLOCK_BYTES * (2 * len(formats) + 3 * (inventory.blocks + 1))
     return states + errors + 4 * candidates**2 // 3 + small
 
 
