@@ -157,7 +157,7 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=list(EFFORTS),
         default=DEFAULT_EFFORT,
-        help="time for good candidates: fast: gptq; standard (default): learned-rounding, from gptq's; best: the same, "
+        help="time for good candidates: fast (default): gptq; thorough: learned-rounding, from gptq's; best: the same, "
         "and `gamma fit` tunes what it has chosen",
     )
     bank.add_argument(

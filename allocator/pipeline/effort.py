@@ -15,9 +15,9 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort("gptq"),
-    "standard": Effort("learned-rounding"),
+    "thorough": Effort("learned-rounding"),
     "best": Effort("learned-rounding", tune=True),
 }
 """What each costs, and what it brings, is measured in docs/scale.md."""
 
-DEFAULT_EFFORT = "standard"
+DEFAULT_EFFORT = "fast"

@@ -17,7 +17,8 @@ class AskedError(Exception):
 @pytest.mark.parametrize(
     ("options", "quantizer", "tuned"),
     [
-        ([], EFFORTS["standard"].quantizer, False),
+        ([], "gptq", False),
+        (["--effort", "thorough"], EFFORTS["thorough"].quantizer, False),
         (["--effort", "fast"], "gptq", False),
         (["--effort", "best"], EFFORTS["best"].quantizer, True),
         (["--effort", "best", "--no-tune"], EFFORTS["best"].quantizer, False),
