@@ -53,6 +53,12 @@ class AttentionLayer:
     state: RecurrentState | None = None
 
 
+_MAMBA_2 = (
+    ("mamba_d_state", "mamba_expand*hidden_size", "mamba_d_conv", "mamba_n_groups"),
+    ("ssm_state_size", "mamba_num_heads*mamba_head_dim", "conv_kernel", "n_groups"),
+)
+"""Size of the state, of the channels and of the convolution, and groups: in the words of Granite and of Nemotron-H."""
+
 _STATEFUL = ("linear_attention", "conv")
 _WITHOUT = ("mlp", "moe")
 
@@ -133,28 +139,17 @@ def _state(keys: _Keys) -> RecurrentState | None:
             numbers=value_heads * value_size * key_size,
             number_bytes=_number_bytes(keys),
         )
-    if keys.number("mamba_d_state"):  # Mamba 2 in the words of Granite and Bamba
-        inner = keys["mamba_expand*hidden_size"]
-        return RecurrentState(
-            steps=keys["mamba_d_conv"] - 1,
-            channels=inner,
-            groups=keys["mamba_n_groups"],
-            group_channels=2 * keys["mamba_d_state"],
-            numbers=inner * keys["mamba_d_state"],
-            number_bytes=_number_bytes(keys),
-            copies=3,
-        )
-    if keys.number("ssm_state_size"):  # Mamba 2 in the words of Nemotron-H
-        inner = keys["mamba_num_heads*mamba_head_dim"]
-        return RecurrentState(
-            steps=keys["conv_kernel"] - 1,
-            channels=inner,
-            groups=keys["n_groups"],
-            group_channels=2 * keys["ssm_state_size"],
-            numbers=inner * keys["ssm_state_size"],
-            number_bytes=_number_bytes(keys),
-            copies=3,
-        )
+    for size, inner, convolution, groups in _MAMBA_2:
+        if keys.number(size):
+            return RecurrentState(
+                steps=keys[convolution] - 1,
+                channels=keys[inner],
+                groups=keys[groups],
+                group_channels=2 * keys[size],
+                numbers=keys[inner] * keys[size],
+                number_bytes=_number_bytes(keys),
+                copies=3,
+            )
     if keys.number("conv_L_cache"):  # the short convolution of LFM2
         channels = keys.number("conv_dim") or keys["hidden_size"]
         return RecurrentState(steps=keys["conv_L_cache"] - 1, channels=channels)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from allocator.blocks.stream import BlockStream
 from allocator.blocks.structure import Experts
 
-__all__ = ["Ends", "find_ends"]
+__all__ = ["Ends", "few_tokens", "find_ends"]
 
 _FEW_TOKENS = 8
 
@@ -38,11 +38,15 @@ class Ends:
         return Ends(additive, nearly_linear)
 
 
+def few_tokens(stream: BlockStream) -> Tensor:
+    """States, and gradients at what a block makes of them, to find out how it is built: random, `[2, 1, T, D]`."""
+    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stream.device)
+
+
 def find_ends(stream: BlockStream, block: nn.Module) -> Ends:
     """Those of `block`, found by running it with gradients on a few random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
-    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
+    states, gradient = few_tokens(stream)
     outputs: dict[str, Tensor] = {}
     # Not what makes more of a product, as Llama 4's router does.
     linears = {

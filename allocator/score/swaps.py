@@ -16,7 +16,7 @@ from allocator.blocks.structure import Experts, Routes
 from allocator.quantize.candidates import BlockCandidates
 from allocator.run.process_group import ALONE, ProcessGroup
 from allocator.run.progress import Progress, silent
-from allocator.score.ends import find_ends
+from allocator.score.ends import few_tokens, find_ends
 from allocator.score.swapped_block import Batch, SwappedBlock, Way
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _BATCHES_TOGETHER = 8
-_FEW_TOKENS = 8
 _MOST_KEPT_BYTES = 2 << 30
 """Of several batches, what is kept of the first run of each."""
 
@@ -166,9 +165,7 @@ def _swap_experts(
 def _adds_experts(stream: BlockStream, block: nn.Module) -> bool:
     """Whether what the experts answer is added to the block's output as it is: not where a norm (Gemma 4), a factor
     (Granite) or a projection (Nemotron-H) comes after them."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
-    states, gradient = torch.randn(shape, generator=generator).to(stream.device)
+    states, gradient = few_tokens(stream)
     found = _gradients_at_experts(stream, block, Batch(states, states, gradient[None]))
     return torch.equal(found, gradient.flatten(0, 1)[None])
 

@@ -72,21 +72,26 @@ def _are_those_of_whole_blocks(stream: BlockStream, index: int) -> None:
             assert errors[:-1].square().sum(1).min() > 0 or ".experts." in name
 
 
-def test_gradients_below_the_block_come_with_its_measurements(tiny_model: Callable[[str], Path]) -> None:
-    stream = BlockStream(read_inventory(tiny_model("llama")))
+def _second_block(model: Path) -> tuple[BlockStream, nn.Module, Batch]:
+    """The second block of `model`, and two sequences with three probes."""
+    stream = BlockStream(read_inventory(model))
     block = stream.block(1)
     states, *gradients = torch.randn(4, 2, 40, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         teacher = stream.run(block, states)
-    batch = Batch(states, teacher, torch.stack(gradients))
+    return stream, block, Batch(states, teacher, torch.stack(gradients))
+
+
+def test_gradients_below_the_block_come_with_its_measurements(tiny_model: Callable[[str], Path]) -> None:
+    stream, block, batch = _second_block(tiny_model("llama"))
     below: dict[int, torch.Tensor] = {}
     measure_swaps(
         stream, block, Moved(block), {3: lambda: batch}, torch.clone,
         below=lambda number, probe, gradient: below.update({number + probe: gradient}),
     )  # fmt: skip
-    states.requires_grad_(True)
+    states = batch.states.requires_grad_(True)
     output = stream.run(block, states)
-    for probe, gradient in enumerate(gradients):
+    for probe, gradient in enumerate(batch.gradients):
         (expected,) = torch.autograd.grad(output, states, gradient, retain_graph=True)
         # To three digits: they are rounded to bfloat16 when they are kept.
         assert float((below[3 + probe] - expected).norm()) <= 0.01 * float(expected.norm())
@@ -94,12 +99,7 @@ def test_gradients_below_the_block_come_with_its_measurements(tiny_model: Callab
 
 def test_small_errors_are_measured_without_what_stands_behind(tiny_model: Callable[[str], Path]) -> None:
     """Of the second batch, to three digits; those that are no longer small are measured as ever."""
-    stream = BlockStream(read_inventory(tiny_model("llama")))
-    block = stream.block(1)
-    states, *gradients = torch.randn(4, 2, 40, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        teacher = stream.run(block, states)
-    batch = Batch(states, teacher, torch.stack(gradients))
+    stream, block, batch = _second_block(tiny_model("llama"))
     with only_float32():
         found = measure_swaps(stream, block, Moved(block), {0: lambda: batch, 1: lambda: batch}, torch.clone)
     small, large = ([found[n]["self_attn.o_proj"][c] for n in (0, 1)] for c in (1, 0))
