@@ -65,8 +65,7 @@ def only_float32() -> Iterator[None]:
 
 def has_faster_changes(change: Tensor, weight: Tensor) -> bool:
     """Whether `linear_of_change` is another function than `linear` here."""
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return _bfloat16_allowed.get() and has_bfloat16 and _has_onednn(change, weight)
+    return _bfloat16_allowed.get() and has_bfloat16(change.device) and _has_onednn(change, weight)
 
 
 def _has_onednn(inputs: Tensor, weight: Tensor) -> bool:
@@ -119,4 +118,4 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether it multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
