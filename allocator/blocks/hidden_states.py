@@ -68,6 +68,10 @@ class HiddenStates:
         """A store of the same shape in the sub-folder `name`."""
         return HiddenStates(self.folder / name, *self.shape, dtype=dtype)
 
+    def first(self, sequences: int) -> "HiddenStates":
+        """The same files, their first `sequences` alone."""
+        return HiddenStates(self.folder, min(sequences, self.shape[0]), *self.shape[1:], dtype=self.dtype)
+
     def remove(self) -> None:
         """Delete the files and the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

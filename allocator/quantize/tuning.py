@@ -34,6 +34,8 @@ __all__ = ["TUNING_STEP", "tune_bank"]
 TUNING_STEP = "tuning"
 
 _METRIC_STEP = "Fisher matrices"
+_METRIC_SEQUENCES = 32
+"""That Fisher matrices are averaged over: their mean is sharp long before there is text enough to learn rounding on."""
 _SEED = 5_915_587
 """Of the probes, and of the order of the text: others than learning has."""
 
@@ -92,10 +94,9 @@ def _find_metrics(work: _Work) -> None:
     run, count = work.run, work.run.stream.blocks
     if all(work.metrics.load(_metric_step(index)) is not None for index in range(count)):
         return
-    stores = [run.hidden.beside(f"tuning-{n}", torch.bfloat16) for n in range(work.quantizer.draws)]
-    below = backward_by_block(
-        run.stream, run.hidden, stores, _SEED, work.metrics, progress=run.progress, three_digits=True
-    )
+    hidden = run.hidden.first(_METRIC_SEQUENCES)
+    stores = [hidden.beside(f"tuning-{n}", torch.bfloat16) for n in range(work.quantizer.draws)]
+    below = backward_by_block(run.stream, hidden, stores, _SEED, work.metrics, progress=run.progress, three_digits=True)
     for done, index in enumerate(below):
         if done == 0:
             run.progress.begin(_METRIC_STEP, count, "block")

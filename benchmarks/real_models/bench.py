@@ -23,7 +23,7 @@ from benchmarks.real_models.gptqmodel import GptqModel  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
 from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
-from benchmarks.real_models.ours import CANDIDATES, GPTQ, Ours  # noqa: E402
+from benchmarks.real_models.ours import CANDIDATES, GPTQ, TUNED, Ours  # noqa: E402
 from benchmarks.real_models.report import write_report  # noqa: E402
 from benchmarks.real_models.tasks import Tasks  # noqa: E402
 
@@ -32,6 +32,8 @@ BITS_BESIDE_8 = (2.5, 3.0)
 """Of the blocks, where the vocabulary is at 8 bits: as the paper counts."""
 MODELS = ("smollm2", f"smollm2{MOVED}", "gemma3", "qwen2.5-coder")
 CALIBRATION, WINDOWS, DOCUMENTS = (32, 512), (8, 512), 200
+TUNING = ("--sequences", "256", "--sequence-length", "512")
+"""Rounding that is learned on little text learns the text."""
 
 
 def estimate(models: list[RealModel]) -> str:
@@ -106,10 +108,11 @@ PROGRAMS = {"llama.cpp": llama_cpp, "autoround": autoround, "gptqmodel": gptqmod
 
 
 def at_bytes_of_rivals(bench: Bench, ours: Ours) -> None:
+    """Not tuned: there are many, and tuning takes as long for each as for a budget."""
     smallest = ours.scores.feasible_bytes()[0]
-    learned = [candidates.suffix for candidates in CANDIDATES.values() if candidates.suffix]
-    for row in bench.rows():
-        if "rival" in row and not row["row"].endswith((OFF_GRID, *learned)) and row["tensor_bytes"] > smallest:
+    suffixes = [candidates.suffix for candidates in CANDIDATES.values() if candidates.suffix]
+    for row in [] if ours.candidates.tuned else bench.rows():
+        if "rival" in row and not row["row"].endswith((OFF_GRID, *suffixes)) and row["tensor_bytes"] > smallest:
             ours.gamma(f"gamma at the bytes of {row['row']}", row["tensor_bytes"], beside=row["row"])
 
 
@@ -126,8 +129,13 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BITS), help="average bits")
     parser.add_argument("--rivals", nargs="*", choices=("uniform", *PROGRAMS), default=["uniform", *PROGRAMS])
     parser.add_argument(
-        "--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="what GAMMA chooses among"
+        "--candidates",
+        nargs="+",
+        choices=CANDIDATES,
+        default=[GPTQ.name, TUNED.name],
+        help="what GAMMA chooses among; tuned: gptq's, those that it has chosen learned anew",
     )
+    parser.add_argument("--tuning", default=" ".join(TUNING), help=f"arguments of gamma tune (default {TUNING})")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="only rows with such names")
     parser.add_argument("--autoround-iterations", type=int, default=ITERATIONS, help="steps a block; default: its own")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-out" / "real_models", help="folder for the rows")
@@ -160,11 +168,13 @@ def main() -> None:
         for model in [] if args.report else models:
             bench = opened(model, args, tasks)
             text, amount = args.texts / "c4.calib.txt", tuple(args.calibration)
-            run(bench, [Ours(bench, text, amount, CANDIDATES[name]) for name in args.candidates], args)
+            tune_with = args.tuning.split()
+            run(bench, [Ours(bench, text, amount, CANDIDATES[name], tune_with) for name in args.candidates], args)
         if not args.bank_only:
             settings = {
                 "budgets": args.budgets,
                 "calibration": ["c4.calib.txt", *args.calibration],
+                "tuning": args.tuning,
                 "windows": args.windows,
                 "documents": args.documents,
             }

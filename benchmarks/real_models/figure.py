@@ -8,16 +8,18 @@ from matplotlib.ticker import FuncFormatter
 
 from allocator.report.figures import new_figure, save_figure
 from benchmarks.real_models.cells import OFF_GRID
-from benchmarks.real_models.ours import LEARNED, VOCABULARY_AT_8
+from benchmarks.real_models.ours import VOCABULARY_AT_8, kind_of
 
 __all__ = ["draw"]
 
 _LOOK = {
     "GAMMA": ("#e15759", "o", "-"),
-    "GAMMA, learned candidates": ("#b07aa1", "o", "-"),
+    "GAMMA, tuned": ("#b07aa1", "o", "-"),
+    "GAMMA, learned candidates": ("#edc948", "o", "-"),
     "uniform gptq": ("#888888", "s", "--"),
     "uniform gptq, vocabulary at 8 bits": ("#bbbbbb", "v", ":"),
-    "uniform, learned candidates": ("#d4a6c8", "s", "--"),
+    "uniform, tuned": ("#d4a6c8", "s", "--"),
+    "uniform, learned candidates": ("#f1ce63", "s", "--"),
     "llama.cpp, with importance matrix": ("#4e79a7", "D", "none"),
     "AutoRound": ("#59a14f", "^", "none"),
     "GPTQModel": ("#9c755f", "X", "none"),
@@ -64,13 +66,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def _series(row: dict[str, Any]) -> str:
     name = row["row"]
-    learned, vocabulary = name.endswith(LEARNED.suffix), VOCABULARY_AT_8 in name
+    kind, vocabulary = kind_of(name).suffix, VOCABULARY_AT_8 in name
     if name.startswith("gamma"):
         beside_8_bits = vocabulary and "bytes of" not in name  # a budget for the blocks alone: on no line of the others
-        return "" if beside_8_bits else "GAMMA" + (LEARNED.suffix if learned else "")
+        return "" if beside_8_bits else "GAMMA" + kind
     if name.startswith("uniform"):
-        if learned:
-            return "" if vocabulary else "uniform" + LEARNED.suffix
+        if kind:
+            return "" if vocabulary else "uniform" + kind
         return "uniform gptq" + (", vocabulary at 8 bits" if vocabulary else "")
     if name.startswith("llama.cpp"):
         return "llama.cpp, with importance matrix"

@@ -1,6 +1,7 @@
 """Rows of GAMMA: learned once, solved and exported as the product does, measured from the exported checkpoint."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -14,21 +15,34 @@ from torch import Tensor
 from allocator.blocks.calibration import calibration_from_text
 from allocator.contract.documents import write_atomically
 from allocator.contract.errors import InfeasibleBudgetError, InputError
+from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import read_folder_headers
 from allocator.contract.scores import Scores
 from allocator.evaluate.dequantized import load_dequantized
 from allocator.evaluate.verification import uniform_assignments
 from allocator.pipeline import export
 from allocator.pipeline.model_folder import digest_of_model
+from allocator.pipeline.tuning import TUNED_MANIFEST
 from allocator.run.progress import silent
 from allocator.run.work_folder import RUN_NAME, RunFingerprint
 from allocator.solve import SolveSettings, budget_for_average_bits, solve_scores
 from allocator.solve.units import NO_RULES, Rules
 from benchmarks.real_models.cells import OFF_GRID, Bench, Quantized
-from benchmarks.real_models.process import NO_COST, UNKNOWN_COST, Cost, run_gamma
+from benchmarks.real_models.process import NO_COST, UNKNOWN_COST, Cost, run_gamma, sum_of
 from benchmarks.real_models.sizes import Sizes, sizes_of
 
-__all__ = ["CANDIDATES", "GAMMA", "GPTQ", "LEARNED", "VOCABULARY_AT_8", "Candidates", "Ours", "folder_sizes"]
+__all__ = [
+    "CANDIDATES",
+    "GAMMA",
+    "GPTQ",
+    "LEARNED",
+    "TUNED",
+    "VOCABULARY_AT_8",
+    "Candidates",
+    "Ours",
+    "folder_sizes",
+    "kind_of",
+]
 
 GAMMA = "gamma"
 VOCABULARY_AT_8 = ", vocabulary at 8"
@@ -39,17 +53,25 @@ _VOCABULARY_BITS = 8
 
 @dataclass(frozen=True)
 class Candidates:
-    """What GAMMA chooses among: `suffix` ends the names of its rows, `folder` is where bank and scores are."""
+    """What GAMMA chooses among: `suffix` ends the names of its rows, `folder` has bank and scores; with `tuned`
+    what it has chosen is learned anew."""
 
     name: str
     quantizer: str
     folder: str
     suffix: str
+    tuned: bool = False
 
 
 GPTQ = Candidates("gptq", "gptq", "work", "")
+TUNED = Candidates("tuned", "gptq", "work", ", tuned", tuned=True)
 LEARNED = Candidates("learned", "learned-rounding", "work-learned", ", learned candidates")
-CANDIDATES = {kind.name: kind for kind in (GPTQ, LEARNED)}
+CANDIDATES = {kind.name: kind for kind in (GPTQ, TUNED, LEARNED)}
+
+
+def kind_of(row: str) -> Candidates:
+    """Of a row of GAMMA, by its name."""
+    return next((kind for kind in CANDIDATES.values() if kind.suffix and row.endswith(kind.suffix)), GPTQ)
 
 
 def folder_sizes(bench: Bench, folder: Path) -> Sizes:
@@ -61,10 +83,18 @@ def folder_sizes(bench: Bench, folder: Path) -> Sizes:
 
 class Ours:
     """Bank and scores of one model in a folder of `bench.work`; `text` and `amount` (sequences, length) are what is
-    learned on."""
+    learned on, `tune_with` the arguments of `gamma tune`."""
 
-    def __init__(self, bench: Bench, text: Path, amount: tuple[int, int], candidates: Candidates = GPTQ) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        text: Path,
+        amount: tuple[int, int],
+        candidates: Candidates = GPTQ,
+        tune_with: Sequence[str] = (),
+    ) -> None:
         self.bench, self.text, self.amount, self.candidates = bench, text, amount, candidates
+        self.tune_with = tune_with
         self.work = bench.work / candidates.folder
         self.record = bench.work / f"{candidates.folder.replace('work', 'learning')}.json"
 
@@ -190,22 +220,46 @@ class Ours:
         return [name for name in modules if ".layers." not in name and len(modules[name].candidates) > 1]
 
     def _uniform(self, name: str, pins: dict[str, int], with_tasks: bool = True) -> None:
-        more = {"rival": f"uniform {self.candidates.quantizer}", "learned_on": list(self.learned_on)}
+        more: dict[str, Any] = {"learned_on": list(self.learned_on)}
+        if not self.candidates.tuned:
+            more["rival"] = f"uniform {self.candidates.quantizer}"
         bank, with_tasks = self.scores.bank_digest, with_tasks and not name.endswith(OFF_GRID)
         self._row(name, _ALL_BYTES, Rules(pins=pins), bank, UNKNOWN_COST, more, with_tasks)  # the bank's alone
 
     def _row(
         self, name: str, budget: str, rules: Rules, source: str, cost: Cost, more: dict[str, Any], with_tasks: bool
     ) -> dict[str, Any]:
+        full_name = f"{name}{self.candidates.suffix}"
+
         def make() -> Quantized:
-            begun = time.process_time()
+            begun, bank, spent = time.process_time(), self.work / "bank", [cost]
             manifest = solve_scores(self.scores, SolveSettings(budget=budget, rules=rules))
+            tuned = self.bench.work / "tuned" / self.bench.path(full_name).stem
+            if self.candidates.tuned:
+                spent.append(self._tune(manifest, tuned))
+                more["tuning_cpu_seconds"] = spent[-1].record()["cpu_seconds"]
+                manifest = Manifest.read(tuned / TUNED_MANIFEST)
+                bank = bank if manifest.bank_digest == self.scores.bank_digest else tuned / "bank"
             with tempfile.TemporaryDirectory(dir=self.bench.work) as place:
                 folder = Path(place) / "checkpoint"
-                export(manifest, self.bench.folder, self.work / "bank", folder)
+                export(manifest, self.bench.folder, bank, folder)
                 seconds = time.process_time() - begun
                 sizes, found = folder_sizes(self.bench, folder), load_dequantized(folder)
+            shutil.rmtree(tuned, ignore_errors=True)
             more_of_all = {"solve_and_export_cpu_seconds": round(seconds, 2), "candidates": self.candidates.name}
-            return Quantized(found, sizes, cost, more_of_all | more)
+            if manifest.tuning is not None:
+                more_of_all["tuning"] = manifest.tuning.model_dump(exclude={"bank_digest", "text_digest"})
+            return Quantized(found, sizes, sum_of(spent), more_of_all | more)
 
-        return self.bench.cell(f"{name}{self.candidates.suffix}", make, source, with_tasks)
+        if self.candidates.tuned:
+            source = " ".join([source, *self.tune_with])
+        return self.bench.cell(full_name, make, source, with_tasks)
+
+    def _tune(self, manifest: Manifest, folder: Path) -> Cost:
+        """By `gamma tune` with its defaults but for `tune_with`; a run that was stopped goes on."""
+        path = folder.with_suffix(".json")
+        folder.parent.mkdir(exist_ok=True)
+        manifest.write(path)
+        command = ["tune", str(path), "--model", str(self.bench.folder), "--bank", str(self.work / "bank")]
+        command += ["--text", str(self.text), "--out", str(folder)]
+        return run_gamma(*command, *self.tune_with)

@@ -10,7 +10,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 
-__all__ = ["NO_COST", "UNKNOWN_COST", "Cost", "run_command", "run_gamma"]
+__all__ = ["NO_COST", "UNKNOWN_COST", "Cost", "run_command", "run_gamma", "sum_of"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,15 @@ class Cost:
 
     def record(self) -> dict[str, float | None]:
         return {key: None if value is None else round(value, 3) for key, value in asdict(self).items()}
+
+
+def sum_of(costs: Sequence[Cost]) -> Cost:
+    """One after the other; not known where one is not."""
+    seconds, peaks = [cost.cpu_seconds for cost in costs], [cost.peak_gib for cost in costs]
+    return Cost(
+        sum(s for s in seconds if s is not None) if None not in seconds else None,
+        max(p for p in peaks if p is not None) if None not in peaks else None,
+    )
 
 
 NO_COST, UNKNOWN_COST = Cost(0.0, 0.0), Cost(None, None)

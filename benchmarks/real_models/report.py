@@ -10,7 +10,7 @@ from benchmarks.real_models.cells import Bench
 from benchmarks.real_models.figure import draw
 from benchmarks.real_models.llama_cpp import FILE_TYPES
 from benchmarks.real_models.losses import paired_interval
-from benchmarks.real_models.ours import CANDIDATES, LEARNED, VOCABULARY_AT_8
+from benchmarks.real_models.ours import CANDIDATES, GPTQ, LEARNED, VOCABULARY_AT_8, Candidates, kind_of
 from benchmarks.record import claim, write_result
 
 __all__ = ["claims_of", "comparisons", "not_measured", "table", "write_report", "write_table"]
@@ -46,7 +46,7 @@ def _public(row: Row) -> Row:
 def not_measured(rows: Sequence[Row], budgets: Sequence[float]) -> dict[str, Any]:
     """By model the rows that the result should have and has not."""
     wanted = []
-    for candidates in CANDIDATES.values():
+    for candidates in (c for c in CANDIDATES.values() if c != LEARNED):
         wanted += [f"gamma {bits}{candidates.suffix}" for bits in budgets]
         vocabularies = ("", VOCABULARY_AT_8)
         wanted += [
@@ -89,10 +89,11 @@ def claims_of(rows: Sequence[Row], compared: Sequence[Row]) -> list[dict[str, An
         kl = {row["row"]: row[MAIN]["kl"] for row in rows if row["model"] == model}
         ratios = [c for c in compared if c["model"] == model and c["text"] == MAIN]
         for candidates in CANDIDATES.values():
-            ours = [c for c in ratios if c["row"].endswith(LEARNED.suffix) == (candidates == LEARNED)]
+            ours = [c for c in ratios if kind_of(c["row"]) == candidates]
             claims += _at_equal_bytes(f"{model}{candidates.suffix}", ours)
             claims += _against_three_bits(f"{model}{candidates.suffix}", kl, candidates.suffix)
-        claims += _worth_of_learned(model, kl, ratios)
+            if candidates != GPTQ:
+                claims += _worth_of(candidates, model, kl, ours)
     return claims
 
 
@@ -133,22 +134,28 @@ def _against_three_bits(named: str, kl: dict[str, float], suffix: str) -> list[d
     return claims
 
 
-def _worth_of_learned(model: str, kl: dict[str, float], ratios: Sequence[Row]) -> list[dict[str, Any]]:
-    """What learned candidates bring over those of gptq at the same budgets, and against llama.cpp's 3 bits."""
+def _worth_of(kind: Candidates, model: str, kl: dict[str, float], ratios: Sequence[Row]) -> list[dict[str, Any]]:
+    """What learning to round brings over gptq's candidates at the same budgets, and against llama.cpp's 3 bits."""
     claims = []
     gain = {}
     for name, value in kl.items():
         bits = re.fullmatch(r"gamma ([\d.]+)", name)
-        if bits and float(bits[1]) <= _UP_TO_FOUR_BITS and name + LEARNED.suffix in kl:
-            gain[bits[1]] = round(kl[name + LEARNED.suffix] / value, 4)
+        if bits and float(bits[1]) <= _UP_TO_FOUR_BITS and name + kind.suffix in kl:
+            gain[bits[1]] = round(kl[name + kind.suffix] / value, 4)
     if gain:
-        text = f"{model}: KL with learned candidates over that with gptq's, at every budget to 4 bits, largest ratio"
+        text = f"{model}{kind.suffix}: KL over that with gptq's candidates, at every budget to 4 bits, largest ratio"
         worst = max(gain.values())
         claims.append(claim(f"{text} ({', '.join(f'{b}: {r}' for b, r in gain.items())})", worst, "< 1", worst < 1))
-    llama = _against_llama([c for c in ratios if c["row"].endswith(LEARNED.suffix)], _THREE_BITS)
+    llama = _against_llama(ratios, _THREE_BITS)
     if llama:
-        text = f"{model}{LEARNED.suffix}: KL below that of llama.cpp's quants of 3 bits at their bytes, largest ratio"
+        text = f"{model}{kind.suffix}: KL below that of llama.cpp's quants of 3 bits at their bytes, largest ratio"
         claims.append(claim(text, max(llama), "< 1", max(llama) < 1))
+    uniform = {bits: (f"uniform {bits}{VOCABULARY_AT_8}", most) for bits, most in ((2, 1 / 3), (3, 0.7))}
+    for bits, (name, most) in uniform.items():
+        if name in kl and name + kind.suffix in kl:
+            value = round(kl[name + kind.suffix] / kl[name], 4)
+            text = f"{model}{kind.suffix}: KL of uniform {bits} bits over that of gptq{VOCABULARY_AT_8}"
+            claims.append(claim(text, value, f"<= {most:.3g}", value <= most))
     return claims
 
 
@@ -197,7 +204,7 @@ def _tasks(rows: Sequence[Row], titles: dict[str, str]) -> str:
 def _named(row: Row, title: str) -> str:
     name = re.sub(r"^gamma ([\d.]+)(.*)$", r"**GAMMA, \1 bits\2**", row["row"])
     name = re.sub(r"^uniform (\d)(.*)$", r"uniform gptq, \1 bits\2", name)
-    if row["row"].startswith("uniform") and row["row"].endswith(LEARNED.suffix):
+    if row["row"].startswith("uniform") and kind_of(row["row"]) == LEARNED:
         name = name.replace(" gptq", "")
     return f"{title}: {name}"
 
