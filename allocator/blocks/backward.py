@@ -53,7 +53,9 @@ class BlockBackward:
         """gradient: at the block's output `[B, T, D]`; last: whether no other follows. Raises InputError for gradients
         that are not finite."""
         points = [self._states, *self._inputs.values(), *self._outputs.values()]
-        found = torch.autograd.grad(self._output, points, gradient, retain_graph=not last)
+        found = torch.autograd.grad(
+            self._output, points, gradient, retain_graph=not last, allow_unused=True, materialize_grads=True
+        )
         require_finite(found[0], self._where)
         inputs, outputs = found[1 : 1 + len(self._inputs)], found[1 + len(self._inputs) :]
         return Gradients(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.finite import require_finite
+from allocator.blocks.gradients import backward_by_block
+from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.stream import state_step
 from allocator.blocks.tensors import read_rows, torch_dtype, write_safetensors
 from allocator.contract.bank import BANK_NAME, Bank, BankModule, ModelReference
@@ -19,15 +21,22 @@ from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
 from allocator.model import CandidateFormats
 from allocator.quantize.block_learning import BlockLearning
+from allocator.quantize.block_statistics import ModuleStatistics, see_both_sides, see_inputs, see_vocabulary
 from allocator.quantize.learned_rounding import LearnedRounding
-from allocator.quantize.quantizer import InputStatistics, Quantizer, row_stripes
-from allocator.quantize.statistics import MomentSums, embedding_gradients, vocabulary_moments
+from allocator.quantize.quantizer import InputStatistics, Quantizer, Statistics, row_segments, row_stripes
+from allocator.quantize.statistics import embedding_gradients
 from allocator.run.journal import Journal
-from allocator.run.process_group import ProcessGroup
+from allocator.run.process_group import ALONE
 
-__all__ = ["VOCABULARY_STEP", "build_bank"]
+__all__ = ["CANDIDATES_STEP", "VOCABULARY_STEP", "build_bank"]
+
+CANDIDATES_STEP = "candidates"
 
 VOCABULARY_STEP = "candidates of the vocabulary"
+
+_DRAWS, _SEED = 4, 2_750_161
+"""Of the probes of gradients that candidates are made with. Scores are measured with others, or the candidates would
+look better than they are."""
 
 _START = "start"
 """The sub-folder with the candidates that learning begins with."""
@@ -50,15 +59,13 @@ def build_bank(
         stream.fill_embeddings(run.hidden, run.token_ids, process_group)
         states.save(state_step(0), True)
     work = _Work(run, quantizer, candidates.of(run.inventory), folder)
-    modules: dict[str, BankModule] = {}
-    for index in run.progress.over(range(stream.blocks), "candidates", "block"):
-        modules |= _build(work, index, partial(_run_teacher, work, index))
+    modules = _build_from_first(work) if quantizer.statistics != "kronecker" else _build_from_last(work)
     if work.learning is not None:
         learned = work.learning.learn(to_embedding=work.missing_embedding)
         modules |= {name: _bank_module(work, name, digest) for name, digest in learned.items()}
     modules |= _build(work, None, partial(_see_vocabulary, work))  # the lm_head's inputs are there only now
-    if work.learning is not None and process_group.leads:
-        for store in work.learning.stores():
+    if process_group.leads:
+        for store in work.stores():
             store.remove()
     bank = Bank(
         model=model,
@@ -104,21 +111,56 @@ class _Work:
         found = [m.name for m in self.run.inventory.modules if m.role == "embedding" and self.formats[m.name]]
         return any(_finished(self, name) is None for name in found)
 
+    def stores(self) -> list[HiddenStates]:
+        """Of the gradients that candidates are made with, one a probe; none where that takes none."""
+        if self.quantizer.statistics == "kronecker":
+            return [self.run.hidden.beside(f"candidates-{n}", torch.bfloat16) for n in range(_DRAWS)]
+        return [] if self.learning is None else self.learning.stores()
+
     def path(self, name: str) -> Path:
         """Where the candidates of a module are put first."""
         learned = self.learning is not None and self.run.inventory.module(name).block is not None
         return self.folder / (_START if learned else "") / f"{name}.safetensors"
 
 
-def _build(work: _Work, block: int | None, see_inputs: Callable[[list[str]], "_Statistics"]) -> dict[str, BankModule]:
+def _build_from_first(work: _Work) -> dict[str, BankModule]:
+    """The candidates of all blocks, as the states go through them."""
+    run, group, modules = work.run, work.journal.process_group, dict[str, BankModule]()
+    for index in run.progress.over(range(run.stream.blocks), CANDIDATES_STEP, "block"):
+        modules |= _build(work, index, partial(see_inputs, run, work.quantizer.statistics, index, group))
+    return modules
+
+
+def _build_from_last(work: _Work) -> dict[str, BankModule]:
+    """The candidates of all blocks, as the gradients come back through them."""
+    run, stores, modules = work.run, work.stores(), dict[str, BankModule]()
+    journal = run.journal.section("rounding")
+    run.fill()
+    below = backward_by_block(
+        run.stream, run.hidden, stores, _SEED, journal, work.missing_embedding, run.progress, three_digits=True
+    )
+
+    def see(names: list[str]) -> ModuleStatistics:
+        return see_both_sides(run, stores, index, names, journal) if names else ModuleStatistics({}, ALONE)
+
+    for done, index in enumerate(below):
+        if done == 0:
+            run.progress.begin(CANDIDATES_STEP, run.stream.blocks, "block")
+        if index >= 0:
+            modules |= _build(work, index, see)
+            run.progress.reach(done + 1)
+    return modules
+
+
+def _build(work: _Work, block: int | None, see: Callable[[list[str]], ModuleStatistics]) -> dict[str, BankModule]:
     """The candidates of one block, or of what stands outside the blocks; each process of a group quantizes its share
-    of the modules. `see_inputs` gives the statistics of the modules that are named."""
+    of the modules. `see` gives the statistics of the modules that are named."""
     names = [m.name for m in work.run.inventory.modules if m.block == block and work.formats[m.name]]
     found = {name: module for name in names if (module := _finished(work, name)) is not None}
     if block is not None and work.learning is not None:
         found |= {name: _bank_module(work, name, digest) for name, digest in work.learning.finished(block).items()}
     missing = [name for name in names if name not in found]
-    statistics = see_inputs(missing)
+    statistics = see(missing)
     process_group = work.journal.process_group
     if block is None and names:
         work.run.progress.begin(VOCABULARY_STEP, len(names), "module")
@@ -149,74 +191,14 @@ def _bank_module(work: _Work, name: str, digest: str) -> BankModule:
     return BankModule(file=f"{name}.safetensors", file_digest=digest, candidates=work.formats[name])
 
 
-class _Statistics:
-    """The input statistics of some modules: summed by module, finished when one is taken, then let go."""
-
-    def __init__(self, sums: dict[tuple[str, ...], MomentSums], process_group: ProcessGroup) -> None:
-        self._sums = {name: (sharing, moments) for sharing, moments in sums.items() for name in sharing}
-        self._finished: dict[tuple[str, ...], InputStatistics] = {}
-        self._process_group = process_group
-
-    def take(self, name: str) -> InputStatistics | None:
-        """Those of `name`, None if its quantizer needs none. Each name can be taken once."""
-        if name not in self._sums:
-            return None
-        sharing, moments = self._sums.pop(name)
-        if sharing not in self._finished:
-            found = moments.finish(self._process_group)
-            require_finite(found.diagonal, f"{name}: second moments of its inputs")
-            self._finished[sharing] = found
-        last = not any(other in self._sums for other in sharing)
-        return self._finished.pop(sharing) if last else self._finished[sharing]
-
-
-def _run_teacher(work: _Work, index: int, names: list[str]) -> _Statistics:
-    """Fill the states after block `index`, unless they are there and nothing is to be learned from the run; return
-    the input statistics of the modules `names` where the quantizer needs them."""
-    kind, process_group, prefix = (
-        work.quantizer.statistics,
-        work.journal.process_group,
-        work.run.inventory.block_prefix(index),
-    )
-    recorded = names if kind != "none" else []
-    shapes = {m.name: m.shape for m in work.run.inventory.modules if m.block == index}
-    sums: dict[tuple[str, ...], MomentSums] = {}
-
-    def begin(sharing: tuple[str, ...]) -> MomentSums:
-        return sums.setdefault(sharing, MomentSums(shapes[sharing[0]][1], kind, work.run.stream.device))
-
-    def accumulate(sharing: list[str], x: Tensor) -> None:
-        begin(tuple(prefix + name for name in sharing)).add(x)
-
-    # Read once, before the processes meet: later, one might already see what another has written.
-    missing = work.run.states.load(state_step(index + 1)) is None
-    if recorded or missing:
-        local = [name.removeprefix(prefix) for name in recorded]
-        work.run.stream.fill_block(work.run.hidden, index, local, accumulate, process_group)
-        if missing:
-            work.run.states.save(state_step(index + 1), True)
-    # A module that saw no token, in this process or in any, has sums of zero: an expert that was never chosen.
-    seen = {sharing for of_one in process_group.gather({process_group.rank: list(sums)}) for sharing in of_one}
-    unseen = set(recorded) - {name for sharing in seen for name in sharing}
-    for sharing in sorted(seen | {(name,) for name in unseen}):
-        begin(sharing)
-    return _Statistics(sums, process_group)
-
-
-def _see_vocabulary(work: _Work, names: list[str]) -> _Statistics:
+def _see_vocabulary(work: _Work, names: list[str]) -> ModuleStatistics:
     """The statistics of the modules outside the blocks, where the quantizer needs them."""
-    kind, process_group = work.quantizer.statistics, work.journal.process_group
-    wanted = [m for m in work.run.inventory.modules if m.name in names and kind != "none"]
-    run, gradients = work.run, []
-    if any(m.role == "embedding" for m in wanted):
-        learning = work.learning
-        gradients = (
-            embedding_gradients(run.stream, run.hidden, run.states, run.progress)
-            if learning is None
-            else learning.stores()
-        )
-    sums = vocabulary_moments(run.stream, run.hidden, wanted, kind, gradients, process_group)
-    return _Statistics({(name,): moments for name, moments in sums.items()}, process_group)
+    run, kind = work.run, work.quantizer.statistics
+    gradients: list[HiddenStates] = []
+    if kind != "none" and any(m.role == "embedding" for m in run.inventory.modules if m.name in names):
+        gradients = work.stores() or embedding_gradients(run.stream, run.hidden, run.states, run.progress)
+    of_inputs: Statistics = "hessian" if kind == "kronecker" else kind
+    return see_vocabulary(run, of_inputs, names, gradients, work.journal.process_group)
 
 
 def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share: float) -> str:
@@ -228,13 +210,15 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
     stored = inventory.tensor(f"{name}.weight")
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        stripes = list(row_stripes(*stored.shape))
-        for rows in stripes:
+        segmented = statistics is not None and len(statistics.output_moments) > 0
+        stripes = list(row_segments(*stored.shape) if segmented else row_stripes(*stored.shape))
+        for number, rows in enumerate(stripes):
+            known = statistics.of_segment(number) if statistics is not None and segmented else statistics
             weight = read_rows(stored, rows, work.run.stream.device).float()
             for candidate in work.formats[name]:
                 stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
                 try:
-                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(inventory.dtype), statistics)
+                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(inventory.dtype), known)
                 except ArithmeticError as error:
                     advice = "try --quantizer mse, or other calibration text"
                     raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None

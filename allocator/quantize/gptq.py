@@ -12,9 +12,9 @@ from allocator.quantize.grid import fit_grid, quantize_to_grid
 from allocator.quantize.ldl import LdlFactor, factorize
 from allocator.quantize.quantizer import InputStatistics, QuantizedModule, Statistics, row_stripes
 
-__all__ = ["Gptq"]
+__all__ = ["CLIP_RATIOS", "Gptq"]
 
-_CLIP_RATIOS = tuple(1 - 0.05 * i for i in range(11))
+CLIP_RATIOS = tuple(1 - 0.05 * i for i in range(11))
 
 
 class Gptq:
@@ -55,7 +55,7 @@ def _quantize_rows(weight: Tensor, module: ModuleFormat, dtype: torch.dtype, ldl
     for start in range(0, columns, group):
         end = start + group
         block = weight[:, start:end] + errors[:, :start] @ factor[:start, start:end]
-        scale, zero = fit_grid(block, num_bits, symmetric, dtype, importance[start:end], _CLIP_RATIOS)
+        scale, zero = fit_grid(block, num_bits, symmetric, dtype, importance[start:end], CLIP_RATIOS)
         scales[:, start // group], zeros[:, start // group] = scale.squeeze(1), zero.squeeze(1)
         # Transposed, so that each column lies in one piece: [g, N].
         targets, source = block.T.contiguous(), weight[:, start:end].T.contiguous()

@@ -1,7 +1,7 @@
 """What a quantizer is given and what it returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 
-__all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics", "row_stripes"]
+__all__ = ["InputStatistics", "QuantizedModule", "Quantizer", "Statistics", "row_segments", "row_stripes"]
 
 _STRIPE_WEIGHTS = 1 << 26
+_SEGMENT_ROWS = 4096
 
-Statistics = Literal["none", "diagonal", "hessian"]
-"""What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T."""
+Statistics = Literal["none", "diagonal", "hessian", "kronecker"]
+"""What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T; kronecker: that,
+and the mean of g g^T of the gradients g at the module's outputs."""
 
 
 @dataclass
@@ -25,21 +27,34 @@ class InputStatistics:
     hessian: sum of x x^T, float32 `[K, K]`, None where only its `diagonal` `[K]` was asked for. Modules that share
     an input share the object, and `derived` keeps what a quantizer computed from it: the first of them may use up
     the Hessian's memory for that (see `allocator.quantize.ldl`).
+
+    output_moments: mean of g g^T over tokens and probes of the gradients g at the module's outputs, float32 `[n, n]`
+    for each of its `row_segments`; none where they were not asked for, or there are no gradients.
     """
 
     hessian: Tensor | None
     tokens: int
     diagonal: Tensor = field(default_factory=lambda: torch.empty(0))
     derived: dict[str, object] = field(default_factory=dict)
+    output_moments: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
-        if self.hessian is not None:
+        if self.hessian is not None and not self.diagonal.numel():
             self.diagonal = torch.diagonal(self.hessian).clone()
+
+    def of_segment(self, number: int) -> "InputStatistics":
+        """Those of one of the module's `row_segments`."""
+        return replace(self, output_moments=[self.output_moments[number]])
 
     @property
     def moments(self) -> Tensor:
         """Mean square of each input feature, float32 `[K]`."""
         return self.diagonal / max(self.tokens, 1)
+
+
+def row_segments(rows: int, columns: int) -> list[slice]:
+    """Rows whose outputs are taken to have to do with each other: all of most modules."""
+    return row_stripes(rows, max(columns, _STRIPE_WEIGHTS // _SEGMENT_ROWS))
 
 
 def row_stripes(rows: int, columns: int) -> list[slice]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 from allocator.quantize.gptq import Gptq
+from allocator.quantize.kfac import Kfac
 from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.mse import MeanSquaredError
 from allocator.quantize.quantizer import Quantizer
@@ -18,6 +19,7 @@ _OURS: dict[str, Callable[..., Quantizer]] = {
     "rtn": RoundToNearest,
     "mse": MeanSquaredError,
     "gptq": Gptq,
+    "kfac": Kfac,
     "learned-rounding": LearnedRounding,
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from allocator.blocks.gradients import GRADIENTS_STEP
 from allocator.contract.layout import ModuleFormat
 from allocator.model import Inventory, Module
-from allocator.quantize.bank_builder import VOCABULARY_STEP
+from allocator.quantize.bank_builder import CANDIDATES_STEP, VOCABULARY_STEP
 from allocator.quantize.block_learning import ROUNDING_STEP
 from allocator.quantize.learned_rounding import LearnedRounding
 from allocator.quantize.quantizer import Statistics
@@ -47,9 +47,11 @@ def learning_steps(
     if has_bank:
         steps.append(PlannedStep("teacher states", forward))
     else:
+        if statistics == "kronecker":
+            steps += [PlannedStep("teacher states", forward), PlannedStep(GRADIENTS_STEP, 3 * head)]
         quantized = sum(_quantization(m, len(formats[m.name]), statistics, tokens) for m in inside)
-        steps.append(PlannedStep("candidates", forward + quantized))
-        if embedding and statistics != "none" and rounding is None:
+        steps.append(PlannedStep(CANDIDATES_STEP, (9 if statistics == "kronecker" else 1) * forward + quantized))
+        if embedding and statistics in ("diagonal", "hessian") and rounding is None:
             steps += [PlannedStep(GRADIENTS_STEP, 3 * head), PlannedStep(EMBEDDING_STEP, 2 * forward)]
         if rounding is not None:
             learned = {f.num_bits for m in inside for f in formats[m.name] if rounding.learns(f)}
@@ -99,6 +101,7 @@ def _swap(inventory: Inventory, module: Module, tokens: int, by_block: dict[int 
 
 def _quantization(module: Module, widths: int, statistics: Statistics, tokens: int) -> float:
     rows, columns = module.shape
-    moments = 4.0 * tokens * columns**2 if statistics == "hessian" else 0.0
-    elimination = float(rows) * columns**2 if statistics == "hessian" else 0.0
+    of_matrices = statistics in ("hessian", "kronecker")
+    moments = 4.0 * tokens * columns**2 if of_matrices else 0.0
+    elimination = float(rows) * columns**2 if of_matrices else 0.0
     return moments / 2 + widths * (elimination + _GRID * rows * columns)
