@@ -1,7 +1,7 @@
 """Builds the bank block by block, and leaves the teacher's hidden states behind for learning."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,16 @@ from allocator.contract.layout import ModuleFormat
 from allocator.model import CandidateFormats
 from allocator.quantize.block_learning import BlockLearning
 from allocator.quantize.block_statistics import ModuleStatistics, see_both_sides, see_inputs, see_vocabulary
+from allocator.quantize.kfac import Kfac
 from allocator.quantize.learned_rounding import LearnedRounding
-from allocator.quantize.quantizer import InputStatistics, Quantizer, Statistics, row_segments, row_stripes
+from allocator.quantize.quantizer import (
+    InputStatistics,
+    QuantizedModule,
+    Quantizer,
+    Statistics,
+    row_segments,
+    row_stripes,
+)
 from allocator.quantize.statistics import embedding_gradients
 from allocator.run.journal import Journal
 from allocator.run.process_group import ALONE
@@ -215,18 +223,17 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
         for number, rows in enumerate(stripes):
             known = statistics.of_segment(number) if statistics is not None and segmented else statistics
             weight = read_rows(stored, rows, work.run.stream.device).float()
-            for candidate in work.formats[name]:
-                stripe = candidate.model_copy(update={"shape": tuple(weight.shape)})
-                try:
-                    quantized = work.quantizer.quantize(weight, stripe, torch_dtype(inventory.dtype), known)
-                except ArithmeticError as error:
-                    advice = "try --quantizer mse, or other calibration text"
-                    raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None
-                what = f"{name}: scales at {candidate.num_bits} bits by {work.quantizer.name}"
-                require_finite(quantized.scale, what, "take another --quantizer")
-                for part, tensor in quantized.packed(candidate.num_bits).items():
-                    parts.setdefault(f"w{candidate.num_bits}.{part}", []).append(tensor.cpu())
-                work.run.progress.advance(share / len(stripes) / len(work.formats[name]), name)
+            stripe = [form.model_copy(update={"shape": tuple(weight.shape)}) for form in work.formats[name]]
+            try:
+                for form, quantized in _candidates(work.quantizer, weight, stripe, torch_dtype(inventory.dtype), known):
+                    what = f"{name}: scales at {form.num_bits} bits by {work.quantizer.name}"
+                    require_finite(quantized.scale, what, "take another --quantizer")
+                    for part, tensor in quantized.packed(form.num_bits).items():
+                        parts.setdefault(f"w{form.num_bits}.{part}", []).append(tensor.cpu())
+                    work.run.progress.advance(share / len(stripes) / len(stripe), name)
+            except ArithmeticError as error:
+                advice = "try --quantizer mse, or other calibration text"
+                raise InputError(f"{name}: {work.quantizer.name}: {error}; {advice}") from None
     tensors = {
         part: of_stripes.pop() if len(of_stripes) == 1 else torch.cat(of_stripes) for part, of_stripes in parts.items()
     }
@@ -236,3 +243,18 @@ def _quantize(work: _Work, name: str, statistics: InputStatistics | None, share:
     path.parent.mkdir(exist_ok=True)
     write_safetensors(tensors, path)
     return digest_file(path)
+
+
+def _candidates(
+    quantizer: Quantizer,
+    weight: Tensor,
+    formats: list[ModuleFormat],
+    dtype: torch.dtype,
+    statistics: InputStatistics | None,
+) -> Iterator[tuple[ModuleFormat, QuantizedModule]]:
+    """One after the other, or together where the quantizer is faster so."""
+    if isinstance(quantizer, Kfac):
+        yield from zip(formats, quantizer.quantize_together(weight, formats, dtype, statistics), strict=True)
+    else:
+        for form in formats:
+            yield form, quantizer.quantize(weight, form, dtype, statistics)

@@ -38,7 +38,7 @@ QUANTIZERS = ("rtn", "mse", "gptq", "gptq:damping=0.1")
 WIDTHS, GROUPS = (2, 3, 4), (64, 128)
 SEQUENCES, HELD_OUT, LENGTH, SEED = 32, 48, 256, 0
 
-LEARNED = ("gptq", "learned-rounding")
+LEARNED = ("gptq", "kfac", "learned-rounding")
 FRESH = DATA / "text" / "wikitext2.valid.raw"
 """What learned rounding is measured on: its loss and its rate at 2 bits were chosen on windows of the other text."""
 AUTOROUND, AUTOROUND_PYTHON = "auto-round 0.16.1", "GAMMA_AUTOROUND_PYTHON"
@@ -172,9 +172,11 @@ def learned_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     claims = []
     for key, text in (("kl", "WikiText-2"), ("kl_on_books", "books, on which its loss was chosen")):
         for width, most in WANTED.items():
+            about = f"ref-7m, {text}, {width} bits"
+            ratio = by_width["kfac", width][key] / by_width["gptq", width][key]
+            claims.append(claim(f"KL of kfac over that of gptq, {about}", ratio, "< 1", ratio < 1))
             learned = by_width["learned-rounding", width][key]
             ratio = learned / by_width["gptq", width][key]
-            about = f"ref-7m, {text}, {width} bits"
             why = None if ratio <= most else "calibrated on books: less is gained on text of another kind"
             claims.append(
                 claim(f"KL of learned-rounding over that of gptq, {about}", ratio, f"<= {most}", why is None, why)
@@ -188,6 +190,11 @@ def learned_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ratio = seconds["learned-rounding"] / seconds[AUTOROUND]
         text = f"CPU seconds of learned-rounding, gptq and gradients included, over those of {AUTOROUND}'s rounding"
         claims.append(claim(f"{text}, three widths", ratio, "<= 1", ratio <= 1, None if ratio <= 1 else "more steps"))
+    spent = {q: sum(r["cpu_seconds"] for r in rows if r["quantizer"] == q) for q in ("kfac", "gptq")}
+    ratio = spent["kfac"] / spent["gptq"]
+    claims.append(
+        claim("CPU seconds of candidates by kfac over those by gptq, three widths", ratio, "<= 8", ratio <= 8)
+    )
     return claims
 
 
