@@ -23,7 +23,7 @@ from benchmarks.real_models.gptqmodel import GptqModel  # noqa: E402
 from benchmarks.real_models.llama_cpp import FILE_TYPES, LlamaCpp  # noqa: E402
 from benchmarks.real_models.models import ready  # noqa: E402
 from benchmarks.real_models.off_grid import RESCALABLE  # noqa: E402
-from benchmarks.real_models.ours import CANDIDATES, GPTQ, TUNED, Ours  # noqa: E402
+from benchmarks.real_models.ours import CANDIDATES, GPTQ, KFAC, TUNED, Ours  # noqa: E402
 from benchmarks.real_models.report import write_report  # noqa: E402
 from benchmarks.real_models.tasks import Tasks  # noqa: E402
 
@@ -132,8 +132,8 @@ def main() -> None:
         "--candidates",
         nargs="+",
         choices=CANDIDATES,
-        default=[GPTQ.name, TUNED.name],
-        help="what GAMMA chooses among; tuned: gptq's, those that it has chosen learned anew",
+        default=[GPTQ.name, KFAC.name, TUNED.name],
+        help="what GAMMA chooses among; tuned: kfac's, those that it has chosen learned anew",
     )
     parser.add_argument("--tuning", default=" ".join(TUNING), help=f"arguments of gamma tune (default {TUNING})")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="only rows with such names")

@@ -14,10 +14,12 @@ __all__ = ["draw"]
 
 _LOOK = {
     "GAMMA": ("#e15759", "o", "-"),
+    "GAMMA, kfac candidates": ("#f28e2b", "o", "-"),
     "GAMMA, tuned": ("#b07aa1", "o", "-"),
     "GAMMA, learned candidates": ("#edc948", "o", "-"),
     "uniform gptq": ("#888888", "s", "--"),
     "uniform gptq, vocabulary at 8 bits": ("#bbbbbb", "v", ":"),
+    "uniform, kfac candidates": ("#ffbe7d", "s", "--"),
     "uniform, tuned": ("#d4a6c8", "s", "--"),
     "uniform, learned candidates": ("#f1ce63", "s", "--"),
     "llama.cpp, with importance matrix": ("#4e79a7", "D", "none"),

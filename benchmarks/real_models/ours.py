@@ -35,6 +35,7 @@ __all__ = [
     "CANDIDATES",
     "GAMMA",
     "GPTQ",
+    "KFAC",
     "LEARNED",
     "TUNED",
     "VOCABULARY_AT_8",
@@ -64,9 +65,10 @@ class Candidates:
 
 
 GPTQ = Candidates("gptq", "gptq", "work", "")
-TUNED = Candidates("tuned", "gptq", "work", ", tuned", tuned=True)
+KFAC = Candidates("kfac", "kfac", "work-kfac", ", kfac candidates")
+TUNED = Candidates("tuned", "kfac", "work-kfac", ", tuned", tuned=True)
 LEARNED = Candidates("learned", "learned-rounding", "work-learned", ", learned candidates")
-CANDIDATES = {kind.name: kind for kind in (GPTQ, TUNED, LEARNED)}
+CANDIDATES = {kind.name: kind for kind in (GPTQ, KFAC, TUNED, LEARNED)}
 
 
 def kind_of(row: str) -> Candidates:

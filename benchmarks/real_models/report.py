@@ -204,7 +204,7 @@ def _tasks(rows: Sequence[Row], titles: dict[str, str]) -> str:
 def _named(row: Row, title: str) -> str:
     name = re.sub(r"^gamma ([\d.]+)(.*)$", r"**GAMMA, \1 bits\2**", row["row"])
     name = re.sub(r"^uniform (\d)(.*)$", r"uniform gptq, \1 bits\2", name)
-    if row["row"].startswith("uniform") and kind_of(row["row"]) == LEARNED:
+    if row["row"].startswith("uniform") and kind_of(row["row"]) != GPTQ:
         name = name.replace(" gptq", "")
     return f"{title}: {name}"
 
