@@ -8,6 +8,7 @@ from torch import Tensor
 
 from allocator.blocks.gradients import backward_by_block
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.products import linear
 from allocator.blocks.stream import BlockStream, batches
 from allocator.model import Module
 from allocator.quantize.quantizer import InputStatistics, Statistics
@@ -43,9 +44,10 @@ class MomentSums:
         if self._sum.dim() == 1:
             self._sum += rows.double().square().sum(0)
             return
-        for start in range(0, rows.shape[1], _CHUNK):
-            stripe = rows[:, start : start + _CHUNK]
-            self._sum[start : start + _CHUNK, start:] += stripe.T @ rows[:, start:]
+        with torch.no_grad():
+            for start in range(0, rows.shape[1], _CHUNK):
+                stripe = rows[:, start : start + _CHUNK]
+                self._sum[start : start + _CHUNK, start:] += linear(stripe.T, rows[:, start:].T)
 
     def finish(self, process_group: ProcessGroup) -> InputStatistics:
         """The statistics over the inputs of all processes. Once: the sums are let go."""

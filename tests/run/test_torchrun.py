@@ -56,7 +56,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["gptq"], ["rtn", *CUT]], ids=["gptq", "rtn, channel blocks"])
+@pytest.mark.parametrize("options", [["kfac"], ["rtn", *CUT]], ids=["kfac", "rtn, channel blocks"])
 def test_two_processes_give_the_scores_of_one(
     options: list[str], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
