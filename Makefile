@@ -50,8 +50,11 @@ bench-vocabulary: setup ## what embedding and lm_head in the program are worth, 
 bench-channel-blocks: setup ## whether widths by block of output channels beat widths by module, at equal bytes
 	@$(PYTHON) benchmarks/channel_blocks/bench.py
 
-bench-quantizers: setup ## KL of rtn, mse, gptq and learned-rounding at 2, 3 and 4 bits, groups of 64 and 128
+bench-quantizers: setup ## KL of rtn, mse, gptq, kfac and learned-rounding at 2, 3 and 4 bits, groups of 64 and 128
 	@$(PYTHON) benchmarks/quantizers/bench.py
+
+bench-mixes: setup ## which candidates are best beside others of any width, one block of ref-7m
+	@$(PYTHON) benchmarks/quantizers/mixes.py
 
 bench-learning: setup ## CPU time of learning on the shapes of SmolLM2-135M, before and now, side by side (an hour of CPU)
 	@$(PYTHON) benchmarks/learning/bench.py

@@ -157,12 +157,12 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=list(EFFORTS),
         default=DEFAULT_EFFORT,
-        help="time for good candidates: fast (default): gptq; thorough: learned-rounding, from gptq's; best: the same, "
-        "and `gamma fit` tunes what it has chosen",
+        help="time for good candidates: fast: gptq; thorough (default): kfac; best: kfac, and `gamma fit` tunes what "
+        "it has chosen",
     )
     bank.add_argument(
         "--quantizer",
-        help="instead of the one of --effort: gptq, learned-rounding, mse, rtn, or one that a package registers",
+        help="instead of the one of --effort: gptq, kfac, learned-rounding, mse, rtn, or one that a package registers",
     )
     bank.add_argument("--widths", type=_widths, default=WIDTHS, help="default: 2,3,4,5,6,8,16")
     bank.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)

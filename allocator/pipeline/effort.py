@@ -15,9 +15,9 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort("gptq"),
-    "thorough": Effort("learned-rounding"),
-    "best": Effort("learned-rounding", tune=True),
+    "thorough": Effort("kfac"),
+    "best": Effort("kfac", tune=True),
 }
 """What each costs, and what it brings, is measured in docs/scale.md."""
 
-DEFAULT_EFFORT = "fast"
+DEFAULT_EFFORT = "thorough"

@@ -7,6 +7,7 @@ from typing import Any
 
 from allocator.contract.layout import WIDTHS
 from allocator.model import CandidateFormats, Inventory, cut_unsorted
+from allocator.pipeline.effort import DEFAULT_EFFORT, EFFORTS
 
 __all__ = ["CandidateSettings"]
 
@@ -19,7 +20,7 @@ class CandidateSettings:
     whole modules.
     """
 
-    quantizer: str = "gptq"
+    quantizer: str = EFFORTS[DEFAULT_EFFORT].quantizer
     widths: Sequence[int] = WIDTHS
     group_size: int = 128
     symmetric: bool = False

@@ -17,7 +17,7 @@ class AskedError(Exception):
 @pytest.mark.parametrize(
     ("options", "quantizer", "tuned"),
     [
-        ([], "gptq", False),
+        ([], EFFORTS["thorough"].quantizer, False),
         (["--effort", "thorough"], EFFORTS["thorough"].quantizer, False),
         (["--effort", "fast"], "gptq", False),
         (["--effort", "best"], EFFORTS["best"].quantizer, True),
