@@ -240,9 +240,9 @@ def record_inputs(block: nn.Module, names: Sequence[str], see: InputObserver | N
             see(sharing, tensor)
 
 
-def batches(shape: Sequence[int]) -> list[slice]:
-    """Slices of `[S, T, ...]` of about `_BATCH_TOKENS` tokens."""
-    size = max(1, _BATCH_TOKENS // shape[1])
+def batches(shape: Sequence[int], tokens: int = _BATCH_TOKENS) -> list[slice]:
+    """Slices of `[S, T, ...]` of about `tokens` tokens."""
+    size = max(1, tokens // shape[1])
     return [slice(i, i + size) for i in range(0, shape[0], size)]
 
 

@@ -18,6 +18,9 @@ from allocator.run.process_group import ProcessGroup
 
 __all__ = ["ModuleStatistics", "see_both_sides", "see_inputs", "see_vocabulary"]
 
+_BATCH_TOKENS = 2048
+"""Of which everything that a block computes is kept, beside the sums of all of its modules."""
+
 
 class ModuleStatistics:
     """Of some modules: summed by module, finished when one is taken, then let go.
@@ -90,7 +93,7 @@ def see_both_sides(
         name: [(rows, MomentSums(rows.stop - rows.start, "hessian", stream.device)) for rows in row_segments(*shape)]
         for name, shape in shapes.items()
     }
-    for _, part in group.share(batches(run.hidden.shape)):
+    for _, part in group.share(batches(run.hidden.shape, _BATCH_TOKENS)):
         states = run.hidden.boundary(index)[part].to(stream.device)
         with record_inputs(block, local, inputs.add):
             backward = BlockBackward(stream, block, states, outputs_of=local, three_digits=True)

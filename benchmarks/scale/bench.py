@@ -53,6 +53,7 @@ CASES = [
     for rest in (
         ("candidates", "rtn", 4, 1024),
         ("candidates", "gptq", 4, 1024, "2,4,16"),  # each width takes the same memory, and the same time anew
+        ("candidates", "kfac", 4, 1024, "2,4,16"),
         ("learning", "rtn", 4, 64),
     )
 ]
