@@ -82,12 +82,12 @@ def see_inputs(
 def see_both_sides(
     run: CalibrationRun, gradients: Sequence[HiddenStates], index: int, names: list[str], journal: Journal
 ) -> ModuleStatistics:
-    """The statistics of the modules `names` of block `index`: of their inputs x, and of the gradients g at their outputs.
+    """Statistics of the modules `names` of block `index`: of their inputs x, and of the gradients g at their outputs.
 
-    They are what is known of the Fisher matrix of a weight, the mean of (g x^T)(g x^T)^T over tokens and probes, by its
-    rows and by its columns alone: the means of |x|^2 g g^T and of |g|^2 x x^T (its partial traces). So a token counts by
-    what an error there does to the predictions, and by how large it is: that of an attention sink is one in hundreds,
-    and most of what the errors of a v_proj cost is there.
+    They are what the Fisher matrix of a weight, the mean of g x^T times itself over tokens and probes, says of its
+    rows and of its columns alone: the means of |x|^2 g g^T and of |g|^2 x x^T (its partial traces). So a token counts
+    by what an error there does to the predictions: that of an attention sink is one in hundreds, and most of what the
+    errors of a v_proj cost is there.
 
     `gradients`, by probe, has those at the block's output, and those at its input afterwards, which `journal` is told.
     """

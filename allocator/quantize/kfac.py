@@ -1,10 +1,10 @@
 """Rounding against what follows too: GPTQ's feedback from column to column, and the like from row to row.
 
-An error E of a weight costs tr(F E H E^T) / 2 nats a token, H being the second moments of the module's inputs and F
+An error E of a weight costs about tr(F E H E^T) / 2 nats a token, H being second moments of the module's inputs and F
 those of the gradients of the model's predictions at its outputs: the Fisher matrix, Kronecker-factored (K-FAC, Martens
-and Grosse 2015). GPTQ knows H and takes every row for itself; with F, rows make up for each other's errors (YAQA, Tseng
-et al. 2025). Rows go in blocks, each rounded as GPTQ does at its weight and what the rows before ask of it; then again,
-given all other rows.
+and Grosse 2015; which moments: see `block_statistics`). GPTQ takes every row for itself; with F, rows make up for each
+other's errors (YAQA, Tseng et al. 2025). Rows go in blocks, each rounded as GPTQ does at its weight and what the rows
+before ask of it; then again, given all other rows.
 
 Candidates are made one module at a time beside the original's others, so that each is good whatever width those have.
 """
@@ -33,7 +33,7 @@ _TILES = 64
 
 class Kfac:
     """`kfac`: needs the second moments of a module's inputs and of gradients at its outputs; without the latter, and
-    for wide candidates, it is gptq.
+    for wide candidates, it is gptq (of inputs that count by those gradients).
 
     damping: share of the mean diagonal that is added to either matrix; passes: over the rows after the first;
     up_to_bits: wider candidates are gptq's.
