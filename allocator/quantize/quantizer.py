@@ -16,8 +16,8 @@ _STRIPE_WEIGHTS = 1 << 26
 _SEGMENT_ROWS = 4096
 
 Statistics = Literal["none", "diagonal", "hessian", "kronecker"]
-"""What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T; kronecker: that,
-and the mean of g g^T of the gradients g at the module's outputs."""
+"""What a quantizer needs to know of a module's inputs x: nothing, the sum of x^2, or the sum of x x^T; kronecker: the
+sum of |g|^2 x x^T, g being the gradients at the module's outputs, and the mean of |x|^2 g g^T."""
 
 
 @dataclass
@@ -28,8 +28,8 @@ class InputStatistics:
     an input share the object, and `derived` keeps what a quantizer computed from it: the first of them may use up
     the Hessian's memory for that (see `allocator.quantize.ldl`).
 
-    output_moments: mean of g g^T over tokens and probes of the gradients g at the module's outputs, float32 `[n, n]`
-    for each of its `row_segments`; none where they were not asked for, or there are no gradients.
+    output_moments: mean of |x|^2 g g^T over tokens and probes of the gradients g at the module's outputs, float32
+    `[n, n]` for each of its `row_segments`, of any scale; none where they were not asked for, or there are no gradients.
     """
 
     hessian: Tensor | None
