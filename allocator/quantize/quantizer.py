@@ -28,8 +28,8 @@ class InputStatistics:
     an input share the object, and `derived` keeps what a quantizer computed from it: the first of them may use up
     the Hessian's memory for that (see `allocator.quantize.ldl`).
 
-    output_moments: mean of |x|^2 g g^T over tokens and probes of the gradients g at the module's outputs, float32
-    `[n, n]` for each of its `row_segments`, of any scale; none where they were not asked for, or there are no gradients.
+    output_moments: mean of |x|^2 g g^T over tokens and probes, g being the gradients at the module's outputs, float32
+    `[n, n]` for each of its `row_segments`, of any scale; none where they were not asked for, or no gradients came.
     """
 
     hessian: Tensor | None
