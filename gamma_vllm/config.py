@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -30,7 +31,14 @@ from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
 from gamma_vllm.shards import CheckpointModule
-from gamma_vllm.weight_stream import ExpertPlace, StreamMapper, load_experts, turn_zero_points
+from gamma_vllm.weight_stream import (
+    ExpertPlace,
+    StreamMapper,
+    load_experts,
+    turn_candidates,
+    turn_zero_points,
+    with_weight,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -71,6 +79,7 @@ class GammaConfig(QuantizationConfig):
         self.other_format: OtherFormat | None = None
         self.ties_embeddings = False
         self.keys_are_values = False
+        self.makes_scores_of_rows = False
         self.expert_places: dict[str, ExpertPlace] = {}
         self.turned_heads: dict[str, int] = {}
         if checkpoint is not None:
@@ -127,6 +136,7 @@ class GammaConfig(QuantizationConfig):
             text = hf_config.get_text_config()
             self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
             self.keys_are_values = bool(getattr(text, "attention_k_eq_v", False))
+            self.makes_scores_of_rows = any(getattr(of, "classifier_from_token", None) for of in (hf_config, text))
             if any(name.startswith("Llama4") for name in getattr(hf_config, "architectures", None) or ()):
                 self.turned_heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         folder = Path(model_name)
@@ -153,6 +163,10 @@ class GammaConfig(QuantizationConfig):
             steps.append(partial(in_our_order, self.other_format))
         if self.served is not None:
             steps.append(partial(chosen, self.served))
+            if self.turned_heads:
+                steps.append(partial(turn_candidates, self.checkpoint.modules, self.turned_heads))
+        if self.makes_scores_of_rows and (module := self._head_module()).format.quantized:
+            steps.append(partial(with_weight, module, not self.ties_embeddings))
         if self.turned_heads:
             steps.append(partial(turn_zero_points, self.checkpoint.modules, self.turned_heads))
         if self.expert_places:
@@ -253,18 +267,26 @@ class GammaConfig(QuantizationConfig):
             self.expert_places |= {m.name: ExpertPlace(layer, "w13", shard, number) for m, shard in of_w13}
             self.expert_places[expert.w2.name] = ExpertPlace(layer, "w2", "w2", number)
 
+    def _head_module(self) -> CheckpointModule:
+        """The module whose rows are those of the lm_head."""
+        if self.ties_embeddings:
+            return self._embedding_module("")
+        return self._modules_of(next((n for n in self.modules if n.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME))[0]
+
     def _lm_head(self, prefix: str) -> QuantizeMethodBase:
+        if _pools():
+            return TiedHeadMethod()  # which vLLM throws away
         if prefix not in self.modules and self.ties_embeddings:
             if self._embedding_module("").format.quantized:
                 return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
-        if not prefix:  # some models do not tell its name
-            prefix = next((name for name in self.modules if name.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME)
-        return self._vocabulary(self._modules_of(prefix)[0], gathers=False, multiplies=True)
+        module = self._modules_of(prefix)[0] if prefix else self._head_module()  # some models do not tell its name
+        return self._vocabulary(module, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:
-        module = self._embedding_module(prefix)
-        return self._vocabulary(module, gathers=True, multiplies=self.ties_embeddings)
+        module, ties, pools = self._embedding_module(prefix), self.ties_embeddings, _pools()
+        lends = pools and ties and self.makes_scores_of_rows
+        return self._vocabulary(module, gathers=True, multiplies=ties and not pools, lends_weight=lends)
 
     def _embedding_module(self, prefix: str) -> CheckpointModule:
         if prefix:
@@ -279,10 +301,16 @@ class GammaConfig(QuantizationConfig):
             )
         return modules[0]
 
-    def _vocabulary(self, module: CheckpointModule, *, gathers: bool, multiplies: bool) -> QuantizeMethodBase:
+    def _vocabulary(self, module: CheckpointModule, **uses: bool) -> QuantizeMethodBase:
         if not module.format.quantized:
             return UnquantizedEmbeddingMethod()
-        return GammaVocabularyMethod(module, self.checkpoint.dtype, gathers=gathers, multiplies=multiplies)
+        return GammaVocabularyMethod(module, self.checkpoint.dtype, **uses)
+
+
+def _pools() -> bool:
+    """Whether the engine that is being made embeds or scores texts, for which it has no lm_head."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
 
 
 def _check_folder(folder: Path, declared: CheckpointConfig) -> Manifest:

@@ -25,6 +25,7 @@ from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
 from allocator.model.expert_stacks import ExpertMatrix, unstacked
 from allocator.model.hf_config import read_config
+from allocator.model.other_names import SCORE_NAME
 from allocator.model.quantized_source import DequantizedTensor, QuantizedSource, dequantized_view, split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
@@ -101,11 +102,6 @@ class Inventory:
     def stored(self) -> tuple[StoredTensor, ...]:
         """The tensors of the files that `tensors` are made of, each once."""
         return tuple({(t.path, t.name): t for tensor in self.tensors for t in tensor.in_files}.values())
-
-    @property
-    def has_its_tensors(self) -> bool:
-        """Whether the files have the tensors of a checkpoint at 16 bits, of which a server can take them."""
-        return not any(isinstance(tensor, DequantizedTensor | ExpertMatrix) for tensor in self.tensors)
 
     @property
     def weight_files(self) -> set[Path]:
@@ -247,8 +243,10 @@ def read_inventory(folder: Path) -> Inventory:
     stored = unstacked(_with_prefix(headers, rules), shape)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
+    if shape.head == "scores" and f"{SCORE_NAME}.bias" in stored:
+        raise InputError(f"{folder}: {SCORE_NAME} has a bias, which learning does not take into account")
     head = stored.get(f"{rules.lm_head.name}.weight")
-    dropped = (head,) if shape.tied and head is not None else ()
+    dropped = (head,) if (shape.tied or shape.head != "tokens") and head is not None else ()
     known: set[str] = set()
     for other in shape.others:
         for name in other.names():
@@ -374,7 +372,7 @@ def _with_prefix(stored: dict[str, StoredTensor], rules: Architecture) -> dict[s
         return stored
     renamed = {}
     for name, tensor in stored.items():
-        full = name if name.startswith(f"{rules.lm_head.name}.") else f"{prefix}.{name}"
+        full = name if name.startswith((f"{rules.lm_head.name}.", f"{SCORE_NAME}.")) else f"{prefix}.{name}"
         renamed[full] = replace(tensor, name=full, stored_as=name)
     return renamed
 

@@ -10,11 +10,13 @@ from math import prod
 from typing import Any, Literal
 
 from allocator.contract.errors import InputError
+from allocator.contract.expert_stacks import ExpertLayout
 from allocator.contract.layout import PACK_UNIT, Dtype16
 from allocator.contract.resident import Heads, Split
-from allocator.model.architectures import Architecture, ExpertLayout, Linear, OtherTensor, architecture_of
+from allocator.model.architectures import Architecture, Linear, OtherTensor, architecture_of
 from allocator.model.attention_layers import AttentionLayer, attention_layers
 from allocator.model.context_length import ContextLength, context_length
+from allocator.model.other_names import Head
 
 __all__ = [
     "AttentionLayer",
@@ -102,7 +104,7 @@ class ModelShape:
     """A model as config.json describes it. `dtype` is that of its 16-bit weights in a checkpoint.
 
     `plan_only` says why it cannot be learned, None if it can. Tensors whose names begin with one of `beside` are copied
-    too; not all of them are among `others`.
+    too; not all of them are among `others`. `head` is what stands behind the last block.
     """
 
     architecture: str
@@ -122,6 +124,7 @@ class ModelShape:
     context: ContextLength
     plan_only: str | None
     beside: tuple[str, ...] = ()
+    head: Head = "tokens"
 
     @cached_property
     def parameters(self) -> int:
@@ -151,11 +154,11 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is not None and not isinstance(tied, bool):
         raise InputError(f"config.json: tie_word_embeddings must be true or false, given {tied!r}")
-    tied = rules.tied_by_default if tied is None else tied
+    tied = (rules.tied_by_default if tied is None else tied) and rules.head == "tokens"
 
     modules = [_outside(rules, language, "embedding", tied)]
     modules += [kind for rule in rules.linears if (kind := _linear(rules, rule, language, places)) is not None]
-    if not tied:
+    if rules.head == "tokens" and not tied:
         modules.append(_outside(rules, language, "lm_head"))
     others = [rest for other in rules.others if (rest := _other(rules, other, language, places)) is not None]
     experts = None
@@ -186,6 +189,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         context=context_length(language, rules.defaults, rules.length_is_stretched),
         plan_only=rules.plan_only,
         beside=tuple(rules.beside),
+        head=rules.head,
     )
 
 
