@@ -1,5 +1,6 @@
 """`quant_method: gamma`: which layer is stored how, and the refusal of all that does not fit together."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,8 @@ _USUAL_FUSION = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["g
 _GPT_OSS_NAMES = ("w13_weight", "w2_weight")
 """What its model class renames gate_up_proj and down_proj of an expert to."""
 
+_BLOCK_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+
 _HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 """Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
@@ -80,6 +83,7 @@ class GammaConfig(QuantizationConfig):
         self.ties_embeddings = False
         self.keys_are_values = False
         self.makes_scores_of_rows = False
+        self.blocks: int | None = None
         self.expert_places: dict[str, ExpertPlace] = {}
         self.turned_heads: dict[str, int] = {}
         if checkpoint is not None:
@@ -136,6 +140,7 @@ class GammaConfig(QuantizationConfig):
             text = hf_config.get_text_config()
             self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
             self.keys_are_values = bool(getattr(text, "attention_k_eq_v", False))
+            self.blocks = getattr(text, "num_hidden_layers", None)
             self.makes_scores_of_rows = any(getattr(of, "classifier_from_token", None) for of in (hf_config, text))
             if any(name.startswith("Llama4") for name in getattr(hf_config, "architectures", None) or ()):
                 self.turned_heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
@@ -186,6 +191,8 @@ class GammaConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer. Raises ContractError naming the layer and the module that has no entry."""
         prefix = prefix.removeprefix(_DRAFT_PREFIX)
+        if self._predicts(prefix):
+            return _at_16_bits(layer)
         if isinstance(layer, ParallelLMHead):
             return self._lm_head(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -202,6 +209,11 @@ class GammaConfig(QuantizationConfig):
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
         return UnquantizedLinearMethod()
+
+    def _predicts(self, prefix: str) -> bool:
+        """Whether the layer is of those that predict further tokens (MTP): a block after the last, copied as it is."""
+        number = _BLOCK_NUMBER.search(prefix)
+        return number is not None and self.blocks is not None and int(number[1]) >= self.blocks
 
     def _declares_any_of(self, prefix: str) -> bool:
         """Whether the declaration is about this part of the model at all, `model` or `language_model`."""
@@ -280,7 +292,8 @@ class GammaConfig(QuantizationConfig):
             if self._embedding_module("").format.quantized:
                 return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
-        module = self._modules_of(prefix)[0] if prefix else self._head_module()  # some models do not tell its name
+        # Some models do not tell its name, and those that predict further tokens have it beside no language_model.
+        module = self.modules[prefix] if prefix in self.modules else self._head_module()
         return self._vocabulary(module, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:
@@ -305,6 +318,15 @@ class GammaConfig(QuantizationConfig):
         if not module.format.quantized:
             return UnquantizedEmbeddingMethod()
         return GammaVocabularyMethod(module, self.checkpoint.dtype, **uses)
+
+
+def _at_16_bits(layer: nn.Module) -> QuantizeMethodBase | None:
+    """The method of a layer that no module of the program is a part of."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return UnquantizedEmbeddingMethod()
+    if isinstance(layer, RoutedExperts):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
 def _pools() -> bool:

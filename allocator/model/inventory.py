@@ -33,6 +33,7 @@ __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MOST_SHOWN = 6
+_PREDICTING = re.compile(r"(^|\.)mtp[._]")
 _PREDICTING_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
@@ -157,6 +158,22 @@ class Inventory:
         return sum(t.nbytes for t in self.others)
 
     @property
+    def predicting(self) -> tuple[StoredTensor, ...]:
+        """The copied tensors of layers that predict further tokens (MTP), which a server runs only if it is told to."""
+        block = re.compile(re.escape(architecture_of(self.config)[1].block).replace(r"\{i\}", r"(\d+)") + r"\.")
+        found = []
+        for tensor in self.others:
+            number = block.match(tensor.name)
+            if _PREDICTING.search(tensor.name) or (number is not None and int(number[1]) >= self.blocks):
+                found.append(tensor)
+        return tuple(found)
+
+    @property
+    def predicting_bytes(self) -> int | None:
+        """Their bytes, a part of `other_bytes`; None for a model without."""
+        return sum(tensor.nbytes for tensor in self.predicting) or None
+
+    @property
     def fused_groups(self) -> dict[str, tuple[str, ...]]:
         """The modules of each fused group, in model order."""
         groups: dict[str, tuple[str, ...]] = {}
@@ -186,8 +203,14 @@ class Inventory:
             lines.append(f"{method}; dequantized to {self.dtype} as they are read: {_shown(names) or 'no tensors'}")
         if self.needless:
             lines.append(f"left out, of use to a quantized model only: {_shown([t.name for t in self.needless])}")
-        if self.unknown:
-            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
+        predicting = {tensor.name for tensor in self.predicting}
+        if predicting:
+            lines.append(
+                f"copied, {self.predicting_bytes:,} bytes, to predict further tokens where a server is told to "
+                f"(vllm serve --speculative-config): {_shown(sorted(predicting))}"
+            )
+        if unknown := [name for name in self.unknown if name not in predicting]:
+            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(unknown)}")
         return lines
 
     def module(self, name: str) -> Module:

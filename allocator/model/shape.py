@@ -17,6 +17,7 @@ from allocator.model.architectures import Architecture, Linear, OtherTensor, arc
 from allocator.model.attention_layers import AttentionLayer, attention_layers
 from allocator.model.context_length import ContextLength, context_length
 from allocator.model.other_names import Head
+from allocator.model.position_tables import position_table_bytes
 
 __all__ = [
     "AttentionLayer",
@@ -104,7 +105,8 @@ class ModelShape:
     """A model as config.json describes it. `dtype` is that of its 16-bit weights in a checkpoint.
 
     `plan_only` says why it cannot be learned, None if it can. Tensors whose names begin with one of `beside` are copied
-    too; not all of them are among `others`. `head` is what stands behind the last block.
+    too; not all of them are among `others`. `head` is what stands behind the last block. `position_bytes` are those of
+    the tables of sines and cosines of rotary embeddings, which vLLM makes when it loads the model.
     """
 
     architecture: str
@@ -116,7 +118,7 @@ class ModelShape:
     others: tuple[OtherKind, ...]
     attention: tuple[AttentionLayer, ...]
     heads: Heads
-    rotary_size: int
+    position_bytes: int
     hidden_size: int
     intermediate_size: int
     vocabulary: int
@@ -167,6 +169,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
             rules.dimension(key, language) for key in (rules.experts.count, rules.experts.per_token, rules.experts.size)
         )
         experts = ExpertCounts(count, per_token, size, rules.experts.layout)
+    attention = attention_layers(name, rules, language, blocks)
     return ModelShape(
         architecture=name,
         config=config,
@@ -175,13 +178,13 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         blocks=blocks,
         modules=tuple(modules),
         others=tuple(others),
-        attention=attention_layers(name, rules, language, blocks),
+        attention=attention,
         heads=Heads(
             query=rules.dimension("num_attention_heads", language),
             key_value=rules.dimension("num_key_value_heads", language),
             size=rules.dimension("qk_head_dim" if rules.attention == "mla" else "head_dim", language),
         ),
-        rotary_size=rules.dimension("qk_rope_head_dim" if rules.attention == "mla" else "head_dim", language),
+        position_bytes=position_table_bytes(name, rules, language, attention),
         hidden_size=rules.dimension("hidden_size", language),
         intermediate_size=rules.dimension("intermediate_size", language),
         vocabulary=rules.dimension("vocab_size", language),

@@ -79,12 +79,21 @@ Each `XForCausalLM` of the table is also known as
   tokens see those behind them (`is_causal: false`) are refused.
 
 Both calibrate on `--calibration`, or on text from Python's documentation. vLLM on CPU gives the scores and embeddings
-of transformers with the dequantized weights (`tests/e2e/test_pooling.py`, Qwen3), also of a Qwen3-Reranker that stays a
-`Qwen3ForCausalLM` ([serving](serving.md#rerankers-and-embedding-models)).
+of transformers with the dequantized weights (`tests/e2e/test_other_heads.py`, Qwen3), also of a Qwen3-Reranker that
+stays a `Qwen3ForCausalLM` ([serving](serving.md#rerankers-and-embedding-models)).
 
 vLLM serves with the class of another name: {renamed}. Where transformers does not know the model's own config
 (InternLM3, IQuestCoder, TeleChat3), learning reads it as that of Llama, and vLLM wants `--trust-remote-code` as for the
 original; no test serves these.
+
+## Layers that predict further tokens
+
+The MTP layers of Qwen3-Next, Qwen3.5, DeepSeek-V3, GLM-4.5 and others (`mtp.*`, or blocks after the last) are copied as
+they are, at 16 bits: `gamma inspect` names them, scores and manifest say their bytes (`predicting_bytes`, a part of
+`other_bytes`), so that a budget in bytes of the checkpoint counts them. vLLM loads them only with
+`--speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}'`; a plan does not count them. The answers are
+those without, at whatever widths the rest is; tried on vLLM's CPU build with GLM-4.5's (in the tests), Qwen3-Next's and
+DeepSeek-V3's (by hand).
 """
 
 

@@ -94,6 +94,11 @@ class Vllm:
         outputs = self.engine.classify(inputs, pooling_params=as_they_are, use_tqdm=False)
         return [list(output.outputs.probs) for output in outputs]
 
+    def accepted(self):
+        """How many drafted tokens were right; with `disable_log_stats=False`."""
+        counts = {metric.name: metric.value for metric in self.engine.get_metrics() if hasattr(metric, "value")}
+        return counts["vllm:spec_decode_num_accepted_tokens"]
+
     def zero(self):
         self.engine.collective_rpc(_zero)
 

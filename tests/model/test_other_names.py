@@ -8,6 +8,7 @@ from allocator.contract.errors import InputError
 from allocator.model import read_inventory, read_shape
 from allocator.model.architectures import known_architectures
 from allocator.model.other_names import RENAMED
+from allocator.model.position_tables import COMPUTED_ANEW
 from tests.skips import lacking
 
 HEAD = "lm_head.weight"
@@ -44,6 +45,14 @@ def test_vllm_has_the_same_class_for_both_names():
     for name, other in RENAMED.items():
         assert other.of in known_architectures()
         assert served[name] == served[other.of]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason=lacking("package", "vllm is not installed"))
+def test_tables_of_positions_are_not_counted_where_vllm_runs_the_code_of_transformers():
+    from allocator.blocks.discovery.vllm_source import served_architectures
+
+    served = served_architectures()
+    assert {name for name in known_architectures() if served[name][0] == "transformers"} == COMPUTED_ANEW
 
 
 def test_a_renamed_model_is_the_one_that_it_is(make_model):

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from allocator.blocks.gradients import fill_gradients  # noqa: E402
 from allocator.blocks.hidden_states import HiddenStates  # noqa: E402
 from allocator.blocks.stream import BlockStream  # noqa: E402
@@ -67,6 +69,18 @@ def test_gradients_of_an_embedding_model_say_how_far_an_error_turns_its_states(m
     along = torch.stack([(g.boundary(stream.blocks) * error).sum(-1) for g in gradients])
     turned = 1 - torch.cosine_similarity(norm(states).double(), norm(states + error).double(), dim=-1)
     assert float(along.square().mean() / 2) == pytest.approx(float(turned.mean()), rel=0.1)
+
+
+def test_the_manifest_says_the_bytes_of_layers_that_predict_further_tokens(model, tmp_path):
+    folder = model("Qwen3ForCausalLM")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.ones(4, 8).bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+    candidates = CandidateSettings(quantizer="rtn", widths=(4, 16), group_size=32, sequences=2, sequence_length=16)
+    result = learn(folder, tmp_path / "work", candidates, LearningSettings(draws=1))
+    manifest = solve_scores(result.scores, SolveSettings(average_bits=5))
+    assert manifest.predicting_bytes == 64
+    export(manifest, folder, result.bank_folder, tmp_path / "gamma")
+    assert load_file(tmp_path / "gamma" / "model.safetensors")["mtp.fc.weight"].shape == (4, 8)
 
 
 def test_an_embedding_model_is_learned_and_exported_and_has_no_kl(model, tmp_path):

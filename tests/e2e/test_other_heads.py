@@ -1,5 +1,6 @@
-"""Rerankers, classifiers and embedding models at mixed widths, against Hugging Face transformers with the dequantized
-weights."""
+"""Models with something else behind their last block than an lm_head, at mixed widths, against Hugging Face
+transformers with the dequantized weights: scores (rerankers, classifiers), nothing (embedding models), and layers that
+predict further tokens beside it (MTP)."""
 
 import json
 import shutil
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.e2e.conftest import DEMO, mixed_with_vocabulary, succeeded  # noqa: E402
-from tests.families import SIZES  # noqa: E402
+from tests.families import SIZES, make_family  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -83,12 +84,37 @@ def _overrides():
     return {"hf_overrides": named | {"classifier_from_token": tokens}}
 
 
+def _write_predicting(folder):
+    """GLM-4.5 as it is published, with a layer that predicts the token after the next. The model repeats the last
+    token, which that layer knows, if its weights are what the file says."""
+    from safetensors.torch import load_file, save_file
+
+    make_family("glm4_moe", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= 0.02
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone()
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    block, extra = (f"model.layers.{config['num_hidden_layers'] - more}." for more in (1, 0))
+    tensors |= {name.replace(block, extra): t.clone() for name, t in tensors.items() if name.startswith(block)}
+    size = len(embedding[0])
+    tensors[f"{extra}eh_proj.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1).bfloat16()
+    tensors |= {f"{extra}{name}.weight": torch.ones(size).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
+    tensors |= {f"{extra}{name}.weight": embedding.clone() for name in ("embed_tokens", "shared_head.head")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 KINDS = ("classifier", "embedding", "reranker")
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, serving, run_engines):
-    """Kind -> answers of vLLM and of transformers, `[prompts, numbers]`."""
+    """The answers of vLLM by kind, and those of transformers."""
     from tests.e2e.make_checkpoint import make_checkpoint, write_dequantized
 
     folder, jobs, expected = tmp_path_factory.mktemp("pooling"), [], {}
@@ -103,11 +129,28 @@ def answers(tmp_path_factory, serving, run_engines):
         options = OPTIONS | (_overrides() if kind == "reranker" else {})
         job = {"name": kind, "model": str(gamma), "kernel": "torch", "options": options}
         jobs.append(job | {"steps": [[verb, {"prompts": PROMPTS}]]})
+    model, gamma, plain = (folder / "predicting" / name for name in ("model", "gamma", "plain"))
+    declared = make_checkpoint(_write_predicting(model), gamma, _groups_of_32)
+    assert declared.modules["lm_head"].quantized
+    write_dequantized(gamma, plain)
+    generate = ["generate", {"prompts": PROMPTS, "tokens": TOKENS}]
+    jobs.append({"name": "transformers", "model": str(plain), "steps": [generate]})
+    speculative = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    options = {"skip_tokenizer_init": True, "disable_log_stats": False} | speculative
+    job = {"name": "predicting", "model": str(gamma), "kernel": "torch", "options": options}
+    jobs.append(job | {"steps": [generate, ["accepted", {}]]})
     results = run_engines(jobs, folder)
-    return lambda kind: (torch.tensor(succeeded(results[kind])[0]), expected[kind])
+    return {kind: succeeded(result) for kind, result in results.items()}, expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_embeddings_equal_those_of_transformers(answers, kind):
-    served, expected = answers(kind)
-    torch.testing.assert_close(served, expected, rtol=1e-4, atol=1e-5)
+    served, expected = answers
+    torch.testing.assert_close(torch.tensor(served[kind][0]), expected[kind], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_predict_further_tokens_are_served_as_the_file_has_them(answers):
+    served, _ = answers
+    tokens, accepted = served["predicting"]
+    assert tokens == served["transformers"][0]
+    assert accepted >= TOKENS * len(PROMPTS) // 2 - len(PROMPTS)  # every drafted token is right
