@@ -12,7 +12,7 @@ from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
 from allocator.contract.modules import kind_name, original_shapes
-from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage
+from allocator.contract.resident import VOCABULARY_PADDING, Heads, Ranks, Residency, Split, Stage, pad
 from allocator.model.hf_config import find_config
 from allocator.model.quantized_source import split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, OtherKind, read_shape
@@ -202,11 +202,15 @@ def _elements(other: OtherKind, ranks: Ranks, heads: Heads) -> int:
         return other.shape[0] // heads.key_value * max(heads.key_value // size, 1)
     if split.startswith("expert") and ranks.expert_parallel:  # biases `[experts, rows]`
         return prod(other.shape) // other.shape[0] * -(-other.shape[0] // size)
+    if other.name.endswith(_OF_TOKENS):
+        return pad(other.shape[0], VOCABULARY_PADDING) // size * prod(other.shape[1:])
     if split in ("column", "row", "expert_column") or other.name.endswith(_DIVIDED):
         return prod(other.shape) // size
     return prod(other.shape)
 
 
+_OF_TOKENS = ".embed_tokens_per_layer.weight"
+"""What Gemma 4 gives each block of each token: a second embedding."""
 _DIVIDED = (
     ".sinks", ".attention_sink_bias", ".A_log", ".D", ".dt_bias", ".conv1d.weight", ".conv1d.bias", ".conv.weight",
     ".conv.bias", ".mixer.norm.weight", ".mamba.norm.weight",
