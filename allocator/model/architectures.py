@@ -23,7 +23,7 @@ from allocator.contract.expert_stacks import ExpertLayout
 from allocator.contract.resident import Split
 from allocator.model.derived_sizes import DERIVED
 from allocator.model.found_here import read_found
-from allocator.model.other_names import SCORE_NAME, Head, known_as, refuse_other_attention
+from allocator.model.other_names import SCORE_NAME, Head, known_as, refuse_another_model
 
 __all__ = [
     "Architecture",
@@ -142,8 +142,9 @@ class Architecture(Strict):
     names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `without`: config keys that a
     model must not have a value for, and why. `of_full_attention`: config keys whose values are, in configs that list
-    what differs by block (`per_layer_config`), those of other keys in the blocks of full attention. `head`: whether
-    there is an lm_head at all.
+    what differs by block (`per_layer_config`), those of other keys in the blocks of full attention.
+
+    `head`: what stands behind the last block.
     """
 
     block: str = Field(pattern=r"\{i\}")
@@ -350,8 +351,7 @@ def architecture_rules(name: str) -> Architecture:
     if name not in table() and (other := known_as(name, table())) is not None:
         rules = architecture_rules(other.of)
         others = rules.others + ([_SCORE] if other.head == "scores" else [])
-        changes = {"head": other.head, "others": others, "without": rules.without | other.without}
-        return rules.model_copy(update=changes)
+        return rules.model_copy(update={"head": other.head, "others": others})
     rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
     tower = _towers()[tower] if isinstance(tower, str) else tower
     together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
@@ -368,11 +368,9 @@ def architecture_of(config: dict[str, Any]) -> tuple[str, Architecture]:
     """Name and rules of the architecture that config.json names. Raises InputError for an unknown one."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else named
-    if isinstance(name, str) and name not in table() and known_as(name, table()) is not None:
-        rules = architecture_rules(name)
-        if rules.head != "tokens":
-            refuse_other_attention(name, config)
-        return name, rules
+    if isinstance(name, str) and name not in table() and (other := known_as(name, table())) is not None:
+        refuse_another_model(name, other, config)
+        return name, architecture_rules(name)
     if isinstance(name, str) and name not in table() and (own := read_found(name)) is not None:
         return name, Architecture.model_validate_json(json.dumps(own), strict=True)
     if not isinstance(name, str) or name not in table():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from allocator.contract.errors import InputError
 
-__all__ = ["RENAMED", "SCORE_NAME", "Head", "OtherName", "known_as", "refuse_other_attention", "without_head"]
+__all__ = ["RENAMED", "SCORE_NAME", "Head", "OtherName", "known_as", "refuse_another_model", "without_head"]
 
 Head = Literal["tokens", "scores", "states"]
 """What stands behind the last block: an lm_head, a matrix of scores, or nothing."""
@@ -68,8 +68,14 @@ def without_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def refuse_other_attention(name: str, config: dict[str, Any]) -> None:
-    """Raises InputError for blocks that see the tokens behind them, which those of the architecture do not."""
+def refuse_another_model(name: str, other: OtherName, config: dict[str, Any]) -> None:
+    """Raises InputError for a model `name` that is not what `other` says it is: by a key that makes it another, or
+    because its tokens see those behind them."""
+    for key, reason in other.without.items():
+        if config.get(key):
+            raise InputError(f"config.json: {name} with {key} cannot be learned: {reason}")
+    if other.head == "tokens":
+        return
     if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
         key = "is_causal" if config.get("is_causal") is False else "use_bidirectional_attention"
         raise InputError(

@@ -63,7 +63,9 @@ def test_a_renamed_model_is_the_one_that_it_is(make_model):
     assert ours.architecture == "InternLM3ForCausalLM"
     assert ours.shape.modules == theirs.shape.modules
     assert not ours.unknown
-    with pytest.raises(InputError, match="a model with qkv_bias cannot be learned: its biases are not those of Llama"):
+    with pytest.raises(
+        InputError, match="InternLM3ForCausalLM with qkv_bias cannot be learned: its biases are not those of Llama"
+    ):
         read_inventory(make_model("LlamaForCausalLM", architectures=["InternLM3ForCausalLM"], qkv_bias=True))
 
 
