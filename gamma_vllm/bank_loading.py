@@ -5,7 +5,8 @@ below 16 bits are replaced by the chosen candidates of the bank, so a new budget
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from allocator.contract.bank import BANK_NAME
 from allocator.contract.errors import ContractError
+from allocator.contract.expert_stacks import StackedMatrix
 from allocator.contract.served_bank import ServedBank, open_served_bank
 
 if TYPE_CHECKING:
@@ -52,18 +54,32 @@ def chosen(served: ServedBank, weights: Iterable[tuple[str, Tensor]]) -> Iterato
         source_name, _, kind = name.rpartition(".")
         if name in served.dropped:
             continue
+        if name in served.stacks:
+            for matrix in served.stacks[name]:
+                yield from _tensors(served, matrix.module, partial(_of_stack, tensor, matrix))
+            continue
         for module_name in served.made_of(source_name) if kind == "weight" else ():
-            module = served.manifest.modules[module_name]
-            if not module.quantized:
-                yield f"{module_name}.weight", _arranged(served, module_name, tensor)
-                continue
-            prefix = f"w{module.num_bits}."
-            with safe_open(served.file(module_name), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    if key.startswith(prefix):
-                        yield f"{module_name}.{key.removeprefix(prefix)}", file.get_tensor(key)
+            yield from _tensors(served, module_name, partial(_arranged, served, module_name, tensor))
         if kind != "weight" or not served.made_of(source_name):
             yield name, tensor
+
+
+def _tensors(served: ServedBank, name: str, weight: Callable[[], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of module `name`: its candidate's, or its `weight` where the manifest keeps it at 16 bits."""
+    module = served.manifest.modules[name]
+    if not module.quantized:
+        yield f"{name}.weight", weight()
+        return
+    prefix = f"w{module.num_bits}."
+    with safe_open(served.file(name), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith(prefix):
+                yield f"{name}.{key.removeprefix(prefix)}", file.get_tensor(key)
+
+
+def _of_stack(stack: Tensor, matrix: StackedMatrix) -> Tensor:
+    whole = stack[matrix.expert].T if matrix.transposed else stack[matrix.expert]
+    return whole[matrix.first_row : matrix.first_row + matrix.shape[0]].contiguous()
 
 
 def _arranged(served: ServedBank, module: str, tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """`quant_method: gamma`: which layer is stored how, and the refusal of all that does not fit together."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -30,7 +32,14 @@ from gamma_vllm.linear import GammaLinearMethod
 from gamma_vllm.moe import ExpertModules, GammaMoEMethod
 from gamma_vllm.pieces import GammaPiecesMethod
 from gamma_vllm.shards import CheckpointModule
-from gamma_vllm.weight_stream import ExpertPlace, StreamMapper, load_experts, turn_zero_points
+from gamma_vllm.weight_stream import (
+    ExpertPlace,
+    StreamMapper,
+    load_experts,
+    turn_candidates,
+    turn_zero_points,
+    with_weight,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,6 +55,8 @@ _USUAL_FUSION = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["g
 
 _GPT_OSS_NAMES = ("w13_weight", "w2_weight")
 """What its model class renames gate_up_proj and down_proj of an expert to."""
+
+_BLOCK_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 _HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
@@ -71,6 +82,8 @@ class GammaConfig(QuantizationConfig):
         self.other_format: OtherFormat | None = None
         self.ties_embeddings = False
         self.keys_are_values = False
+        self.makes_scores_of_rows = False
+        self.blocks: int | None = None
         self.expert_places: dict[str, ExpertPlace] = {}
         self.turned_heads: dict[str, int] = {}
         if checkpoint is not None:
@@ -127,6 +140,8 @@ class GammaConfig(QuantizationConfig):
             text = hf_config.get_text_config()
             self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
             self.keys_are_values = bool(getattr(text, "attention_k_eq_v", False))
+            self.blocks = getattr(text, "num_hidden_layers", None)
+            self.makes_scores_of_rows = any(getattr(of, "classifier_from_token", None) for of in (hf_config, text))
             if any(name.startswith("Llama4") for name in getattr(hf_config, "architectures", None) or ()):
                 self.turned_heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
         folder = Path(model_name)
@@ -153,6 +168,10 @@ class GammaConfig(QuantizationConfig):
             steps.append(partial(in_our_order, self.other_format))
         if self.served is not None:
             steps.append(partial(chosen, self.served))
+            if self.turned_heads:
+                steps.append(partial(turn_candidates, self.checkpoint.modules, self.turned_heads))
+        if self.makes_scores_of_rows and (module := self._head_module()).format.quantized:
+            steps.append(partial(with_weight, module, not self.ties_embeddings))
         if self.turned_heads:
             steps.append(partial(turn_zero_points, self.checkpoint.modules, self.turned_heads))
         if self.expert_places:
@@ -172,6 +191,8 @@ class GammaConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer. Raises ContractError naming the layer and the module that has no entry."""
         prefix = prefix.removeprefix(_DRAFT_PREFIX)
+        if self._predicts(prefix):
+            return _at_16_bits(layer)
         if isinstance(layer, ParallelLMHead):
             return self._lm_head(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -188,6 +209,11 @@ class GammaConfig(QuantizationConfig):
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
         return UnquantizedLinearMethod()
+
+    def _predicts(self, prefix: str) -> bool:
+        """Whether the layer is of those that predict further tokens (MTP): a block after the last, copied as it is."""
+        number = _BLOCK_NUMBER.search(prefix)
+        return number is not None and self.blocks is not None and int(number[1]) >= self.blocks
 
     def _declares_any_of(self, prefix: str) -> bool:
         """Whether the declaration is about this part of the model at all, `model` or `language_model`."""
@@ -253,18 +279,27 @@ class GammaConfig(QuantizationConfig):
             self.expert_places |= {m.name: ExpertPlace(layer, "w13", shard, number) for m, shard in of_w13}
             self.expert_places[expert.w2.name] = ExpertPlace(layer, "w2", "w2", number)
 
+    def _head_module(self) -> CheckpointModule:
+        """The module whose rows are those of the lm_head."""
+        if self.ties_embeddings:
+            return self._embedding_module("")
+        return self._modules_of(next((n for n in self.modules if n.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME))[0]
+
     def _lm_head(self, prefix: str) -> QuantizeMethodBase:
+        if _pools():
+            return TiedHeadMethod()  # which vLLM throws away
         if prefix not in self.modules and self.ties_embeddings:
             if self._embedding_module("").format.quantized:
                 return TiedHeadMethod()
             return UnquantizedEmbeddingMethod()  # shares the embedding's weight, which has its own entry
-        if not prefix:  # some models do not tell its name
-            prefix = next((name for name in self.modules if name.rpartition(".")[2] == _HEAD_NAME), _HEAD_NAME)
-        return self._vocabulary(self._modules_of(prefix)[0], gathers=False, multiplies=True)
+        # Some models do not tell its name, and those that predict further tokens have it beside no language_model.
+        module = self.modules[prefix] if prefix in self.modules else self._head_module()
+        return self._vocabulary(module, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:
-        module = self._embedding_module(prefix)
-        return self._vocabulary(module, gathers=True, multiplies=self.ties_embeddings)
+        module, ties, pools = self._embedding_module(prefix), self.ties_embeddings, _pools()
+        lends = pools and ties and self.makes_scores_of_rows
+        return self._vocabulary(module, gathers=True, multiplies=ties and not pools, lends_weight=lends)
 
     def _embedding_module(self, prefix: str) -> CheckpointModule:
         if prefix:
@@ -279,10 +314,25 @@ class GammaConfig(QuantizationConfig):
             )
         return modules[0]
 
-    def _vocabulary(self, module: CheckpointModule, *, gathers: bool, multiplies: bool) -> QuantizeMethodBase:
+    def _vocabulary(self, module: CheckpointModule, **uses: bool) -> QuantizeMethodBase:
         if not module.format.quantized:
             return UnquantizedEmbeddingMethod()
-        return GammaVocabularyMethod(module, self.checkpoint.dtype, gathers=gathers, multiplies=multiplies)
+        return GammaVocabularyMethod(module, self.checkpoint.dtype, **uses)
+
+
+def _at_16_bits(layer: nn.Module) -> QuantizeMethodBase | None:
+    """The method of a layer that no module of the program is a part of."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return UnquantizedEmbeddingMethod()
+    if isinstance(layer, RoutedExperts):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def _pools() -> bool:
+    """Whether the engine that is being made embeds or scores texts, for which it has no lm_head."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
 
 
 def _check_folder(folder: Path, declared: CheckpointConfig) -> Manifest:

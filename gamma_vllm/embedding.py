@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.utils import set_weight_attrs
 
 from allocator.contract.errors import ContractError
 from allocator.contract.layout import Dtype16
@@ -25,12 +26,25 @@ __all__ = ["GammaVocabularyMethod", "TiedHeadMethod", "gather_rows"]
 
 
 class GammaVocabularyMethod(GammaLinearMethod):
-    """A quantized embedding (`gathers`), lm_head (`multiplies`), or both in one. The vocabulary is padded by vLLM."""
+    """A quantized embedding (`gathers`), lm_head (`multiplies`), or both in one. The vocabulary is padded by vLLM.
 
-    def __init__(self, module: CheckpointModule, checkpoint_dtype: Dtype16, *, gathers: bool, multiplies: bool):
+    `lends_weight`: while the model is loaded it has its weight at 16 bits too, of whose rows vLLM makes the scores of a
+    reranker.
+    """
+
+    def __init__(
+        self,
+        module: CheckpointModule,
+        checkpoint_dtype: Dtype16,
+        *,
+        gathers: bool = False,
+        multiplies: bool = False,
+        lends_weight: bool = False,
+    ):
         super().__init__([module], checkpoint_dtype)
         self.gathers = gathers
         self.multiplies = multiplies
+        self.lends_weight = lends_weight
         self.params_dtype = torch.get_default_dtype()
 
     def create_weights(
@@ -55,7 +69,18 @@ class GammaVocabularyMethod(GammaLinearMethod):
         start = layer.shard_indices.padded_org_vocab_start_index
         shard = plan_vocabulary(module, layer.org_vocab_size, input_size, start, sum(output_partition_sizes))
         self._register(layer, [shard], layer_prefix(layer) or module.name, params_dtype)
-        _register_empty_weight(layer, params_dtype)
+        if self.lends_weight:
+            whole = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
+            layer.register_parameter("weight", nn.Parameter(whole, requires_grad=False))
+            set_weight_attrs(layer.weight, {"weight_loader": layer.weight_loader})
+        else:
+            _register_empty_weight(layer, params_dtype)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            del layer.weight
+            _register_empty_weight(layer, self.params_dtype)
+        super().process_weights_after_loading(layer)
 
     def _keep(self, layer: nn.Module, number: int, segment: Segment, tensors: dict[str, Tensor]) -> None:
         kept: dict[int, nn.Parameter] = {}

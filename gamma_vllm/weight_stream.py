@@ -8,9 +8,18 @@ from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
 from allocator.contract.layout import ModuleFormat
-from allocator.contract.packing import pack_zero_points, unpack_zero_points
+from allocator.contract.packing import dequantize, pack_zero_points, unpack_zero_points
+from gamma_vllm.shards import CheckpointModule
 
-__all__ = ["ExpertPlace", "StreamMapper", "load_experts", "mappings", "turn_zero_points"]
+__all__ = [
+    "ExpertPlace",
+    "StreamMapper",
+    "load_experts",
+    "mappings",
+    "turn_candidates",
+    "turn_zero_points",
+    "with_weight",
+]
 
 
 class StreamMapper(WeightsMapper):
@@ -66,6 +75,24 @@ def load_experts(places: dict[str, ExpertPlace], weights: Iterable[tuple[str, Te
         )
 
 
+def turn_candidates(
+    modules: Mapping[str, ModuleFormat], heads: Mapping[str, int], weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream from a bank with codes and scales turned as `turn_zero_points` turns zero points: vLLM's Llama 4 turns
+    what it is given, which are the weights of the source that they take the place of."""
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        count = heads.get(module.rpartition(".")[2])
+        if part in ("weight_packed", "weight_scale") and count is not None and module in modules:
+            tensor = _turned(tensor, count)
+        yield name, tensor
+
+
+def _turned(rows: Tensor, heads: int) -> Tensor:
+    """rows: `[N, ...]`, N rows of `heads` heads, of each of which the two halves of the pairs are put together."""
+    return rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).flatten(0, 2).contiguous()
+
+
 def turn_zero_points(
     modules: Mapping[str, ModuleFormat], heads: Mapping[str, int], weights: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -79,5 +106,28 @@ def turn_zero_points(
             yield name, tensor
             continue
         form = modules[module]
-        rows = unpack_zero_points(tensor, form.num_bits, form.shape[0]).view(count, -1, 2, tensor.shape[1])
-        yield name, pack_zero_points(rows.transpose(1, 2).flatten(0, 2).contiguous(), form.num_bits)
+        rows = unpack_zero_points(tensor, form.num_bits, form.shape[0])
+        yield name, pack_zero_points(_turned(rows, count), form.num_bits)
+
+
+def with_weight(
+    module: CheckpointModule, instead: bool, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream with the weight of the quantized `module`, dequantized, behind its tensors, or `instead` of them."""
+    parts: dict[str, Tensor] = {}
+    wanted = {"weight_packed", "weight_scale", *([] if module.format.symmetric else ["weight_zero_point"])}
+    for name, tensor in weights:
+        of, _, part = name.rpartition(".")
+        if of != module.name:
+            yield name, tensor
+            continue
+        if not instead:
+            yield name, tensor
+        if part in wanted:
+            parts[part] = tensor.clone()  # whoever reads the files may use its memory again
+        if parts.keys() == wanted:
+            packed, scale, zero_point = (parts.get(p) for p in ("weight_packed", "weight_scale", "weight_zero_point"))
+            assert packed is not None
+            assert scale is not None
+            yield f"{module.name}.weight", dequantize(packed, scale, zero_point, module.format.num_bits)
+            parts = {}

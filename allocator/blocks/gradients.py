@@ -52,7 +52,8 @@ def backward_by_block(
     `gradients` are of. Theirs is the gradient of the sum of x_y sqrt(S p_y) log p_y over their tokens, with sqrt(p_y)
     held fixed. Signs are independent, so the mean of its products over the probes has the expectation of those of the
     gradients of log p_y, y drawn from the model: the Fisher matrix; with less noise (Hutchinson 1990), and as much as
-    S probes of all tokens each would have, at S times the arithmetic.
+    S probes of all tokens each would have, at S times the arithmetic. A model that predicts nothing has another answer
+    to be right: see `_gradients_of_directions`.
 
     `hidden` holds the teacher's states. The gradients at the output of block i are boundary i + 1; only they and those
     one block on are on the disk at a time, so what is to be learned of a block must be learned, and kept in `journal`,
@@ -186,13 +187,17 @@ def _fill_last(
     process_group: ProcessGroup,
     progress: Progress,
 ) -> None:
-    norm, weight = stream.norm(), stream.head_weight()
+    directions = stream.inventory.shape.head == "states"
+    norm, weight = stream.norm(), torch.empty(0) if directions else stream.head_weight()
     for sequence, row in progress.over(process_group.share(range(hidden.shape[0])), GRADIENTS_STEP, "sequence"):
         for part in parts_of_sequence(hidden.shape[1]):
             states = hidden.boundary(stream.blocks)[row, part].to(stream.device).requires_grad_(True)
             normed = norm(states)
             with torch.no_grad():
-                above = _gradients_of_head(normed, weight, stream.softcap, len(gradients), seed, sequence, part)
+                if directions:
+                    above = _gradients_of_directions(normed, len(gradients), seed, sequence, part)
+                else:
+                    above = _gradients_of_head(normed, weight, stream.softcap, len(gradients), seed, sequence, part)
             for store, of_probe in zip(gradients, above, strict=True):
                 (gradient,) = torch.autograd.grad(normed, states, of_probe, retain_graph=store is not gradients[-1])
                 require_finite(gradient, "gradients at the input of the final norm")
@@ -227,3 +232,16 @@ def _gradients_of_head(
         for total, own, theirs in zip(signed, dealt(root, probes, 1), dealt(of_rows, probes, 0), strict=True):
             total += linear(own.contiguous(), theirs.T)
     return (signed - roots.unsqueeze(-1) * mean) * math.sqrt(probes)
+
+
+def _gradients_of_directions(states: Tensor, probes: int, seed: int, sequence: int, part: slice) -> Tensor:
+    """Of an embedding model, whose answer is the direction u of the last token's state h, `[S, T, D]`: random signs
+    across u, over |h|. An error e turns u by what is across it, so that the mean of (g . e)^2 / 2 is, to second order,
+    1 - cos(h, h + e): every token may be the last one. states: `[T, D]`, of the final norm."""
+    length = states.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    direction = states / length
+    width = states.shape[-1]
+    drawn = [random_signs(seed, sequence, part, slice(n * width, (n + 1) * width)) for n in range(probes)]
+    signs = torch.stack(drawn).to(states)
+    across: Tensor = (signs - (signs * direction).sum(-1, keepdim=True) * direction) / length
+    return across

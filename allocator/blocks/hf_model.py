@@ -17,6 +17,7 @@ from allocator.contract.errors import GammaError, InputError
 from allocator.model import read_inventory
 from allocator.model.expert_stacks import ExpertMatrix
 from allocator.model.hf_config import read_config
+from allocator.model.other_names import RENAMED
 from allocator.model.quantized_source import split_quantization
 
 __all__ = ["build_skeleton", "has_tokenizer", "model_class", "open_config", "open_model", "open_tokenizer"]
@@ -33,7 +34,7 @@ def open_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     with _explained(folder / "config.json", "transformers cannot read it", "take that of the original model"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _renamed_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
         for part in (config, text):  # its weights are dequantized on reading
             if hasattr(part, "quantization_config"):
@@ -45,6 +46,18 @@ def open_config(folder: Path) -> Any:
             "set it to one of them, or to null"
         )
     return config
+
+
+def _renamed_config(folder: Path) -> Any:
+    """The config of a model that transformers knows under another name only; None for others."""
+    from transformers import CONFIG_MAPPING
+
+    given = read_config(folder)
+    other = RENAMED.get(str((given.get("architectures") or [None])[0]))
+    if other is None or other.model_type is None:
+        return None
+    known_already = {"auto_map", "model_type"}
+    return CONFIG_MAPPING[other.model_type].from_dict({k: v for k, v in given.items() if k not in known_already})
 
 
 def build_skeleton(folder: Path, config: Any) -> Any:

@@ -15,7 +15,9 @@ from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.skeleton import Skeleton
 from allocator.blocks.structure import as_stored, cut_rows, name_as_stored
 from allocator.blocks.tensors import read_tensor
+from allocator.contract.errors import InputError
 from allocator.model import Inventory
+from allocator.model.other_names import SCORE_NAME
 from allocator.run.journal import Journal
 from allocator.run.process_group import ALONE, ProcessGroup
 from allocator.run.progress import Progress, silent
@@ -178,7 +180,20 @@ class BlockStream:
         return f"{beside}.{leaf}" if beside else leaf
 
     def head_weight(self) -> Tensor:
-        """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model."""
+        """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model.
+
+        Of a classifier that of its scores; a single one is that of yes against no, whose score is 0. Raises InputError
+        for a model without either.
+        """
+        head = self.inventory.shape.head
+        if head == "states":
+            raise InputError(
+                f"{self.inventory.folder}: {self.inventory.architecture} predicts nothing, so it has no KL divergence; "
+                "`gamma learn`, `solve` and `export` do without"
+            )
+        if head == "scores":
+            weight = self.read(f"{SCORE_NAME}.weight").float()
+            return weight if len(weight) > 1 else torch.cat([torch.zeros_like(weight), weight])
         return self.read(f"{self._modules['embedding' if self.inventory.tied else 'lm_head']}.weight").float()
 
     def head(self) -> nn.Module:

@@ -96,7 +96,11 @@ class Tuning(Strict):
 
 
 class Manifest(Document):
-    """`manifest.json`, and `gamma_manifest.json` inside a checkpoint."""
+    """`manifest.json`, and `gamma_manifest.json` inside a checkpoint.
+
+    `predicting_bytes` are those of `other_bytes` that belong to layers which predict further tokens (MTP): they are
+    kept as they are, at 16 bits, and a server holds them only if it is told to speculate.
+    """
 
     SCHEMA: ClassVar[str] = "gamma.manifest"
 
@@ -108,6 +112,7 @@ class Manifest(Document):
     budget: Budget
     tensor_bytes: int
     other_bytes: int = Field(ge=0)
+    predicting_bytes: int | None = Field(default=None, ge=1)
     module_bytes: dict[str, int]
     channel_blocks: ChannelBlocks | None = None
     modules: dict[str, ModuleFormat]
@@ -132,6 +137,7 @@ class Manifest(Document):
             budget=budget,
             tensor_bytes=scores.other_bytes + sum(sizes.values()),
             other_bytes=scores.other_bytes,
+            predicting_bytes=scores.predicting_bytes,
             module_bytes=sizes,
             modules={name: assignment[name] for name in scores.modules},
             proof=proof,

@@ -106,8 +106,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def copy_renamed(source: Path, target: Path, prefix: str, unchanged: str) -> None:
-    """Copy a safetensors file with `prefix` before the name of each tensor that does not begin with `unchanged`.
+def copy_renamed(source: Path, target: Path, prefix: str, unchanged: tuple[str, ...]) -> None:
+    """Copy a safetensors file with `prefix` before the name of each tensor that does not begin with one of `unchanged`.
 
     `target` appears as a whole.
     """
@@ -115,7 +115,7 @@ def copy_renamed(source: Path, target: Path, prefix: str, unchanged: str) -> Non
     try:
         with source.open("rb") as reader, temporary.open("wb") as writer:
             entries = json.loads(reader.read(struct.unpack("<Q", reader.read(8))[0]))
-            kept = (unchanged, "__metadata__")
+            kept = (*unchanged, "__metadata__")
             header = {name if name.startswith(kept) else prefix + name: entry for name, entry in entries.items()}
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % 8)

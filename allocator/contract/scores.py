@@ -102,7 +102,8 @@ class Interactions(Strict):
 
 
 class Scores(Document):
-    """`scores.json`. `other_bytes` counts every tensor that is no module of the program (norms, biases)."""
+    """`scores.json`. `other_bytes` counts every tensor that is no module of the program (norms, biases);
+    `predicting_bytes` those among them that predict further tokens (MTP), where there are any."""
 
     SCHEMA: ClassVar[str] = "gamma.scores"
 
@@ -113,6 +114,7 @@ class Scores(Document):
     unit: str
     settings: dict[str, Any]
     other_bytes: int = Field(ge=0)
+    predicting_bytes: int | None = Field(default=None, ge=1)
     channel_blocks: ChannelBlocks | None = None
     modules: dict[str, ScoredModule]
     interactions: Interactions | None = None

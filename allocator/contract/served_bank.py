@@ -4,19 +4,25 @@ Beside `bank.json` and the candidates lie the model's `config.json`, its tokeniz
 links to them) under their own names, and a `model.safetensors.index.json` that names these and no candidate.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 from allocator.contract.bank import BANK_NAME, Bank, candidate_tensors
 from allocator.contract.digest import digest_file
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import ContractError
+from allocator.contract.expert_stacks import ExpertLayout, StackedMatrix, in_stack, matrices_of
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.manifest import Manifest
 from allocator.contract.safetensors_file import INDEX_NAME, StoredTensor, read_header
 
-__all__ = ["ServedBank", "open_served_bank"]
+__all__ = ["LAYOUT_KEY", "ServedBank", "open_served_bank"]
+
+LAYOUT_KEY = "expert_layout"
+"""In the metadata of the index: how experts lie in tensors that hold those of a block."""
 
 _INDEX_MAX_BYTES = 100_000_000
 _SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -24,12 +30,14 @@ _SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class ServedBank:
-    """A checked pair of bank and manifest. `dropped` are source tensors that a checkpoint would leave out."""
+    """A checked pair of bank and manifest. `dropped` are source tensors that a checkpoint would leave out, `stacks`
+    those that hold the experts of a block, by name, with the modules in them."""
 
     folder: Path
     bank: Bank
     manifest: Manifest
     dropped: frozenset[str]
+    stacks: Mapping[str, list[StackedMatrix]] = field(default_factory=dict)
 
     @cached_property
     def _made_of(self) -> dict[str, list[str]]:
@@ -58,9 +66,10 @@ def open_served_bank(folder: Path, manifest_path: Path, *, digests: bool = False
     for name, module in manifest.modules.items():
         if module.quantized:
             _check_candidate(folder, bank, name, module, digests)
-    source = _source_headers(folder)
-    dropped = _check_source(folder, source, manifest)
-    return ServedBank(folder, bank, manifest, dropped)
+    source = _source_headers(folder, bank)
+    stacks = _stacks(source, manifest)
+    dropped = _check_source(folder, source, manifest, stacks)
+    return ServedBank(folder, bank, manifest, dropped, stacks)
 
 
 def _check_candidate(folder: Path, bank: Bank, name: str, module: ModuleFormat, digests: bool) -> None:
@@ -81,14 +90,27 @@ def _check_candidate(folder: Path, bank: Bank, name: str, module: ModuleFormat, 
         raise ContractError(f"{path}: {name}: content is {found_digest}, the bank says {stored.file_digest}")
 
 
-def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
-    """The tensors of the model's own files, and the names that the index gives to a checkpoint."""
+@dataclass(frozen=True)
+class _Source:
+    """The tensors of the model's own files, the names that the index gives to a checkpoint, and its metadata."""
+
+    tensors: dict[str, StoredTensor]
+    indexed: set[str]
+    metadata: Mapping[str, Any]
+
+
+def _source_headers(folder: Path, bank: Bank) -> _Source:
     index = folder / INDEX_NAME
+    if not index.exists() and bank.model.quantized_by is not None:
+        raise ContractError(
+            f"{folder}: this bank cannot be served by itself: the files of {bank.model.name} are quantized already "
+            f"({bank.model.quantized_by}), and a server would have to dequantize what the manifest keeps at 16 bits; "
+            "export a checkpoint with `gamma export`"
+        )
     if not index.exists():
         raise ContractError(
             f"{folder}: no {INDEX_NAME}; this bank cannot be served by itself. Run `gamma learn` on it again, "
-            "which adds what is missing, or export a checkpoint (the only way where the model was quantized already or "
-            "has the experts of a block in one tensor)"
+            "which adds what is missing, or export a checkpoint"
         )
     document = parse_json(read_text_limited(index, _INDEX_MAX_BYTES), index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
@@ -103,21 +125,45 @@ def _source_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise ContractError(f"{index}: tensor {missing[0]} is not in {weight_map[missing[0]]}")
-    return tensors, set(weight_map)
+    metadata = document.get("metadata")
+    return _Source(tensors, set(weight_map), metadata if isinstance(metadata, dict) else {})
 
 
-def _check_source(folder: Path, source: tuple[dict[str, StoredTensor], set[str]], manifest: Manifest) -> frozenset[str]:
-    tensors, indexed = source
-    shapes = manifest.parents.original_shapes()
-    weights = {f"{name}.weight": name for name in shapes}
+def _stacks(source: _Source, manifest: Manifest) -> dict[str, list[StackedMatrix]]:
+    """The tensors of the source that are made of several of the manifest's modules."""
+    layout: ExpertLayout = source.metadata.get(LAYOUT_KEY, "rows")
+    if layout not in get_args(ExpertLayout):
+        raise ContractError(
+            f"{INDEX_NAME}: {LAYOUT_KEY} is {layout!r}, allowed are {', '.join(get_args(ExpertLayout))}"
+        )
+    shapes, found = manifest.parents.original_shapes(), {}
+    for name in source.indexed:
+        modules = matrices_of(name, layout)
+        shape = shapes.get(modules[0].replace("{e}", "0")) if modules else None
+        if shape is not None and (matrices := in_stack(name, source.tensors[name].shape, shape, layout)):
+            found[name] = matrices
+    return found
+
+
+def _check_source(
+    folder: Path, source: _Source, manifest: Manifest, stacks: Mapping[str, list[StackedMatrix]]
+) -> frozenset[str]:
+    shapes, tensors = manifest.parents.original_shapes(), source.tensors
+    stacked = {matrix.module: tensors[name].dtype for name, matrices in stacks.items() for matrix in matrices}
+    weights = {f"{name}.weight": name for name in shapes if name not in stacked}
     for tensor_name, name in weights.items():
         found, shape = tensors.get(tensor_name), shapes[name]
         if found is None or found.shape != shape or found.dtype not in _SOURCE_DTYPES:
             shown = f"{found.dtype} {list(found.shape)}" if found else "missing"
             raise ContractError(f"{folder}: {tensor_name} is {shown} in the model, the manifest says {list(shape)}")
-    others = sum(tensors[name].nbytes for name in indexed - weights.keys())
+    odd = next((name for name, dtype in stacked.items() if name not in shapes or dtype not in _SOURCE_DTYPES), None)
+    if odd is not None:
+        raise ContractError(
+            f"{folder}: {odd} is {stacked[odd]} in a stack of the model, and no such module of the manifest"
+        )
+    others = sum(tensors[name].nbytes for name in source.indexed - weights.keys() - stacks.keys())
     if others != manifest.other_bytes:
         raise ContractError(
             f"{folder}: the tensors outside the program have {others} bytes, the manifest says {manifest.other_bytes}"
         )
-    return frozenset(tensors.keys() - indexed)
+    return frozenset(tensors.keys() - source.indexed)

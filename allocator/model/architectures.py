@@ -19,9 +19,11 @@ from pydantic import Field
 
 from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
+from allocator.contract.expert_stacks import ExpertLayout
 from allocator.contract.resident import Split
 from allocator.model.derived_sizes import DERIVED
 from allocator.model.found_here import read_found
+from allocator.model.other_names import SCORE_NAME, Head, known_as, refuse_another_model
 
 __all__ = [
     "Architecture",
@@ -42,9 +44,6 @@ _OLD_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
 
 _OF_THE_PROJECTOR = ("spatial_merge_size",)
 """Keys that stand neither with the language model nor with the tower."""
-ExpertLayout = Literal["rows", "columns", "interleaved"]
-"""How experts that are stored together are: `[experts, rows, in_features]`; `[experts, in_features, rows]`; or like the
-latter, with the rows of gate and up in turns."""
 
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
@@ -144,6 +143,8 @@ class Architecture(Strict):
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `without`: config keys that a
     model must not have a value for, and why. `of_full_attention`: config keys whose values are, in configs that list
     what differs by block (`per_layer_config`), those of other keys in the blocks of full attention.
+
+    `head`: what stands behind the last block.
     """
 
     block: str = Field(pattern=r"\{i\}")
@@ -164,6 +165,7 @@ class Architecture(Strict):
     without: dict[str, str] = Field(default_factory=dict)
     of_full_attention: dict[str, str] = Field(default_factory=dict)
     beside: list[str] = Field(default_factory=list)
+    head: Head = "tokens"
 
     def language(self, config: dict[str, Any]) -> dict[str, Any]:
         """The part of config.json that describes the language model. Raises InputError for what cannot be run."""
@@ -340,9 +342,16 @@ def _towers() -> dict[str, Any]:
     return dict(json.loads(files("allocator.model").joinpath("towers.json").read_text(encoding="utf-8")))
 
 
+_SCORE = OtherTensor(name=f"{SCORE_NAME}.weight", shape=("num_labels", "hidden_size"), float32=True)
+
+
 @cache
 def architecture_rules(name: str) -> Architecture:
-    """Raises KeyError for an architecture that is not in the table."""
+    """Raises KeyError for an architecture that is not in the table, under this name or another."""
+    if name not in table() and (other := known_as(name, table())) is not None:
+        rules = architecture_rules(other.of)
+        others = rules.others + ([_SCORE] if other.head == "scores" else [])
+        return rules.model_copy(update={"head": other.head, "others": others})
     rules, tower = table()[name], _towers().get(name, {"defaults": {}, "others": []})
     tower = _towers()[tower] if isinstance(tower, str) else tower
     together = {"others": rules["others"] + tower["others"], "defaults": tower["defaults"] | rules["defaults"]}
@@ -359,6 +368,9 @@ def architecture_of(config: dict[str, Any]) -> tuple[str, Architecture]:
     """Name and rules of the architecture that config.json names. Raises InputError for an unknown one."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if isinstance(name, str) and name not in table() and (other := known_as(name, table())) is not None:
+        refuse_another_model(name, other, config)
+        return name, architecture_rules(name)
     if isinstance(name, str) and name not in table() and (own := read_found(name)) is not None:
         return name, Architecture.model_validate_json(json.dumps(own), strict=True)
     if not isinstance(name, str) or name not in table():

@@ -11,7 +11,7 @@ from typing import Any
 
 from allocator.contract.errors import InputError
 
-__all__ = ["ContextLength", "context_length", "cut_to"]
+__all__ = ["ContextLength", "context_length", "cut_to", "rotations", "table_rows"]
 
 _LENGTH_KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
@@ -20,21 +20,21 @@ _LENGTH_KEYS = (
 _ALREADY_STRETCHED = {"llama3", "longrope", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
 _OTHER_NAMES = {"su": "longrope", "mrope": "default", "telechat3-yarn": "yarn"}
 _LENGTH_WITHOUT_ANY_KEY = 2048
+_ROTATION_KEYS = ("rope_scaling", "rope_parameters")
+_YARN = ("yarn", "deepseek_yarn")
 
 
 @dataclass(frozen=True)
 class ContextLength:
     """`default` is what vLLM takes without `--max-model-len`, `longest` what it accepts, both in tokens.
 
-    `reason` says how `longest` follows from config.json, `hint` how it can be more, empty if it cannot. `positions`
-    are the rows of the tables of sines and cosines.
+    `reason` says how `longest` follows from config.json, `hint` how it can be more, empty if it cannot.
     """
 
     default: int
     longest: int
     reason: str
     hint: str
-    positions: int
 
 
 def context_length(language: Mapping[str, Any], defaults: Mapping[str, int | str], stretched: bool) -> ContextLength:
@@ -60,22 +60,49 @@ def context_length(language: Mapping[str, Any], defaults: Mapping[str, int | str
     if "longrope" in kinds and "original_max_position_embeddings" in config:
         default = _positive(config["original_max_position_embeddings"], "original_max_position_embeddings")
     reason = f"{key} {own}" + (f", times the factor {factor:g} of RoPE scaling" if factor != 1 else "")
-    table = int(given.get("max_position_embeddings", own) * factor)
     hint = ""
     for kind, scaling in scalings:
-        before = scaling.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-        if not isinstance(before, int):
-            continue
-        if kind == "longrope":
-            table += before
-        elif kind in ("yarn", "deepseek_yarn"):
-            table = int(before * _factor(scaling.get("factor")))
-            if table > longest:
-                hint = (
-                    f"YaRN's factor does not raise it, as max_position_embeddings counts it already: if the model is "
-                    f"made for {table}, set max_position_embeddings to {table} in config.json"
-                )
-    return ContextLength(default, longest, reason, hint, table)
+        if kind in _YARN and _before(scaling, config) is not None and (table := table_rows(config, scaling)) > longest:
+            hint = (
+                f"YaRN's factor does not raise it, as max_position_embeddings counts it already: if the model is "
+                f"made for {table}, set max_position_embeddings to {table} in config.json"
+            )
+    return ContextLength(default, longest, reason, hint)
+
+
+def rotations(language: Mapping[str, Any], kind: str, own: bool) -> dict[str, Any]:
+    """The parameters of the rotary embedding of layers of `kind`, empty where config.json says none.
+
+    `own`: where those are not listed by kind, they are of the other kinds (sliding windows of Gemma 3).
+    """
+    given: dict[str, Any] = next((language[key] for key in _ROTATION_KEYS if isinstance(language.get(key), dict)), {})
+    listed = any(isinstance(part, dict) for part in given.values())
+    found = given.get(kind, {}) if listed else {} if own else given
+    parameters = dict(found) if isinstance(found, dict) else {}
+    for key in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"):
+        if isinstance(language.get(key), int | float):
+            parameters.setdefault("partial_rotary_factor", language[key])
+    return parameters | {"rope_type": _kind(parameters, "rope_parameters")}
+
+
+def table_rows(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
+    """Rows of the table of sines and cosines of a rotary embedding (see `rotations`). Raises InputError."""
+    kind = _kind(parameters, "rope_parameters")
+    own = _positive(config.get("max_position_embeddings") or _LENGTH_WITHOUT_ANY_KEY, "max_position_embeddings")
+    before = _before(parameters, config)
+    if kind == "longrope":
+        return own + (before or 0)
+    if kind in _YARN and before is not None:
+        return int(before * _factor(parameters.get("factor")))
+    stretches = kind in ("linear", "dynamic") and "factor" in parameters
+    return int(own * _factor(parameters["factor"])) if stretches else own
+
+
+def _before(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """The length before it was stretched."""
+    before = parameters.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    before = config.get("max_position_embeddings") if before is None else before
+    return before if isinstance(before, int) else None
 
 
 def cut_to(length: int, positions: int | None) -> int:
@@ -85,7 +112,7 @@ def cut_to(length: int, positions: int | None) -> int:
 
 def _scalings(language: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Kind and parameters of each RoPE scaling: one, or one for each kind of layer."""
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in _ROTATION_KEYS:
         scaling = language.get(key)
         if not scaling:
             continue

@@ -37,11 +37,22 @@ def _lfm2_feed_forward(config: Mapping[str, Any]) -> int:
     return multiple * ((int(factor * size) + multiple - 1) // multiple)
 
 
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """The scores of a classifier, which config.json often tells by their names only (`PreTrainedConfig.num_labels`)."""
+    names, count = config.get("id2label"), config.get("num_labels")
+    if count is None:
+        count = len(names) if isinstance(names, dict) else 2
+    if type(count) is not int or count < 1:
+        raise InputError(f"config.json: num_labels must be a positive integer, given {count!r:.40}")
+    return count
+
+
 DERIVED = {
     "lfm2_feed_forward": DerivedSize(
         of=("intermediate_size", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim"),
         size=_lfm2_feed_forward,
         defaults={"intermediate_size": "block_ff_dim"},
-    )
+    ),
+    "num_labels": DerivedSize(of=("id2label", "num_labels"), size=_num_labels, defaults={}),
 }
 """By the name that stands for the size in rules."""

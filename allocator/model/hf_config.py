@@ -9,6 +9,7 @@ from urllib.request import getproxies
 
 from allocator.contract.documents import parse_json, read_text_limited
 from allocator.contract.errors import InputError
+from allocator.model.other_names import without_head
 
 __all__ = [
     "HUB_SCHEME",
@@ -69,14 +70,17 @@ def find_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises InputError when it is no such folder."""
+    """config.json of a model folder; an embedding model's names the class without an lm_head (`without_head`).
+
+    Raises InputError when it is no such folder.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first, for example with `hf download`")
     if not (folder / _CONFIG_NAME).exists():
         cached = sorted(str(path) for path in folder.glob("snapshots/*/"))
         hint = f": give {' or '.join(cached[:3])}" if cached else "; expected a Hugging Face model folder"
         raise InputError(f"{folder}: no config.json{hint}")
-    return _parsed(folder / _CONFIG_NAME)
+    return without_head(folder, _parsed(folder / _CONFIG_NAME))
 
 
 def resolves(address: str) -> bool:

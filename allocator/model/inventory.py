@@ -25,6 +25,7 @@ from allocator.model.architectures import Architecture, architecture_of
 from allocator.model.context_length import cut_to
 from allocator.model.expert_stacks import ExpertMatrix, unstacked
 from allocator.model.hf_config import read_config
+from allocator.model.other_names import SCORE_NAME
 from allocator.model.quantized_source import DequantizedTensor, QuantizedSource, dequantized_view, split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, Role, read_shape
 
@@ -32,6 +33,7 @@ __all__ = ["Inventory", "Module", "Role", "read_inventory"]
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MOST_SHOWN = 6
+_PREDICTING = re.compile(r"(^|\.)mtp[._]")
 _PREDICTING_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
@@ -103,11 +105,6 @@ class Inventory:
         return tuple({(t.path, t.name): t for tensor in self.tensors for t in tensor.in_files}.values())
 
     @property
-    def has_its_tensors(self) -> bool:
-        """Whether the files have the tensors of a checkpoint at 16 bits, of which a server can take them."""
-        return not any(isinstance(tensor, DequantizedTensor | ExpertMatrix) for tensor in self.tensors)
-
-    @property
     def weight_files(self) -> set[Path]:
         """The files that tensors are read from, those of dropped ones too."""
         return {t.path for tensor in (*self.tensors, *self.dropped, *self.needless) for t in tensor.in_files}
@@ -161,6 +158,22 @@ class Inventory:
         return sum(t.nbytes for t in self.others)
 
     @property
+    def predicting(self) -> tuple[StoredTensor, ...]:
+        """The copied tensors of layers that predict further tokens (MTP), which a server runs only if it is told to."""
+        block = re.compile(re.escape(architecture_of(self.config)[1].block).replace(r"\{i\}", r"(\d+)") + r"\.")
+        found = []
+        for tensor in self.others:
+            number = block.match(tensor.name)
+            if _PREDICTING.search(tensor.name) or (number is not None and int(number[1]) >= self.blocks):
+                found.append(tensor)
+        return tuple(found)
+
+    @property
+    def predicting_bytes(self) -> int | None:
+        """Their bytes, a part of `other_bytes`; None for a model without."""
+        return sum(tensor.nbytes for tensor in self.predicting) or None
+
+    @property
     def fused_groups(self) -> dict[str, tuple[str, ...]]:
         """The modules of each fused group, in model order."""
         groups: dict[str, tuple[str, ...]] = {}
@@ -190,8 +203,14 @@ class Inventory:
             lines.append(f"{method}; dequantized to {self.dtype} as they are read: {_shown(names) or 'no tensors'}")
         if self.needless:
             lines.append(f"left out, of use to a quantized model only: {_shown([t.name for t in self.needless])}")
-        if self.unknown:
-            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(self.unknown)}")
+        predicting = {tensor.name for tensor in self.predicting}
+        if predicting:
+            lines.append(
+                f"copied, {self.predicting_bytes:,} bytes, to predict further tokens where a server is told to "
+                f"(vllm serve --speculative-config): {_shown(sorted(predicting))}"
+            )
+        if unknown := [name for name in self.unknown if name not in predicting]:
+            lines.append(f"copied, though {self.architecture} has no such tensors: {_shown(unknown)}")
         return lines
 
     def module(self, name: str) -> Module:
@@ -247,8 +266,10 @@ def read_inventory(folder: Path) -> Inventory:
     stored = unstacked(_with_prefix(headers, rules), shape)
     _refuse_more_blocks(folder, config, stored, shape.blocks)
     modules = [_module(folder, stored, kind, i, e) for kind, i, e in _in_model_order(shape)]
+    if shape.head == "scores" and f"{SCORE_NAME}.bias" in stored:
+        raise InputError(f"{folder}: {SCORE_NAME} has a bias, which learning does not take into account")
     head = stored.get(f"{rules.lm_head.name}.weight")
-    dropped = (head,) if shape.tied and head is not None else ()
+    dropped = (head,) if (shape.tied or shape.head != "tokens") and head is not None else ()
     known: set[str] = set()
     for other in shape.others:
         for name in other.names():
@@ -374,7 +395,7 @@ def _with_prefix(stored: dict[str, StoredTensor], rules: Architecture) -> dict[s
         return stored
     renamed = {}
     for name, tensor in stored.items():
-        full = name if name.startswith(f"{rules.lm_head.name}.") else f"{prefix}.{name}"
+        full = name if name.startswith((f"{rules.lm_head.name}.", f"{SCORE_NAME}.")) else f"{prefix}.{name}"
         renamed[full] = replace(tensor, name=full, stored_as=name)
     return renamed
 

@@ -10,11 +10,14 @@ from math import prod
 from typing import Any, Literal
 
 from allocator.contract.errors import InputError
+from allocator.contract.expert_stacks import ExpertLayout
 from allocator.contract.layout import PACK_UNIT, Dtype16
 from allocator.contract.resident import Heads, Split
-from allocator.model.architectures import Architecture, ExpertLayout, Linear, OtherTensor, architecture_of
+from allocator.model.architectures import Architecture, Linear, OtherTensor, architecture_of
 from allocator.model.attention_layers import AttentionLayer, attention_layers
 from allocator.model.context_length import ContextLength, context_length
+from allocator.model.other_names import Head
+from allocator.model.position_tables import position_table_bytes
 
 __all__ = [
     "AttentionLayer",
@@ -102,7 +105,8 @@ class ModelShape:
     """A model as config.json describes it. `dtype` is that of its 16-bit weights in a checkpoint.
 
     `plan_only` says why it cannot be learned, None if it can. Tensors whose names begin with one of `beside` are copied
-    too; not all of them are among `others`.
+    too; not all of them are among `others`. `head` is what stands behind the last block. `position_bytes` are those of
+    the tables of sines and cosines of rotary embeddings, which vLLM makes when it loads the model.
     """
 
     architecture: str
@@ -114,7 +118,7 @@ class ModelShape:
     others: tuple[OtherKind, ...]
     attention: tuple[AttentionLayer, ...]
     heads: Heads
-    rotary_size: int
+    position_bytes: int
     hidden_size: int
     intermediate_size: int
     vocabulary: int
@@ -122,6 +126,7 @@ class ModelShape:
     context: ContextLength
     plan_only: str | None
     beside: tuple[str, ...] = ()
+    head: Head = "tokens"
 
     @cached_property
     def parameters(self) -> int:
@@ -151,11 +156,11 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is not None and not isinstance(tied, bool):
         raise InputError(f"config.json: tie_word_embeddings must be true or false, given {tied!r}")
-    tied = rules.tied_by_default if tied is None else tied
+    tied = (rules.tied_by_default if tied is None else tied) and rules.head == "tokens"
 
     modules = [_outside(rules, language, "embedding", tied)]
     modules += [kind for rule in rules.linears if (kind := _linear(rules, rule, language, places)) is not None]
-    if not tied:
+    if rules.head == "tokens" and not tied:
         modules.append(_outside(rules, language, "lm_head"))
     others = [rest for other in rules.others if (rest := _other(rules, other, language, places)) is not None]
     experts = None
@@ -164,6 +169,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
             rules.dimension(key, language) for key in (rules.experts.count, rules.experts.per_token, rules.experts.size)
         )
         experts = ExpertCounts(count, per_token, size, rules.experts.layout)
+    attention = attention_layers(name, rules, language, blocks)
     return ModelShape(
         architecture=name,
         config=config,
@@ -172,13 +178,13 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         blocks=blocks,
         modules=tuple(modules),
         others=tuple(others),
-        attention=attention_layers(name, rules, language, blocks),
+        attention=attention,
         heads=Heads(
             query=rules.dimension("num_attention_heads", language),
             key_value=rules.dimension("num_key_value_heads", language),
             size=rules.dimension("qk_head_dim" if rules.attention == "mla" else "head_dim", language),
         ),
-        rotary_size=rules.dimension("qk_rope_head_dim" if rules.attention == "mla" else "head_dim", language),
+        position_bytes=position_table_bytes(name, rules, language, attention),
         hidden_size=rules.dimension("hidden_size", language),
         intermediate_size=rules.dimension("intermediate_size", language),
         vocabulary=rules.dimension("vocab_size", language),
@@ -186,6 +192,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         context=context_length(language, rules.defaults, rules.length_is_stretched),
         plan_only=rules.plan_only,
         beside=tuple(rules.beside),
+        head=rules.head,
     )
 
 

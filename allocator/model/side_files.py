@@ -15,8 +15,10 @@ from allocator.model.inventory import Inventory
 
 __all__ = ["CARRIED_FOLDERS", "SideFiles", "carry", "copy_whole", "side_files"]
 
-CARRIED_FOLDERS = ("additional_chat_templates", "custom_generate")
-"""Folders of a model folder that transformers reads."""
+_OF_EMBEDDINGS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Dense", "3_Normalize", "4_Normalize")
+CARRIED_FOLDERS = ("additional_chat_templates", "custom_generate", *_OF_EMBEDDINGS)
+"""Folders of a model folder that transformers reads, and those that vLLM reads of an embedding model: what
+sentence-transformers puts behind it, weights of projections among it."""
 
 _WRITTEN_ANEW = {"config.json", MANIFEST_NAME, DIGESTS_NAME, BANK_NAME, "vllm.yaml", "plan.json"}
 _WEIGHTS = {
@@ -90,11 +92,11 @@ def _why_not(path: Path) -> str | None:
         return "a link that leads nowhere"
     if name.startswith("."):
         return "hidden"
-    if path.name in _WRITTEN_ANEW:
+    if path.name in _WRITTEN_ANEW and path.parent.name not in _OF_EMBEDDINGS:
         return "written anew"
     if name.endswith(".index.json"):
         return "an index of weights"
-    if path.suffix.lower() in _WEIGHTS:
+    if path.suffix.lower() in _WEIGHTS and path.parent.name not in _OF_EMBEDDINGS:
         return "weights that are not the model's own safetensors files"
     if path.name == "training.json":
         return "a record of training"

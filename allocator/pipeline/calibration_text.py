@@ -18,7 +18,8 @@ _LARGEST_WRITER_PARAMETERS = 2_000_000_000
 
 def calibration_text(inventory: Inventory, candidates: CandidateSettings, progress: Progress) -> Calibration:
     (sequences, length), model, seed = candidates.amount(inventory), inventory.folder, candidates.seed
-    if candidates.calibration is None and inventory.parameters <= _LARGEST_WRITER_PARAMETERS:
+    writes = inventory.shape.head == "tokens" and inventory.parameters <= _LARGEST_WRITER_PARAMETERS
+    if candidates.calibration is None and writes:
         return calibration_from_model(model, sequences, length, seed, progress)
     progress.begin("reading text")
     if candidates.calibration is None:

@@ -19,7 +19,6 @@ __all__ = [
     "capture_sizes",
     "cuda_graph_bytes",
     "non_torch_bytes",
-    "position_bytes",
     "slack_bytes",
 ]
 
@@ -145,13 +144,6 @@ def attention_workspace_bytes(request: PlanRequest, capability: tuple[int, int] 
     if request.kv_element_bytes == 1 and capability[0] != 9:
         return FLASHINFER_WORKSPACE_BYTES
     return 0
-
-
-def position_bytes(shape: ModelShape) -> int:
-    """Tables of sines and cosines of rotary embeddings, 16 bits each, one for all layers of a kind. They are
-    loaded with the weights and are no parameters."""
-    kinds = len({layer.window is None for layer in shape.attention})
-    return 2 * kinds * shape.context.positions * shape.rotary_size
 
 
 def slack_bytes(shape: ModelShape) -> int:

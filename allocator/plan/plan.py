@@ -131,7 +131,7 @@ def _overheads(
         "cuda graphs": (overheads.cuda_graph_bytes(shape, request, tokens, blackwell), "measured", ""),
         "non-torch": (overheads.non_torch_bytes(request), "measured", ""),
         "attention workspace": (overheads.attention_workspace_bytes(request, device.capability), "formula", ""),
-        "position tables": (overheads.position_bytes(shape), "formula", ""),
+        "position tables": (shape.position_bytes, "exact", ""),
         "slack": (overheads.slack_bytes(shape), "formula", "of the allocator"),
     }
     return [

@@ -12,7 +12,7 @@ from allocator.contract.documents import Strict
 from allocator.contract.errors import InputError
 from allocator.contract.layout import WIDTHS, ModuleFormat, usable_group_size
 from allocator.contract.modules import kind_name, original_shapes
-from allocator.contract.resident import Heads, Ranks, Residency, Split, Stage
+from allocator.contract.resident import VOCABULARY_PADDING, Heads, Ranks, Residency, Split, Stage, pad
 from allocator.model.hf_config import find_config
 from allocator.model.quantized_source import split_quantization
 from allocator.model.shape import ModelShape, ModuleKind, OtherKind, read_shape
@@ -25,6 +25,7 @@ __all__ = [
     "WeightSizes",
     "check_formats",
     "distinct_segments",
+    "module_shapes",
     "read_model",
     "residency_of",
     "sample_of",
@@ -66,7 +67,13 @@ def residency_of(shape: ModelShape, request: PlanRequest) -> Residency:
             "learn, and solve for a budget in bytes or bits (--budget, --average-bits)"
         )
     heads = [layer.kv_heads for layer in shape.attention if layer.kind in ("full", "sliding", "chunked")]
-    fewest = min(heads, default=1)
+    fewest = min(heads, default=shape.heads.key_value)
+    groups = max((layer.state.groups for layer in shape.attention if layer.state is not None), default=0)
+    if groups % request.tensor_parallel_size:
+        raise InputError(
+            f"--tensor-parallel-size {request.tensor_parallel_size} does not divide the {groups} groups of the Mamba "
+            f"layers of {shape.architecture}, of which vLLM would hold some more than once; that is not planned"
+        )
     if fewest < min(request.tensor_parallel_size, shape.heads.key_value):
         raise InputError(
             f"--tensor-parallel-size {request.tensor_parallel_size}: layers of {shape.architecture} have {fewest} key "
@@ -120,11 +127,7 @@ def weight_sizes(shape: ModelShape, residency: Residency, group_size: int, symme
 
 def check_formats(shape: ModelShape, formats: Mapping[str, ModuleFormat]) -> None:
     """Raises InputError when a checkpoint's modules are not those of the model."""
-    expected = {}
-    for kind in shape.modules:
-        for block in kind.blocks or (0,):
-            for expert in range(kind.experts or 1):
-                expected[_numbered(kind, block, expert)] = kind.shape
+    expected = module_shapes(shape)
     found = original_shapes({name: form.shape for name, form in formats.items()})
     if odd := sorted(expected.keys() ^ found.keys()):
         where = "config.json has no such module" if odd[0] in found else "the checkpoint has no entry"
@@ -132,6 +135,16 @@ def check_formats(shape: ModelShape, formats: Mapping[str, ModuleFormat]) -> Non
     for name, stored in found.items():
         if stored != expected[name]:
             raise InputError(f"{name}: shape {list(stored)} in the checkpoint, {list(expected[name])} in config.json")
+
+
+def module_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """The shape of every module, by its name."""
+    return {
+        _numbered(kind, block, expert): kind.shape
+        for kind in shape.modules
+        for block in kind.blocks or (0,)
+        for expert in range(kind.experts or 1)
+    }
 
 
 def _numbered(kind: ModuleKind, block: int, expert: int) -> str:
@@ -189,9 +202,20 @@ def _elements(other: OtherKind, ranks: Ranks, heads: Heads) -> int:
         return other.shape[0] // heads.key_value * max(heads.key_value // size, 1)
     if split.startswith("expert") and ranks.expert_parallel:  # biases `[experts, rows]`
         return prod(other.shape) // other.shape[0] * -(-other.shape[0] // size)
-    if split in ("column", "row", "expert_column"):
+    if other.name.endswith(_OF_TOKENS):
+        return pad(other.shape[0], VOCABULARY_PADDING) // size * prod(other.shape[1:])
+    if split in ("column", "row", "expert_column") or other.name.endswith(_DIVIDED):
         return prod(other.shape) // size
     return prod(other.shape)
+
+
+_OF_TOKENS = ".embed_tokens_per_layer.weight"
+"""What Gemma 4 gives each block of each token: a second embedding."""
+_DIVIDED = (
+    ".sinks", ".attention_sink_bias", ".A_log", ".D", ".dt_bias", ".conv1d.weight", ".conv1d.bias", ".conv.weight",
+    ".conv.bias", ".mixer.norm.weight", ".mamba.norm.weight",
+)  # fmt: skip
+"""Ends of the names of tensors of heads and channels that are no part of a linear layer, and that ranks divide."""
 
 
 @dataclass(frozen=True)

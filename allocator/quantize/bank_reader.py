@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +16,11 @@ from allocator.contract.errors import ContractError
 from allocator.contract.layout import ModuleFormat
 from allocator.contract.packing import dequantize, dequantize_rows
 from allocator.contract.safetensors_file import INDEX_NAME, copy_renamed, read_header
+from allocator.contract.served_bank import LAYOUT_KEY
 from allocator.model import Inventory, carry, copy_whole, in_channel_order
+from allocator.model.expert_stacks import ExpertMatrix
+from allocator.model.other_names import SCORE_NAME
+from allocator.model.quantized_source import DequantizedTensor
 
 __all__ = [
     "BankReader",
@@ -115,25 +120,30 @@ def make_servable(inventory: Inventory, bank_folder: Path, *, copy: bool = False
     """Put the model's config and side files, links to its safetensors files (`copy`: the files themselves) and
     an index of the tensors that a checkpoint has into `bank_folder`.
 
-    What is there already is replaced. Where the files do not have the tensors of a checkpoint as they are (they are
-    quantized, or have the experts of a block in one tensor), nothing is put there: a checkpoint must be exported.
+    What is there already is replaced. Where the files are quantized there is no index, and no link to them: a server
+    that is started on the folder says that a checkpoint must be exported.
     """
     bank_folder.mkdir(parents=True, exist_ok=True)
-    tensors = inventory.tensors
-    if not inventory.has_its_tensors:
+    wholes = (t.stack if isinstance(t, ExpertMatrix) else t for t in inventory.tensors)
+    tensors = list({tensor.name: tensor for tensor in wholes}.values())
+    carry(inventory, bank_folder)
+    if any(isinstance(tensor, DequantizedTensor) for tensor in tensors):
+        write_atomically(bank_folder / "config.json", json.dumps(inventory.config, indent=2) + "\n")
         (bank_folder / INDEX_NAME).unlink(missing_ok=True)
         return
     for path in sorted({tensor.path for tensor in tensors}):
         target = bank_folder / path.name
         target.unlink(missing_ok=True)
         if inventory.prefix is not None:  # a server looks for the architecture's names
-            copy_renamed(path, target, inventory.prefix, "lm_head.")
+            copy_renamed(path, target, inventory.prefix, ("lm_head.", f"{SCORE_NAME}."))
         elif copy:
             copy_whole(path, target)
         else:
             os.symlink(path.resolve(), target)
     copy_whole(inventory.folder / "config.json", bank_folder / "config.json")
-    carry(inventory, bank_folder)
     weight_map = {tensor.name: tensor.path.name for tensor in tensors}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
+    metadata: dict[str, Any] = {"total_size": sum(t.nbytes for t in tensors)}
+    if inventory.shape.experts is not None:
+        metadata[LAYOUT_KEY] = inventory.shape.experts.layout
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_atomically(bank_folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")

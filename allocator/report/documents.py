@@ -36,6 +36,7 @@ def inventory_document(inventory: Inventory, group_size: int, symmetric: bool) -
         "tied": inventory.tied,
         "modules": modules,
         "other_bytes": inventory.other_bytes,
+        "predicting_bytes": inventory.predicting_bytes or 0,
         "feasible_bytes": [low, high],
         "notes": inventory.told(),
         "unknown_tensors": list(inventory.unknown),

@@ -192,6 +192,7 @@ def manifest_tables(manifest: Manifest) -> list[RenderableType]:
     rows = [
         ("budget", f"{manifest.budget.requested} = {manifest.budget.nbytes:,} bytes"),
         ("all tensors", f"{manifest.tensor_bytes:,} bytes ({manifest.tensor_bytes / 2**30:.4f} GiB)"),
+        *_predicting_rows(manifest),
         *_resident_rows(manifest),
         ("left over", f"{manifest.budget.nbytes - manifest.budget.used(manifest.tensor_bytes):,} bytes"),
         ("average width", f"{block_bits(manifest):.3f} bits, scales and zero points included,"),
@@ -226,6 +227,14 @@ def manifest_title(manifest: Manifest) -> str:
     """One line for a figure: model, size, average width in the blocks."""
     size = format_bytes(manifest.tensor_bytes).partition(" (")[0]
     return f"{manifest.model.name}, {size}, {block_bits(manifest):.2f} bits on average in the blocks"
+
+
+def _predicting_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a server holds only if it is told to speculate."""
+    nbytes = manifest.predicting_bytes
+    return (
+        [] if nbytes is None else [("of these", f"{nbytes:,} bytes of layers that predict further tokens, at 16 bits")]
+    )
 
 
 def _resident_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -16,9 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["UNIT", "Kinds", "correlations", "errors_along", "gram_matrix", "losses_of_errors", "reconstruction_loss"]
+__all__ = [
+    "UNIT",
+    "UNIT_OF_DIRECTIONS",
+    "Kinds",
+    "correlations",
+    "errors_along",
+    "gram_matrix",
+    "losses_of_errors",
+    "reconstruction_loss",
+]
 
 UNIT = "nats of KL divergence a token, to second order, of each block's error on the original model's input"
+UNIT_OF_DIRECTIONS = "1 - cosine of a token's last state, to second order, of each block's error on the original input"
+"""Of an embedding model."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def make_scores(inventory: Inventory, bank: BankReader, settings: LearningSettin
         unit=table.unit,
         settings=asdict(settings) | {"outcome": table.outcome},
         other_bytes=inventory.other_bytes,
+        predicting_bytes=inventory.predicting_bytes,
         channel_blocks=None if bank.bank.channel_order is None else bank.bank.channel_order.layout,
         modules=modules,
         interactions=None if table.correlations is None else _interactions(bank, table),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
+from allocator.model.other_names import RENAMED  # noqa: E402
 from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_AS, SERVED_WITH, WRAPPERS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -62,6 +63,37 @@ modules, and are copied: only the rest is quantized.
 
 | architecture | inspect | learn | serve on CPU | serve on CUDA | since vLLM |
 |---|---|---|---|---|---|
+"""
+
+
+OTHER_NAMES = """
+## Under other names
+
+Each `XForCausalLM` of the table is also known as
+
+- `XForSequenceClassification`, a classifier or reranker: `score` stays at 16 bits, and what an error costs is measured
+  by the scores, in nats; a single one is that of yes against no.
+- `XModel`, an embedding model, or `XForCausalLM` in a folder with the modules.json of sentence-transformers
+  (Qwen3-Embedding, whose files have no lm_head). What an error costs is by how much it turns a token's last state: 1 -
+  cosine. It predicts nothing, so `tune`, `refine` and `--verify`, which measure KL divergence, refuse it. Models whose
+  tokens see those behind them (`is_causal: false`) are refused.
+
+Both calibrate on `--calibration`, or on text from Python's documentation. vLLM on CPU gives the scores and embeddings
+of transformers with the dequantized weights (`tests/e2e/test_other_heads.py`, Qwen3), also of a Qwen3-Reranker that
+stays a `Qwen3ForCausalLM` ([serving](serving.md#rerankers-and-embedding-models)).
+
+vLLM serves with the class of another name: {renamed}. Where transformers does not know the model's own config
+(InternLM3, IQuestCoder, TeleChat3), learning reads it as that of Llama, and vLLM wants `--trust-remote-code` as for the
+original; no test serves these.
+
+## Layers that predict further tokens
+
+The MTP layers of Qwen3-Next, Qwen3.5, DeepSeek-V3, GLM-4.5 and others (`mtp.*`, or blocks after the last) are copied as
+they are, at 16 bits: `gamma inspect` names them, scores and manifest say their bytes (`predicting_bytes`, a part of
+`other_bytes`), so that a budget in bytes of the checkpoint counts them. vLLM loads them only with
+`--speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}'`; a plan does not count them. The answers are
+those without, at whatever widths the rest is; tried on vLLM's CPU build with GLM-4.5's (in the tests), Qwen3-Next's and
+DeepSeek-V3's (by hand).
 """
 
 
@@ -115,7 +147,8 @@ def page() -> str:
     rows = "".join(f"{row(name, families, since.get(name, ''))}\n" for name in known_architectures())
     refused = "".join(f"| {name} | {reason.removeprefix(f'{name}: ')} |\n" for name, reason in made["refused"].items())
     tail = "\n## Architectures whose structure was not found\n\n| architecture | what is missing |\n|---|---|\n"
-    return HEAD.format(**made, oldest=oldest) + rows + tail + refused
+    renamed = ", ".join(f"{name} ({other.of})" for name, other in RENAMED.items())
+    return HEAD.format(**made, oldest=oldest) + rows + OTHER_NAMES.format(renamed=renamed) + tail + refused
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from allocator.blocks.hf_model import open_model
 from allocator.blocks.tensors import read_rows, read_tensor
 from allocator.contract.errors import ContractError, InputError
+from allocator.contract.served_bank import open_served_bank
 from allocator.model import model_digest, read_inventory
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.quantize import make_servable
@@ -98,7 +99,8 @@ def test_the_whole_model_opens_dequantized(tiny_model, tmp_path: Path) -> None:
 def test_a_bank_of_it_is_served_by_exporting_only(tiny_model, tmp_path: Path) -> None:
     quantize_model(tiny_model("llama"), tmp_path / "model", "w4a16")
     make_servable(read_inventory(tmp_path / "model"), tmp_path / "bank")
-    assert not list((tmp_path / "bank").iterdir())  # vLLM would read the codes as weights
+    assert not list((tmp_path / "bank").glob("*.safetensors*"))  # vLLM would read the codes as weights
+    assert "quantization_config" not in json.loads((tmp_path / "bank" / "config.json").read_text())
 
 
 def test_what_is_learned_and_exported_is_that_of_the_dequantized_model(tiny_model, tmp_path: Path) -> None:
@@ -116,6 +118,9 @@ def test_what_is_learned_and_exported_is_that_of_the_dequantized_model(tiny_mode
         banks[model.name] = json.loads((result.bank_folder / "bank.json").read_text())
         report = export(manifest, model, result.bank_folder, tmp_path / f"{model.name}-gamma")
         assert report.written == report.predicted
+        manifest.write(tmp_path / f"{model.name}.json")
+    with pytest.raises(ContractError, match=r"the files of source are quantized already \(fp8\), .*gamma export"):
+        open_served_bank(tmp_path / "source-work" / "bank", tmp_path / "source.json")
     assert banks["source"]["modules"] == banks["plain"]["modules"]
     assert banks["source"]["model"] == {
         "name": "source",

@@ -8,6 +8,7 @@ which are paid once.
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ os.environ |= {
 }
 
 import torch
-from vllm import LLM, ModelRegistry, SamplingParams
+from vllm import LLM, ModelRegistry, PoolingParams, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
@@ -82,6 +83,21 @@ class Vllm:
         output = self.engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
         rows = [[entry[token].logprob for token in range(len(entry))] for entry in output.prompt_logprobs[1:]]
         return _scores(torch.tensor(rows), prompt, save)
+
+    def embed(self, prompts):
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [list(output.outputs.embedding) for output in self.engine.embed(inputs, use_tqdm=False)]
+
+    def classify(self, prompts):
+        """The scores as they are, no probabilities of them."""
+        inputs, as_they_are = [{"prompt_token_ids": prompt} for prompt in prompts], PoolingParams(use_activation=False)
+        outputs = self.engine.classify(inputs, pooling_params=as_they_are, use_tqdm=False)
+        return [list(output.outputs.probs) for output in outputs]
+
+    def accepted(self):
+        """How many drafted tokens were right; with `disable_log_stats=False`."""
+        counts = {metric.name: metric.value for metric in self.engine.get_metrics() if hasattr(metric, "value")}
+        return counts["vllm:spec_decode_num_accepted_tokens"]
 
     def zero(self):
         self.engine.collective_rpc(_zero)
@@ -168,11 +184,18 @@ def _scores(logprobs, prompt, save):
     return math.exp(-float(chosen.mean()))
 
 
+_OF_TRANSFORMERS = ("TransformersForSequenceClassification", "TransformersEmbeddingModel")
+
+
 def _inspect_here(model, options):
     """vLLM inspects a model class in a process of its own, which costs 10 s for each; this one has all it needs."""
     config = json.loads((Path(model) / "config.json").read_text()) | options.get("hf_overrides", {})
     (name,) = config["architectures"]
-    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    names = [name]
+    if name not in ModelRegistry.models:  # vLLM makes it of the class that generates, and looks at what it might have
+        names = [re.sub("(ForSequenceClassification|Model)$", "ForCausalLM", name), *_OF_TRANSFORMERS]
+    for name in names:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def run(job):

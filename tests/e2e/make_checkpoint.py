@@ -22,7 +22,7 @@ from allocator.contract.digest import digest_bytes
 from allocator.contract.layout import ModuleFormat, module_bytes, module_tensors, usable_group_size
 from allocator.contract.manifest import MANIFEST_NAME, Budget, Manifest
 from allocator.contract.packing import dequantize, pack_codes, pack_zero_points
-from allocator.model import read_inventory, read_shape
+from allocator.model import carry, read_inventory, read_shape
 
 __all__ = ["ChooseFormat", "make_checkpoint", "quantize", "widen_heads", "write_dequantized"]
 
@@ -53,7 +53,7 @@ def make_checkpoint(source: Path, target: Path, choose: ChooseFormat) -> Checkpo
     other_bytes = sum(t.nbytes for n, t in tensors.items() if n not in declared)
     sizes = {name: module_bytes(module) for name, module in modules.items()}
     total = other_bytes + sum(sizes.values())
-    config = json.loads((source / "config.json").read_text())
+    config = dict(inventory.config)
     manifest = Manifest(
         model=ModelReference(name=source.name, architecture=config["architectures"][0], digest=digest_bytes(b"model")),
         bank_digest=digest_bytes(b"bank"),
@@ -69,7 +69,7 @@ def make_checkpoint(source: Path, target: Path, choose: ChooseFormat) -> Checkpo
     quantization = CheckpointConfig.of_manifest(manifest)
     config["quantization_config"] = quantization.model_dump(mode="json", exclude_none=True)
     (target / "config.json").write_text(json.dumps(config, indent=1))
-    _copy_others(source, target)
+    carry(inventory, target)
     save_file({n: t.contiguous() for n, t in tensors.items()}, target / "model.safetensors", {"format": "pt"})
     return quantization
 

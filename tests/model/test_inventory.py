@@ -327,13 +327,26 @@ def test_tensors_that_the_architecture_does_not_have_are_carried_and_named(make_
     def add(_config, tensors):
         for i in range(2):
             tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(16)
-        tensors["mtp.fc.weight"] = torch.zeros(4, 4)
 
     inventory = read_inventory(make_model(spoil=add))
-    assert len(inventory.unknown) == 3
+    assert len(inventory.unknown) == 2
     assert set(inventory.unknown) <= {tensor.name for tensor in inventory.others}
     (line,) = inventory.told()
     assert line.startswith(
         "copied, though LlamaForCausalLM has no such tensors: model.layers.*.self_attn.rotary_emb.inv"
     )
     assert read_inventory(make_model()).told() == []
+
+
+@pytest.mark.parametrize("prefix", ["mtp.", "model.layers.2."])
+def test_layers_that_predict_further_tokens_are_copied_and_their_bytes_told(make_model, prefix):
+    def add(config, tensors):
+        config["num_nextn_predict_layers"] = 1
+        tensors[f"{prefix}fc.weight"] = torch.zeros(4, 8, dtype=torch.bfloat16)
+
+    inventory = read_inventory(make_model(spoil=add))
+    assert inventory.predicting_bytes == 64
+    assert inventory.other_bytes == read_inventory(make_model()).other_bytes + 64
+    (line,) = inventory.told()
+    assert line.startswith("copied, 64 bytes, to predict further tokens")
+    assert read_inventory(make_model()).predicting_bytes is None

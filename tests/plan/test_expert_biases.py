@@ -1,4 +1,5 @@
-"""Biases of experts lie on the ranks as vLLM cuts them: with the rows of gate and up, or with their experts."""
+"""What gpt-oss has beside its weights lies on the ranks as vLLM cuts it: sinks with their heads, biases of experts with
+the rows of gate and up, or with their experts."""
 
 import pytest
 
@@ -14,13 +15,14 @@ GPT_OSS = {
 }  # fmt: skip
 GATE_UP, DOWN = (2 * BLOCKS * EXPERTS * rows for rows in (2 * SIZE, HIDDEN))
 """Bytes of all biases, at 16 bits."""
+SINKS = 2 * BLOCKS * 4
 
 
 @pytest.mark.parametrize(
     ("request_", "saved"),
     [
-        (PlanRequest(tensor_parallel_size=2), GATE_UP // 2),
-        (PlanRequest(tensor_parallel_size=2, expert_parallel=True), (GATE_UP + DOWN) // 2),
+        (PlanRequest(tensor_parallel_size=2), (GATE_UP + SINKS) // 2),
+        (PlanRequest(tensor_parallel_size=2, expert_parallel=True), (GATE_UP + DOWN + SINKS) // 2),
     ],
     ids=["tensor parallel", "expert parallel"],
 )

@@ -4,12 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from allocator.contract.errors import InputError
+from allocator.contract.layout import ModuleFormat
+from allocator.model import read_shape
+from allocator.model.architectures import known_architectures
 from allocator.plan import PlanRequest
 from allocator.plan.kv_cache import kv_pools, pools_of, stage_layers
+from allocator.plan.weights import module_shapes, residency_of
 from tests.configs import shape_of
 from tests.plan.cache_families import FAMILIES, attention_of
 
@@ -64,6 +70,37 @@ def test_blocks_tokens_and_concurrency_are_those_of_vllm(of_vllm, family):
             for pool, needed, longest in zip(ours, answer["needed"], answer["longest"], strict=True):
                 assert pool.bytes_for(1, length) == needed + pool.bytes_per_block  # and the null block
                 assert pool.longest(memory, 1, 1 << 20) == longest
+
+
+SIZED = [
+    family
+    for family, config in FAMILIES.items()
+    if config["architectures"][0] in known_architectures()
+    and family != "windows with heads of their own"  # transformers has them twice as many, whatever config.json says
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SIZED)
+def test_weights_and_tables_of_positions_are_those_of_vllm(of_vllm, family):
+    shape = read_shape(FAMILIES[family])
+    language = tuple(other for other in shape.others if not other.name.startswith(shape.beside))
+    shape = replace(shape, others=language, beside=())  # towers are not built here
+    whole = {name: ModuleFormat(shape=of, num_bits=16) for name, of in module_shapes(shape).items()}
+    for request in REQUESTS[:2]:
+        ranks = request[0]
+        real = of_vllm((family, request))
+        assert isinstance(real, list), real
+        assert shape.position_bytes == real[0]["tables"]
+        asked = PlanRequest(tensor_parallel_size=ranks, kernel="torch")
+        if family == "Mamba 2" and ranks > 1:
+            with pytest.raises(InputError, match="does not divide the 1 groups of the Mamba layers"):
+                residency_of(shape, asked)
+            continue
+        (predicted,) = residency_of(shape, asked).stage_bytes(whole)
+        # the copy of kv_b_proj is made after loading
+        copies = sum(f.shape[0] * f.shape[1] * 2 // ranks for name, f in whole.items() if name.endswith("kv_b_proj"))
+        assert predicted - copies == real[0]["weights"]
 
 
 def test_page_of_grouped_attention_holds_keys_and_values_of_the_ranks_heads():

@@ -1,8 +1,8 @@
 """What vLLM makes of the caches of models: `python vllm_caches.py JOBS.json RESULTS.json`, one process for all.
 
 A job is `{"config", "ranks", "stages", "kv_cache_dtype", "block_size", "cases"}`, a case `{"length", "memory"}`; its
-result has for each case what `get_kv_cache_configs` says of it. The layers are those of vLLM's own model classes, on
-the meta device and on the first of many ranks.
+result has for each case what `get_kv_cache_configs` says of it, and the bytes of weights and tables. The layers are
+those of vLLM's own model classes, on the meta device and on the first of many ranks.
 
 vLLM's CPU build makes the layers of CUDA, with differences that are undone here: its kernels take blocks of 32 tokens
 and not of 16, its states of linear attention are in float32 whatever the model says, its layout is another, and its
@@ -114,7 +114,7 @@ def classes_inspected_here():
 
 
 def layer_specs(made, ranks):
-    """Name of a layer -> what it says of its cache, once the size of a block is settled."""
+    """Name of a layer -> what it says of its cache, once the size of a block is settled; and the bytes of the model."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -124,10 +124,20 @@ def layer_specs(made, ranks):
     torch.set_default_dtype(torch.bfloat16)
     with set_current_vllm_config(made), on_first_of(ranks), kernels_of_cuda():
         with torch.device("meta"):
-            initialize_model(made)
+            model = initialize_model(made)
         if made.model_config.is_hybrid:
             current_platform.update_block_size_for_backend(made)
-        return get_kv_cache_spec(made)
+        return get_kv_cache_spec(made), loaded_bytes(model)
+
+
+def loaded_bytes(model):
+    """Of all weights, Gemma 4's scalar of each block among them, which is a buffer, and of tables of positions."""
+    scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+    modules = [module for module in model.modules() if hasattr(module, "cos_sin_cache")]
+    return {
+        "weights": sum(tensor.nbytes for tensor in [*model.parameters(), *scalars]),
+        "tables": sum(module.cos_sin_cache.nbytes for module in modules),
+    }
 
 
 def of_stages(specs, made, stages):
@@ -169,10 +179,10 @@ def answers(made, workers, case):
 def result(job):
     with tempfile.TemporaryDirectory() as folder:
         made = vllm_config(job, folder)
-        specs = layer_specs(made, job["ranks"])
+        specs, loaded = layer_specs(made, job["ranks"])
     workers = of_stages(specs, made, job["stages"])
     with patch.object(type(made), "use_v2_model_runner", True):
-        return [answers(made, workers, case) for case in job["cases"]]
+        return [answers(made, workers, case) | loaded for case in job["cases"]]
 
 
 if __name__ == "__main__":

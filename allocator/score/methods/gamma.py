@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from allocator.score.objective import UNIT, Kinds, correlations, losses_of_errors
+from allocator.score.objective import UNIT, UNIT_OF_DIRECTIONS, Kinds, correlations, losses_of_errors
 from allocator.score.tables import Table
 from allocator.score.task import Task
 from allocator.score.teacher import Teacher
@@ -34,7 +34,8 @@ def learn_gamma(task: Task) -> Table:
         errors |= {name: kept[:-1] for name, (_, kept) in found.items()}
     scores = task.in_model_order(losses)
     kept = [errors[name] for name in scores]
-    return Table(scores, UNIT, correlations(torch.cat(kept), _kinds(task, scores)) if pairs and kept else None)
+    unit = UNIT_OF_DIRECTIONS if task.inventory.shape.head == "states" else UNIT
+    return Table(scores, unit, correlations(torch.cat(kept), _kinds(task, scores)) if pairs and kept else None)
 
 
 def _kinds(task: Task, modules: Collection[str]) -> Kinds:
