@@ -201,8 +201,11 @@ class GammaConfig(QuantizationConfig):
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
-        if (isinstance(layer, GateLinear) and prefix not in self.modules) or not self._declares_any_of(prefix):
-            return UnquantizedLinearMethod()  # routers and vision towers are copied, they are no modules of the program
+        copied = isinstance(layer, GateLinear) or not _is_in_a_block(prefix)
+        if (copied and self.modules.keys().isdisjoint(self._names_of(prefix))) or not self._declares_any_of(prefix):
+            # Routers, vision towers and what stands beside the blocks are copied, they are no modules of the program.
+            return UnquantizedLinearMethod()
+        prefix = self._in_weights(prefix)
         if self.checkpoint.channel_blocks is not None and (pieces := self._pieces_of(prefix)):
             return GammaPiecesMethod(pieces, self.checkpoint.channel_blocks, self.checkpoint.dtype)
         modules = self._modules_of(prefix)
@@ -221,14 +224,8 @@ class GammaConfig(QuantizationConfig):
         return any(f"{name}.".startswith(root) for name in self.modules)
 
     def _modules_of(self, prefix: str) -> list[CheckpointModule]:
-        """The checkpoint's modules that vLLM joins into the layer `prefix`, in its order."""
-        if prefix in self.modules:
-            return [self.modules[prefix]]
-        parent, _, leaf = prefix.rpartition(".")
-        joined = self.packed_modules_mapping.get(leaf) or _USUAL_FUSION.get(leaf) or [leaf]
-        names = [f"{parent}.{name}" if parent else name for name in joined]
-        if self.keys_are_values and f"{parent}.v_proj" in names and f"{parent}.v_proj" not in self.modules:
-            names = [f"{parent}.k_proj" if name == f"{parent}.v_proj" else name for name in names]  # loaded twice
+        """The checkpoint's modules that vLLM joins into the layer `prefix`, in its order. Raises ContractError."""
+        names = self._names_of(prefix)
         absent = [name for name in names if name not in self.modules]
         if absent:
             raise ContractError(
@@ -236,6 +233,26 @@ class GammaConfig(QuantizationConfig):
                 "module needs one, also at 16 bits; export the checkpoint again"
             )
         return [self.modules[name] for name in names]
+
+    def _names_of(self, prefix: str) -> list[str]:
+        if prefix in self.modules:
+            return [prefix]
+        parent, _, leaf = prefix.rpartition(".")
+        joined = self.packed_modules_mapping.get(leaf) or _USUAL_FUSION.get(leaf) or [leaf]
+        names = [f"{parent}.{name}" if parent else name for name in joined]
+        if self.keys_are_values and f"{parent}.v_proj" in names and f"{parent}.v_proj" not in self.modules:
+            names = [f"{parent}.k_proj" if name == f"{parent}.v_proj" else name for name in names]  # loaded twice
+        return names
+
+    def _in_weights(self, prefix: str) -> str:
+        """The layer by the name of its weights, whose parent may have another in vLLM: Granite's `mamba` is `mixer`."""
+        *block, parent, leaf = ["", "", *prefix.split(".")]
+        above = ".".join(block[2:])
+        if prefix in self.modules or any(name.startswith(f"{above}.{parent}.") for name in self.modules):
+            return prefix
+        beside = (name.removeprefix(f"{above}.").split(".") for name in self.modules if name.startswith(f"{above}."))
+        parents = {name[0] for name in beside if block[-1].isdecimal() and name[1:2] == [leaf]}
+        return f"{above}.{parents.pop()}.{leaf}" if len(parents) == 1 else prefix
 
     def _pieces_of(self, prefix: str) -> list[list[CheckpointModule]]:
         """The modules that vLLM joins into the layer `prefix`, piece by piece; empty if they are not cut."""
@@ -297,6 +314,8 @@ class GammaConfig(QuantizationConfig):
         return self._vocabulary(module, multiplies=True)
 
     def _embedding(self, prefix: str) -> QuantizeMethodBase:
+        if prefix and prefix not in self.modules and prefix.rpartition(".")[2] not in _EMBEDDING_NAMES:
+            return UnquantizedEmbeddingMethod()  # not of the input: Gemma 4's embeddings of each block
         module, ties, pools = self._embedding_module(prefix), self.ties_embeddings, _pools()
         lends = pools and ties and self.makes_scores_of_rows
         return self._vocabulary(module, gathers=True, multiplies=ties and not pools, lends_weight=lends)
@@ -333,6 +352,10 @@ def _pools() -> bool:
     """Whether the engine that is being made embeds or scores texts, for which it has no lm_head."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
+
+
+def _is_in_a_block(prefix: str) -> bool:
+    return any(part.isdecimal() for part in prefix.split("."))
 
 
 def _check_folder(folder: Path, declared: CheckpointConfig) -> Manifest:

@@ -1,5 +1,7 @@
 """Tiny random models of many families, in the sizes that vLLM's CPU attention takes (heads of 32 and more)."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "SERVED_WITH",
     "SIZES",
     "WRAPPERS",
+    "chosen",
     "make_family",
     "make_wrapper",
 ]
@@ -117,7 +120,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": _FOUR
     | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "laguna": _FOUR | {"shared_expert_intermediate_size": 64} | _HEAD,
-    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 192}
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 160}
+    | {"interleave_moe_layer_step": 2}
     | {"no_rope_layers": [1, 0], "attention_chunk_size": 128}  # vLLM's CPU attention has no smaller ones
     | _HEAD,
     "mellum": _FOUR | _HEAD,
@@ -128,7 +132,24 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"], "block_dim": 128, "conv_dim": 128, "block_multiple_of": 32}
 _MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 32, "n_groups": 2, "chunk_size": 16}
+_GRANITE = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 32,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+} | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "nope",
+}
 HYBRID: dict[str, dict[str, Any]] = {
+    "gemma4_small": _GEMMA4
+    | {"num_hidden_layers": 6, "layer_types": 3 * ["sliding_attention", "full_attention"], "attention_k_eq_v": False}
+    | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320}
+    | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    "granitemoehybrid": _EXPERTS | _GRANITE | {"num_local_experts": 4},
+    "granitemoehybrid_dense": _GRANITE | {"num_local_experts": 0, "num_experts_per_tok": 0},
     "lfm2": _CONVOLUTIONS,
     "nemotron_h": _MAMBA | _HEAD | {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "nemotron_h_moe": _MAMBA
@@ -149,10 +170,19 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 LIKE_OTHERS = (
     "apertus", "arcee", "cwm", "ernie4_5", "gemma", "gemma4_text", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2",
     "ministral3", "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe",
-    "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2",
-    "nemotron_h_moe", "olmoe", "qwen3_5_moe_text",
+    "gemma4_small", "granitemoe", "granitemoehybrid", "granitemoehybrid_dense", "hunyuan_v1_moe", "lfm2_moe",
+    "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe", "qwen3_5_moe_text",
 )  # fmt: skip
 """Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
+
+
+def chosen(families: Iterable[str]) -> list[str]:
+    """Those of `families` to learn and serve: what GAMMA_FAMILIES names, or all of them, or one of each kind."""
+    names = os.environ.get("GAMMA_FAMILIES", "")
+    if names == "all":
+        return list(families)
+    return [name for name in families if (name in names.split(",") if names else name not in LIKE_OTHERS)]
+
 
 _OWN_KEYS = "vLLM reads keys of config.json that transformers does not write ({})"
 _TORCHVISION = "vLLM imports torchvision for it, which its CPU build does not bring"
@@ -172,7 +202,12 @@ NOT_SERVED: dict[str, str] = {
 }
 """Why vLLM's answers are not those of transformers; the same without quantization."""
 
-MODEL_TYPES = {"gemma4_moe": "gemma4_text", "nemotron_h_moe": "nemotron_h"}
+MODEL_TYPES = {
+    "gemma4_moe": "gemma4_text",
+    "gemma4_small": "gemma4_text",
+    "granitemoehybrid_dense": "granitemoehybrid",
+    "nemotron_h_moe": "nemotron_h",
+}
 """What transformers calls a family that is here in more than one way."""
 
 NOT_TRIED = ("vaultgemma",)

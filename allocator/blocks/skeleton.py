@@ -6,6 +6,8 @@ replaced by modules that write down what they are given, and what happens to emb
 """
 
 import copy
+import inspect
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allocator.blocks.per_layer_inputs import BESIDE_BLOCKS
 from allocator.contract.errors import InputError
 
 __all__ = ["BlockCall", "Skeleton", "decoder_blocks"]
@@ -28,6 +31,12 @@ class BlockCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
+    def changed(self, block: nn.Module, changes: Mapping[str, Any]) -> "BlockCall":
+        """The call of `block` with other arguments, by their names."""
+        names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.arguments)]
+        arguments = tuple(changes.get(name, own) for name, own in zip(names, self.arguments, strict=True))
+        return BlockCall(arguments, self.keywords | {n: own for n, own in changes.items() if n not in names})
+
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the decoder blocks: the outer ModuleList with the most parameters. Raises InputError."""
@@ -41,7 +50,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class Skeleton:
     """A causal language model of transformers on the meta device, taken apart.
 
-    `blocks` are its decoder blocks, `norm` the module after the last of them and `norm_name` its name. Rows of the
+    `blocks` are its decoder blocks, `backbone` the module around them, `norm` the one after the last of them and
+    `norm_name` its name. Rows of the
     embedding are multiplied by `embedding_scale`, logits by `logit_scale`; these `softcap` then squeezes, if it is not
     None. Raises InputError for a model that does something else to them.
     """
@@ -54,6 +64,7 @@ class Skeleton:
         self.embedding_name = _name_of(model, model.get_input_embeddings())
         self.head_name = _name_of(model, model.get_output_embeddings())
         self._block_names = _stored_names(model, name)
+        self.backbone: nn.Module = model.get_submodule(parent)
         self.norm_name = self._name_of_norm(model, parent)
         self.norm: nn.Module = model.get_submodule(self.norm_name)
         recorders = nn.ModuleList(_Recorder(block) for block in self.blocks)
@@ -61,6 +72,8 @@ class Skeleton:
         replaced = {id(self.blocks): recorders, id(self.norm): nn.Identity()}
         self._shell: Any = copy.deepcopy(model, replaced)
         self._backbone: Any = self._shell.get_submodule(parent)
+        if hasattr(self._backbone, BESIDE_BLOCKS[0]):
+            self._backbone.hidden_size_per_layer_input = 0  # made by `PerLayerInputs`
         self._recorders = recorders
         self._make_tables(config)
         self._find_answer()
@@ -97,7 +110,8 @@ class Skeleton:
         """What is left of the backbone: everything else in it with parameters must be the norm after the blocks."""
         backbone = model.get_submodule(parent)
         known = {id(self.blocks), id(model.get_input_embeddings())}  # type: ignore[operator]
-        rest = [n for n, m in backbone.named_children() if id(m) not in known and _is_norm(n, m)]
+        children = [(n, m) for n, m in backbone.named_children() if n not in BESIDE_BLOCKS]
+        rest = [n for n, m in children if id(m) not in known and _is_norm(n, m)]
         own = [n for n, _ in backbone.named_parameters(recurse=False)]
         if len(rest) != 1 or own:
             found = ", ".join([*rest, *own]) or "nothing"

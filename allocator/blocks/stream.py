@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from allocator.blocks.finite import first_not_finite, require_finite
 from allocator.blocks.hf_model import build_skeleton, open_config
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.per_layer_inputs import PerLayerInputs
+from allocator.blocks.side_states import SideStates
 from allocator.blocks.skeleton import Skeleton
 from allocator.blocks.structure import as_stored, cut_rows, name_as_stored
-from allocator.blocks.tensors import read_tensor
+from allocator.blocks.tensors import read_rows, read_tensor
 from allocator.contract.errors import InputError
 from allocator.model import Inventory
 from allocator.model.other_names import SCORE_NAME
@@ -36,6 +38,7 @@ class BlockStream:
     """The source model in pieces: embedding, decoder blocks, final norm and head. Weights in float32.
 
     Only the structure of the whole model is built (on the meta device); `block(i)` materialises one block.
+    States between blocks are `[B, T, W]`: hidden states `[B, T, D]` and, where blocks need any, `side_states` behind.
     """
 
     def __init__(self, inventory: Inventory, device: str | torch.device = "cpu") -> None:
@@ -45,6 +48,9 @@ class BlockStream:
         self._skeleton = Skeleton(build_skeleton(inventory.folder, config), config, self.device)
         self._modules = {module.role: module.name for module in inventory.modules if module.block is None}
         self._stored = {t.name for t in (*(m.tensor for m in inventory.modules), *inventory.others)}
+        self.side_states = SideStates.of(inventory)
+        backbone = self._skeleton.backbone
+        self._per_layer_inputs = PerLayerInputs(backbone, self._rows_beside) if self.side_states.by_token else None
 
     @property
     def blocks(self) -> int:
@@ -55,10 +61,14 @@ class BlockStream:
         return read_tensor(self.inventory.tensor(name), self.device)
 
     def embed(self, token_ids: Tensor, table: Tensor | None = None) -> Tensor:
-        """Hidden states `[B, T, D]` before the first block; token_ids int64 `[B, T]`. `table` `[V, D]` in place of the
-        model's embedding."""
+        """States before the first block; token_ids int64 `[B, T]`; `table` `[V, D]` in place of the model's rows."""
         if table is None:
             table = self.read(f"{self._modules['embedding']}.weight")
+        token_ids = token_ids.to(self.device)
+        return self.side_states.begin(self.embedded(token_ids, table), token_ids)
+
+    def embedded(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of `table` `[V, D]` as the first block takes them: `[..., D]`."""
         return nn.functional.embedding(token_ids.to(self.device), table).float() * self.embedding_scale
 
     @property
@@ -87,15 +97,24 @@ class BlockStream:
         layer.block_index = index  # type: ignore[assignment]
         return layer.eval().requires_grad_(False)
 
-    def run(self, block: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """The block's output `[B, T, D]` on `hidden`, with `weights` (by parameter name) in place of its own."""
-        call = self._skeleton.call(self._index_of(block), *hidden.shape[:2])
+    def run(self, block: nn.Module, states: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The states after `block`, `[B, T, W]`, with `weights` (by parameter name) in place of its own."""
+        index, side = self._index_of(block), self.side_states
+        call = self._skeleton.call(index, *states.shape[:2])
+        changes: dict[str, Any] = {"shared_kv_states": side.keys(states)} if side.shared else {}
+        if self._per_layer_inputs is not None:
+            tokens = side.tokens(states, self._per_layer_inputs.vocabulary)
+            own = self._per_layer_inputs.of_block(index, tokens, side.embedded(states, index))
+            changes["per_layer_input"] = own
+        if changes:
+            call = call.changed(block, changes)
+        hidden = side.hidden(states)
         if weights is None:
             output = block(hidden, *call.arguments, **call.keywords)
         else:
             output = torch.func.functional_call(block, weights, (hidden, *call.arguments), call.keywords)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return side.after(states, index, after, changes.get("shared_kv_states")) if changes else after
 
     def _index_of(self, block: nn.Module) -> int:
         index: Any = block.block_index
@@ -167,17 +186,25 @@ class BlockStream:
     def norm(self) -> nn.Module:
         """The final norm: from the states after the last block to the input of the lm_head, scaled as logits are."""
         norm: nn.Module = copy.deepcopy(self._skeleton.norm)
-        name = f"{self._norm_prefix()}."
+        name = f"{self._beside_blocks(self._skeleton.norm_name.rpartition('.')[2])}."
         norm.load_state_dict({part: self.read(name + part).float() for part in norm.state_dict()}, assign=True)
+        parts = OrderedDict(norm=norm)
+        if self.side_states.width != self.side_states.hidden_size:
+            parts = OrderedDict(hidden=_Hidden(self.side_states), norm=norm)
         if self._skeleton.logit_scale != 1:
-            norm = nn.Sequential(OrderedDict(norm=norm, scale=_Scale(self._skeleton.logit_scale)))
-        return norm.eval().requires_grad_(False)
+            parts["scale"] = _Scale(self._skeleton.logit_scale)
+        whole = norm if len(parts) == 1 else nn.Sequential(parts)
+        return whole.eval().requires_grad_(False)
 
-    def _norm_prefix(self) -> str:
-        """The norm's name in the files: it stands beside the blocks."""
+    def _beside_blocks(self, leaf: str) -> str:
+        """The name in the files of a module that stands beside the blocks."""
         beside = self.inventory.block_prefix(0).rpartition(".0.")[0].rpartition(".")[0]
-        leaf = self._skeleton.norm_name.rpartition(".")[2]
         return f"{beside}.{leaf}" if beside else leaf
+
+    def _rows_beside(self, leaf: str, rows: slice) -> Tensor:
+        stored = self.inventory.tensor(f"{self._beside_blocks(leaf)}.weight")
+        # Whole tensors are mapped into memory, where they are: what is not used of them takes none.
+        return read_tensor(stored) if rows == slice(None) else read_rows(stored, rows)
 
     def head_weight(self) -> Tensor:
         """The weight of the lm_head, float32 `[V, D]`: that of the embedding in a tied model.
@@ -208,6 +235,17 @@ class BlockStream:
         if self.softcap is not None:
             parts["softcap"] = _Softcap(self.softcap)
         return nn.Sequential(parts).eval().requires_grad_(False)
+
+
+class _Hidden(nn.Module):
+    """The hidden states of states that have more behind them."""
+
+    def __init__(self, side_states: SideStates) -> None:
+        super().__init__()
+        self._side_states = side_states
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self._side_states.hidden(states)
 
 
 class _Scale(nn.Module):

@@ -48,6 +48,10 @@ _OF_THE_PROJECTOR = ("spatial_merge_size",)
 Blocks = Literal["all", "dense", "sparse"]
 """In which blocks a tensor occurs: those without (dense) or with (sparse) experts."""
 
+Keys = Literal["own", "shared"]
+"""Whether a block makes its keys and values or attends to those of an earlier one, as the last ones of a model do whose
+config says how many (`num_kv_shared_layers`)."""
+
 
 class NamedShape(Strict):
     """A module outside the blocks, and its weight's shape `[out_features, in_features]`.
@@ -64,8 +68,8 @@ class Linear(Strict):
     """A module inside the blocks; `{e}` in its name is the number of an expert.
 
     `split` is how tensor parallelism cuts it, `fused` the vLLM layer it becomes a part of. It exists in `blocks` of
-    one of the `kinds` (None: of any), if the config key `when` has a value, and not if `unless` has one. `why_16` says
-    why no server can hold it below 16 bits.
+    one of the `kinds` (None: of any) with `keys` of their own or shared (None: both), if the config key `when` has a
+    value, and not if `unless` has one. `why_16` says why no server can hold it below 16 bits.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Linear(Strict):
     fused: str | None = None
     blocks: Blocks = "all"
     kinds: list[str] | None = None
+    keys: Keys | None = None
     when: str | None = None
     unless: str | None = None
     why_16: str | None = None
@@ -92,6 +97,7 @@ class OtherTensor(Strict):
     split: Split = "replicated"
     blocks: Blocks = "all"
     kinds: list[str] | None = None
+    keys: Keys | None = None
     repeat: str | None = None
     when: str | None = None
     unless: str | None = None
@@ -121,13 +127,14 @@ class ExpertKeys(Strict):
     of experts which are stored together.
 
     `blocks` says which blocks have them: `all`, those of the kind `kind`, or the config key that says it
-    (`decoder_sparse_step`, `first_k_dense_replace`). If `when` is given, only models that have that config key.
+    (`decoder_sparse_step`, `interleave_moe_layer_step`, `first_k_dense_replace`). If `when` is given, only models that
+    have that config key, which may be `count`.
     """
 
     count: str
     per_token: str
     size: str
-    blocks: Literal["all", "kind", "decoder_sparse_step", "first_k_dense_replace"]
+    blocks: Literal["all", "kind", "decoder_sparse_step", "interleave_moe_layer_step", "first_k_dense_replace"]
     kind: str | None = None
     when: str | None = None
     layout: ExpertLayout = "rows"
@@ -140,9 +147,9 @@ class Architecture(Strict):
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
     why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
     names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
-    `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `without`: config keys that a
-    model must not have a value for, and why. `of_full_attention`: config keys whose values are, in configs that list
-    what differs by block (`per_layer_config`), those of other keys in the blocks of full attention.
+    `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `of_full_attention`: config keys
+    whose values are, in configs that list what differs by block (`per_layer_config`), those of other keys in the blocks
+    of full attention.
 
     `head`: what stands behind the last block.
     """
@@ -162,7 +169,6 @@ class Architecture(Strict):
     text_config: bool = False
     length_is_stretched: bool = False
     plan_only: str | None = None
-    without: dict[str, str] = Field(default_factory=dict)
     of_full_attention: dict[str, str] = Field(default_factory=dict)
     beside: list[str] = Field(default_factory=list)
     head: Head = "tokens"
@@ -176,9 +182,6 @@ class Architecture(Strict):
                 raise InputError(f"config.json: text_config must be an object, given {text!r:.40}")
             beside = {key: config[key] for key in _OF_THE_PROJECTOR if key in config}
             language = {**beside, **text, **{key: value for key, value in config.items() if isinstance(value, dict)}}
-        for key, reason in self.without.items():
-            if self.has(key, language):
-                raise InputError(f"config.json: a model with {key} cannot be learned: {reason}")
         return {**self._of_full_attention(language), **language} if self.of_full_attention else language
 
     def _of_full_attention(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +255,17 @@ class Architecture(Strict):
             return bool(block >= dense and block % self._config_value("moe_layer_freq", config) == 0)
         if block in (config.get("mlp_only_layers") or ()):
             return False
-        return (block + 1) % self._config_value("decoder_sparse_step", config) == 0
+        if isinstance(listed := config.get("moe_layers"), list):  # Llama 4
+            return block in listed
+        return (block + 1) % self._config_value(self.experts.blocks, config) == 0
+
+    def shares_keys(self, blocks: int, config: dict[str, Any]) -> list[bool]:
+        """Whether each block attends to keys and values of an earlier one."""
+        number = config.get("num_kv_shared_layers")
+        number = self.defaults.get("num_kv_shared_layers", 0) if number is None else number
+        if type(number) is not int or not 0 <= number < blocks:
+            raise InputError(f"config.json: num_kv_shared_layers must be below {blocks}, given {number!r:.40}")
+        return [block >= blocks - number for block in range(blocks)]
 
     def kinds(self, blocks: int, config: dict[str, Any]) -> list[str | None]:
         """Of what kind each block is, None where the architecture has one kind only."""

@@ -152,7 +152,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
     language = rules.language(config)
     blocks = rules.blocks(language)
     sparse = [rules.is_sparse(i, language) for i in range(blocks)]
-    places = _Places(sparse, rules.kinds(blocks, language))
+    places = _Places(sparse, rules.kinds(blocks, language), rules.shares_keys(blocks, language))
     tied = language.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is not None and not isinstance(tied, bool):
         raise InputError(f"config.json: tie_word_embeddings must be true or false, given {tied!r}")
@@ -215,18 +215,20 @@ def _outside(
 
 @dataclass(frozen=True)
 class _Places:
-    """Of each block, whether it has experts, and its kind."""
+    """Of each block, whether it has experts, its kind, and whether it shares keys of another."""
 
     sparse: list[bool]
     kinds: list[str | None]
+    shared: list[bool]
 
     def of(self, rule: Linear | OtherTensor) -> tuple[int, ...]:
         """The blocks that have the tensor of `rule`."""
         return tuple(
             i
-            for i, (is_sparse, kind) in enumerate(zip(self.sparse, self.kinds, strict=True))
+            for i, (is_sparse, kind, shares) in enumerate(zip(self.sparse, self.kinds, self.shared, strict=True))
             if (rule.blocks == "all" or is_sparse == (rule.blocks == "sparse"))
             and (rule.kinds is None or kind in rule.kinds)
+            and (rule.keys is None or shares == (rule.keys == "shared"))
         )
 
 

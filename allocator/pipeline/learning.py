@@ -12,6 +12,7 @@ from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.calibration.sequences import FULL_FROM_PARAMETERS
 from allocator.blocks.hf_model import open_config, open_tokenizer
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.side_states import state_width
 from allocator.contract.bank import Bank, ModelReference
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
@@ -177,7 +178,7 @@ def _prepared(
         inventory, formats, statistics, task.learning, task.tokens, bank is not None, task.rounding, task.sequences
     )
     progress.plan(steps)
-    hidden = HiddenStates(folder.hidden, task.sequences, task.length, inventory.shape.hidden_size)
+    hidden = HiddenStates(folder.hidden, task.sequences, task.length, state_width(inventory))
     run = CalibrationRun(BlockStream(inventory, compute_device()), calibration, hidden, progress, folder.journal)
     return in_order(run, task.candidates.cut(inventory), bank, task.candidates.group_size)
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 
+from allocator.blocks.side_states import state_width
 from allocator.contract.bank import candidate_tensors
 from allocator.contract.errors import InputError
 from allocator.contract.layout import ModuleFormat
@@ -31,7 +32,7 @@ def learning_bytes(
 ) -> int:
     """Bytes of the hidden states of `tokens`, of gradients, and of what the journal and the scores keep of errors."""
     # Of gradients, which take half of what states take, two boundaries a draw are there at a time.
-    states = 4 * tokens * inventory.shape.hidden_size * (inventory.blocks + 1 + learning.draws)
+    states = 4 * tokens * state_width(inventory) * (inventory.blocks + 1 + learning.draws)
     candidates = sum(map(len, formats.values()))
     errors = 2 * candidates * min(tokens * learning.draws, learning.pair_samples)
     # A file a module in the bank's journal, and what frames its errors among those measured, which is less.

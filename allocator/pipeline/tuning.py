@@ -12,6 +12,7 @@ from allocator.blocks import BlockStream
 from allocator.blocks.calibration import Calibration
 from allocator.blocks.calibration.calibration_run import CalibrationRun
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.side_states import state_width
 from allocator.contract.bank import BANK_NAME, Bank
 from allocator.contract.errors import ContractError, InputError
 from allocator.contract.manifest import Manifest, Tuning
@@ -127,7 +128,7 @@ def _fingerprint(request: TuneRequest, text: Calibration, quantizer: str) -> Run
 
 def _run(inventory: Inventory, text: Calibration, folder: WorkFolder, progress: Progress) -> CalibrationRun:
     sequences, length = text.token_ids.shape
-    hidden = HiddenStates(folder.hidden, sequences, length, inventory.shape.hidden_size)
+    hidden = HiddenStates(folder.hidden, sequences, length, state_width(inventory))
     return CalibrationRun(BlockStream(inventory, compute_device()), text, hidden, progress, folder.journal)
 
 

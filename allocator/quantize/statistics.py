@@ -108,5 +108,5 @@ def vocabulary_moments(
         factor = stream.embedding_scale / math.sqrt(len(gradients))  # the mean of their products, not the sum
         for store in gradients:
             for part in parts:
-                sums[embedding].add(store.boundary(0)[part].to(stream.device) * factor)
+                sums[embedding].add(stream.side_states.hidden(store.boundary(0)[part]).to(stream.device) * factor)
     return sums

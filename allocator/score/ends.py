@@ -40,7 +40,7 @@ class Ends:
 
 def few_tokens(stream: BlockStream) -> Tensor:
     """States, and gradients at what a block makes of them, to find out how it is built: random, `[2, 1, T, D]`."""
-    shape = (2, 1, _FEW_TOKENS, stream.inventory.shape.hidden_size)
+    shape = (2, 1, _FEW_TOKENS, stream.side_states.width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stream.device)
 
 

@@ -105,8 +105,9 @@ def _add_embedding(
         changes = [bank.rows(name, form, tokens).to(stream.device) - own for form in formats]
         for n, place in zip(group, torch.split(places, [len(of_batch) for of_batch in ids]), strict=True):
             gradients = text.teacher.gradients_at(stream, 0, text.batches[n]).flatten(1, 2)
+            gradients = stream.side_states.hidden(gradients)
             for number, change in enumerate(changes):
-                errors = stream.embed(place, change)
+                errors = stream.embedded(place, change)
                 for probe, gradient in enumerate(gradients):
                     sums[n][number, probe] += (gradient * errors).sum(-1).cpu()
 

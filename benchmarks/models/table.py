@@ -58,8 +58,9 @@ without images too. Where it has a class for the language model alone that does 
 by name.
 
 What vLLM builds without a quantization config stays at 16 bits, embeddings and lm_heads of some families among it;
-`gamma inspect` says so of each module. *but experts* means that the experts are stored in a way that is not cut into
-modules, and are copied: only the rest is quantized.
+`gamma inspect` says so of each module. Embeddings that each block has of its own (Gemma 4 E2B and E4B) are copied at 16
+bits too, which is about half of such a model. *but experts* means that the experts are stored in a way that is not cut
+into modules, and are copied: only the rest is quantized.
 
 | architecture | inspect | learn | serve on CPU | serve on CUDA | since vLLM |
 |---|---|---|---|---|---|

@@ -1,6 +1,5 @@
 """Every family runs block by block as transformers runs it whole, is learned, and its checkpoint is the model again."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,19 +11,19 @@ from transformers import AutoModelForCausalLM
 from allocator.blocks import BlockStream
 from allocator.blocks.hf_model import open_model
 from allocator.blocks.hidden_states import HiddenStates
+from allocator.blocks.side_states import state_width
 from allocator.blocks.tensors import read_rows, read_tensor
 from allocator.evaluate import load_dequantized
 from allocator.model import model_digest, read_inventory
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.score import LearningSettings
-from tests.families import FAMILIES, LIKE_OTHERS, WRAPPERS, make_family, make_wrapper
+from tests.families import FAMILIES, WRAPPERS, chosen, make_family, make_wrapper
 
 STACKED = ("gate_proj", "up_proj", "down_proj")
 CANDIDATES = CandidateSettings(quantizer="rtn", widths=(2, 4, 16), group_size=32, sequences=2, sequence_length=16)
 LEARNING = LearningSettings(draws=2, batch_tokens=64)
 RUN = [family for family in FAMILIES if family != "phi"]
-ALL = os.environ.get("GAMMA_FAMILIES") == "all"
-LEARNED = [family for family in RUN if ALL or family not in LIKE_OTHERS]
+LEARNED = chosen(RUN)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +45,27 @@ def test_block_by_block_the_logits_are_those_of_transformers(name: str, family, 
     assert inventory.parameters + sum(o.nbytes for o in inventory.others) // 2 == inventory.shape.parameters
     stream = BlockStream(inventory)
     tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
-    hidden = HiddenStates(tmp_path, 2, 40, 128)
+    hidden = HiddenStates(tmp_path, 2, 40, state_width(inventory))
     stream.fill(hidden, tokens)
     model = AutoModelForCausalLM.from_pretrained(inventory.folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(tokens).logits
         torch.testing.assert_close(stream.head()(hidden.boundary(stream.blocks)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_go_by_embeddings_of_each_block_and_by_shared_keys_too(family) -> None:
+    inventory = read_inventory(family("gemma4_small"))
+    stream, model = BlockStream(inventory), open_model(inventory.folder)
+    tokens = torch.randint(0, 320, (2, 30), generator=torch.Generator().manual_seed(0))
+    above = torch.randn(2, 30, 320, generator=torch.Generator().manual_seed(1))
+    rows: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: rows.append(output))
+    (expected,) = torch.autograd.grad(model(tokens).logits, rows, above)
+    begin = states = stream.embed(tokens).requires_grad_(True)
+    for index in range(stream.blocks):
+        states = stream.run(stream.block(index), states)
+    (found,) = torch.autograd.grad(stream.head()(states), begin, above)
+    torch.testing.assert_close(stream.side_states.hidden(found), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LEARNED)

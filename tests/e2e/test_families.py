@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 from tests.e2e.conftest import mixed_with_vocabulary, succeeded  # noqa: E402
 from tests.families import (  # noqa: E402
     FAMILIES,
-    LIKE_OTHERS,
     NOT_SERVED,
     NOT_TRIED,
     SERVED_AS,
     SERVED_WITH,
+    chosen,
     make_family,
     make_wrapper,
 )
@@ -25,8 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 OPTIONS = {"skip_tokenizer_init": True}
 PROMPTS = [[3, 9, 27, 81, 100, 7] * 6, [5, 6]]  # the first is longer than the windows
-ALL = os.environ.get("GAMMA_FAMILIES") == "all"
-SERVED = [name for name in FAMILIES if name not in (*NOT_SERVED, *NOT_TRIED) and (ALL or name not in LIKE_OTHERS)]
+SERVED = chosen(name for name in FAMILIES if name not in (*NOT_SERVED, *NOT_TRIED))
 
 
 def _groups_of_32(module: str) -> tuple[int, int, bool]:
@@ -34,7 +33,8 @@ def _groups_of_32(module: str) -> tuple[int, int, bool]:
     return num_bits, 32, symmetric
 
 
-UNSERVED = [name for name in NOT_SERVED if ALL or name == "nemotron_h_moe"]
+UNSERVED = chosen(NOT_SERVED) if "GAMMA_FAMILIES" in os.environ else ["nemotron_h_moe"]
+WHOLE = chosen(SERVED_AS)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def answers(tmp_path_factory, serving, run_engines):
         jobs.append({"name": f"{name} transformers", "model": str(plain), "steps": steps})
         engine = {"kernel": "torch", "options": OPTIONS | SERVED_WITH.get(name, {})}
         jobs.append({"name": f"{name} vllm", "model": str(gamma), "steps": steps} | engine)
-    for name, architecture in SERVED_AS.items():
+    for name in WHOLE:
         model, gamma, plain = (folder / name / kind for kind in ("model", "gamma", "plain"))
         make_checkpoint(make_wrapper(name, model), gamma, _groups_of_32)
         write_dequantized(gamma, plain)
-        engine = {"kernel": "torch", "options": OPTIONS | {"hf_overrides": {"architectures": [architecture]}}}
+        engine = {"kernel": "torch", "options": OPTIONS | {"hf_overrides": {"architectures": [SERVED_AS[name]]}}}
         jobs.append({"name": f"{name} transformers", "model": str(plain), "steps": steps})
         jobs.append({"name": f"{name} vllm", "model": str(gamma), "steps": steps} | engine)
     for name in UNSERVED:
@@ -69,7 +69,7 @@ def test_greedy_tokens_equal_those_of_transformers(answers, name):
     assert succeeded(answers[f"{name} vllm"]) == succeeded(answers[f"{name} transformers"])
 
 
-@pytest.mark.parametrize("name", SERVED_AS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_language_model_of_a_multimodal_one_is_served_alone(answers, name):
     """With vLLM's `--hf-overrides`: its CPU build does not bring what towers need."""
     assert succeeded(answers[f"{name} vllm"]) == succeeded(answers[f"{name} transformers"])

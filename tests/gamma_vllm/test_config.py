@@ -81,8 +81,20 @@ def test_a_layer_without_an_entry_is_refused(gamma):
     config = gamma({"a.q_proj": EIGHT, "a.v_proj": EIGHT})
     with pytest.raises(ContractError, match=r"layer a\.qkv_proj: .* no entry for a\.k_proj;"):
         config.get_quant_method(of_type("LinearBase"), "a.qkv_proj")
-    with pytest.raises(ContractError, match=r"layer a\.o_proj: .* no entry for a\.o_proj;"):
-        config.get_quant_method(of_type("LinearBase"), "a.o_proj")
+    with pytest.raises(ContractError, match=r"layer a\.1\.o_proj: .* no entry for a\.1\.o_proj;"):
+        config.get_quant_method(of_type("LinearBase"), "a.1.o_proj")
+
+
+def test_what_stands_beside_the_blocks_needs_no_entries(gamma):
+    """As what makes Gemma 4's embeddings of each block."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    config = gamma({"model.embed_tokens": EIGHT, "model.layers.0.o_proj": EIGHT})
+    beside = config.get_quant_method(of_type("LinearBase"), "model.per_layer_model_projection")
+    assert isinstance(beside, UnquantizedLinearMethod)
+    table = config.get_quant_method(of_type("VocabParallelEmbedding"), "model.embed_tokens_per_layer")
+    assert isinstance(table, UnquantizedEmbeddingMethod)
 
 
 def test_a_vision_tower_beside_the_language_model_needs_no_entries(gamma):
@@ -91,8 +103,8 @@ def test_a_vision_tower_beside_the_language_model_needs_no_entries(gamma):
     config = gamma({"language_model.model.a.o_proj": EIGHT})
     tower = config.get_quant_method(of_type("LinearBase"), "vision_tower.layers.0.self_attn.qkv_proj")
     assert isinstance(tower, UnquantizedLinearMethod)
-    with pytest.raises(ContractError, match=r"no entry for language_model\.model\.b\.o_proj"):
-        config.get_quant_method(of_type("LinearBase"), "language_model.model.b.o_proj")
+    with pytest.raises(ContractError, match=r"no entry for language_model\.model\.1\.o_proj"):
+        config.get_quant_method(of_type("LinearBase"), "language_model.model.1.o_proj")
 
 
 def experts_layer():
@@ -101,6 +113,15 @@ def experts_layer():
     names = {"ckpt_gate_proj_name": "gate_proj", "ckpt_up_proj_name": "up_proj", "ckpt_down_proj_name": "down_proj"}
     layer.__dict__ |= {"moe_config": moe} | names
     return layer
+
+
+def test_a_layer_that_vllm_names_after_another_parent_has_the_format_of_its_weights(gamma):
+    """As vLLM calls `mamba` of Granite's hybrid models `mixer`."""
+    config = gamma({"model.layers.1.mamba.in_proj": EIGHT, "model.layers.1.mlp.up_proj": SIXTEEN})
+    method = config.get_quant_method(of_type("LinearBase"), "model.layers.1.mixer.in_proj")
+    assert [module.name for module in method.modules] == ["model.layers.1.mamba.in_proj"]
+    with pytest.raises(ContractError, match=r"mixer\.out_proj: quantization_config has no entry"):
+        config.get_quant_method(of_type("LinearBase"), "model.layers.1.mixer.out_proj")
 
 
 def test_experts_get_a_method_that_knows_the_modules_of_each(gamma):

@@ -16,10 +16,15 @@ Trace = tuple[int, ...]
 
 class Expressions:
     """Sums of products and quotients of config keys. `keys` has the trace of each key, `constant` the keys that
-    have one value in all models, `derived` the traces of sizes that are computed in another way."""
+    have one value in all models, `derived` the traces of sizes that are computed in another way. A size may be
+    `times` a number that is the same in all models, by the key that says it, but not that number alone."""
 
     def __init__(
-        self, keys: Mapping[str, Trace], constant: Mapping[str, int], derived: Mapping[str, Trace] | None = None
+        self,
+        keys: Mapping[str, Trace],
+        constant: Mapping[str, int],
+        derived: Mapping[str, Trace] | None = None,
+        times: Mapping[str, int] | None = None,
     ) -> None:
         self._models = len(next(iter(keys.values())))
         singles = {name: trace for name, trace in keys.items() if len(set(trace)) == self._models}
@@ -44,6 +49,11 @@ class Expressions:
             (_multiply(trace, b), f"{text}*{n}")
             for trace, text in [(_multiply(a, b), f"{m}*{n}") for (m, a), (n, b) in pairs]
             for n, b in singles.items()
+        ]
+        triples += [
+            (_multiply(trace, (number,) * self._models), f"{key}*{name}")
+            for key, number in (times or {}).items()
+            for name, trace in singles.items()
         ]
         self._terms = _shortest([*((t, n) for t, n in self._simple.items()), *quotients, *products])
         self._rare = _shortest(triples)

@@ -10,8 +10,9 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
+from allocator.blocks.discovery import told
 from allocator.blocks.discovery.expressions import Expressions, Trace
-from allocator.blocks.discovery.layer_kinds import layer_kinds_rule
+from allocator.blocks.discovery.layer_kinds import layer_kinds_rule, window_rule
 from allocator.blocks.discovery.probes import BLOCKS, PROBES, Probe, blocks_key, config_class, probe, sizes_of
 from allocator.blocks.discovery.switches import with_switches
 from allocator.blocks.discovery.tensors import (
@@ -23,7 +24,6 @@ from allocator.blocks.discovery.tensors import (
     parent_name,
     probed_tensors,
 )
-from allocator.blocks.discovery.told import BY_KIND, FIXED, KINDS, WITHOUT, default_of, value_of
 from allocator.blocks.discovery.vllm_source import ServedModel, served_model
 from allocator.contract.errors import InputError
 from allocator.contract.resident import Split
@@ -47,12 +47,6 @@ _BY_TRANSFORMERS = {"qkv_proj": list(_QKV), "gate_up_proj": ["gate_proj", "up_pr
 """What vLLM fuses where it runs the code of transformers."""
 _ALWAYS_GIVEN = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
 """Every config.json has them, but for those whose language model is a part: it leaves out what is default."""
-_SPARSE_RULES: dict[str, dict[str, Any]] = {
-    "all": {},
-    "first_k_dense_replace": {"first_k_dense_replace": 3},
-    "num_dense_layers": {"num_dense_layers": 3},
-    "decoder_sparse_step": {"decoder_sparse_step": 2},
-}
 
 
 def find_architecture(model_type: str, architecture: str, inside_another: bool = False) -> Architecture:
@@ -84,15 +78,15 @@ class _Finder:
         self.model_class = getattr(transformers, architecture, None)
         if self.model_class is None:
             raise InputError(f"{architecture}: transformers has no class of this name")
-        self.by_kind, self.without = BY_KIND.get(model_type, {}), WITHOUT.get(model_type, {})
-        fixed = FIXED.get(model_type, {})
+        self.by_kind = told.BY_KIND.get(model_type, {})
+        fixed = told.FIXED.get(model_type, {})
         self.sizes = {k: v for k, v in sizes_of(self.kind, self.by_kind).items() if k not in fixed}
         self.sparse = {
-            key: value for rule in _SPARSE_RULES.values() for key, value in rule.items() if key in self.known
+            key: value for rule in told.SPARSE_RULES.values() for key, value in rule.items() if key in self.known
         } | fixed
-        self.mixes_kinds = model_type in KINDS
+        self.mixes_kinds = model_type in told.KINDS
         if self.mixes_kinds:
-            self._mix_kinds(KINDS[model_type])
+            self._mix_kinds(told.KINDS[model_type])
         self.probes = self._probes({})
         if set(self.probes[0].layer_kinds or ()) == {"linear_attention"}:
             # Without attention by default: with it, every second block shows what that has.
@@ -103,13 +97,13 @@ class _Finder:
         constant = {
             name: value
             for name in sorted(self.known - self.sizes.keys())
-            if type(value := value_of(self.first.config, name)) is int and name not in ("num_hidden_layers",)
+            if type(value := told.value_of(self.first.config, name)) is int and name not in ("num_hidden_layers",)
         }
         self.derived = {key: size for key, size in DERIVED.items() if set(size.of) <= self.known}
         computed = {
             key: tuple(size.size(p.config.to_dict()) for p in self.probes) for key, size in self.derived.items()
         }
-        self.expressions = Expressions(self.sizes, constant, computed)
+        self.expressions = Expressions(self.sizes, constant, computed, {"num_hidden_layers": BLOCKS})
         self.modules: dict[str, ProbedTensor] = {}
         self.every: list[ProbedTensor] = []
         self.experts: Trace = ()
@@ -143,18 +137,18 @@ class _Finder:
             "others": others,
             "experts": experts,
             "tied_by_default": bool(getattr(self.kind(), "tie_word_embeddings", False)),
-            "window": self._window(),
+            "window": window_rule(self.kind, self.first.layer_kinds, self.served.windows_by_layer),
             "plan_only": plan_only,
             "attention": "mla" if "kv_lora_rank" in self.known else "grouped",
             "defaults": {},
-            "without": self.without,
             "of_full_attention": self.by_kind,
         }
         if [self._text(trace) for trace in shapes[embedding]] != where:
             raise InputError(f"{self.architecture}: its embedding is not one row of hidden_size a token")
         of_layers = set(self.first.layer_kinds or ())
-        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim", *self.without}
+        self.used |= {"num_attention_heads", "num_key_value_heads", "head_dim"}
         self.used |= {"max_position_embeddings", "original_max_position_embeddings"}  # LongRoPE
+        self.used |= {"sliding_window"} & self.known
         by_kind = any("kinds" in rule for rule in linears + others) or rules["window"] == "pattern"
         if by_kind or of_layers - {"full_attention", "sliding_attention"}:
             rules["layer_kinds"] = layer_kinds_rule(self.kind, self.first.layer_kinds or [], self.mixes_kinds)
@@ -248,6 +242,11 @@ class _Finder:
         if fused is None:
             return [rule | self._alone(leaf) | where]
         whole, split, when = fused
+        keys = {b for t in self._named(f"{parent_name(tensor.name)}.k_proj") for b in t.blocks}
+        if leaf == "q_proj" and (lonely := tuple(b for b in tensor.blocks if b not in keys)):
+            own = replace(tensor, blocks=tuple(b for b in tensor.blocks if b in keys))
+            shared = replace(tensor, blocks=lonely)
+            return [*self._linear(own, sparse), rule | self._alone(leaf) | self._where(shared, sparse)]
         if leaf == "k_proj" and self._are_values(tensor):
             split = "key_value"
         together = rule | {"split": split, "fused": f"{parent}.{whole}" if parent else whole}
@@ -263,16 +262,25 @@ class _Finder:
             beside = [self.modules.get(f"{parent}.{part}") for part in parts]
             if leaf not in parts or len(parts) < 2 or None in beside:
                 continue
-            when = next((t.when for t in beside if t is not None and t.when is not None), None)
+            when = next((key for part in parts if (key := self._condition(f"{parent}.{part}"))), None)
             if list(parts) == list(_QKV):
                 return whole, "kv" if leaf in _QKV[1:] else "column", when
             known = self.served.by_transformers or whole in self.served.layers
             return whole, "column" if known else "replicated", when
         return None
 
+    def _named(self, module: str) -> list[ProbedTensor]:
+        """Its tensors of all kinds of blocks."""
+        return [t for t in self.every if module_name(t) == module]
+
+    def _condition(self, module: str) -> str | None:
+        """The key without which the module is in no block."""
+        keys = {t.when for t in self._named(module)}
+        return keys.pop() if len(keys) == 1 else None
+
     def _are_values(self, keys: ProbedTensor) -> bool:
         """Whether the keys are the values too: no values stand beside them where they are."""
-        beside = [t for t in self.every if module_name(t) == f"{parent_name(keys.name)}.v_proj"]
+        beside = self._named(f"{parent_name(keys.name)}.v_proj")
         where = {b for t in beside if keys.when is None or t.unless != keys.when for b in t.blocks}
         return not where.intersection(keys.blocks)
 
@@ -307,6 +315,9 @@ class _Finder:
     def _other(self, tensor: ProbedTensor, sparse: set[int]) -> dict[str, Any]:
         rule: dict[str, Any] = {"name": tensor.name, "shape": [self._text(trace) for trace in tensor.shape]}
         parent, _, part = tensor.name.rpartition(".")
+        layer = None if tensor.blocks else self.served.layers.get(parent.rpartition(".")[2])
+        if layer is not None and layer.kind in (*_SPLITS, "VocabParallelEmbedding"):  # beside the blocks
+            rule["split"] = _SPLITS.get(layer.kind, "embedding")
         weight = self.modules.get(parent)
         if part == "bias" and weight is not None and (split := self._split(weight)) in ("column", "kv", "qkv"):
             rule["split"] = split
@@ -325,6 +336,8 @@ class _Finder:
         candidates: list[tuple[dict[str, Any], set[int]]] = []
         if sparse and dense:
             candidates += [({"blocks": "sparse"}, sparse), ({"blocks": "dense"}, dense)]
+        if shared := set(range(BLOCKS - (told.value_of(self.first.config, "num_kv_shared_layers") or 0), BLOCKS)):
+            candidates += [({"keys": "own"}, set(range(BLOCKS)) - shared), ({"keys": "shared"}, shared)]
         if kinds is not None:
             every = [set(range(BLOCKS)), *(s for _, s in candidates)]
             for rest, within in zip([{}, *(r for r, _ in candidates)], every, strict=True):
@@ -356,8 +369,8 @@ class _Finder:
         down = next(t for t in tensors if "{e}" in t.name and _EXPERT_LEAVES.get(t.name.split(".")[-2]) == "w2")
         if len(sparse) == BLOCKS:
             rule = "all"
-        elif "decoder_sparse_step" in self.known:
-            rule = "decoder_sparse_step"
+        elif every_nth := self.known.intersection(told.EVERY_NTH):
+            rule = every_nth.pop()
         elif (of_kind := self._kind_of(sparse)) is not None:
             rule = "kind"
         elif sparse == set(range(min(sparse), BLOCKS)):
@@ -403,7 +416,7 @@ class _Finder:
                 if key != "head_dim" and "head_dim" in self.known:
                     given["head_dim"] = self.sizes["head_dim"][number]
                 try:
-                    values.append(default_of(self.kind(**given), key, self.by_kind))
+                    values.append(told.default_of(self.kind(**given), key, self.by_kind))
                 except Exception:  # a class that cannot do without it has no default
                     values.append(None)
             if key == "head_dim" and None in values:
@@ -428,15 +441,3 @@ class _Finder:
         for size in self.derived.values():
             defaults |= size.defaults
         return {key: value for key, value in defaults.items() if value is not False and value != key}
-
-    def _window(self) -> str:
-        config = self.kind()
-        if "sliding_window" not in self.known:
-            return "none"
-        self.used.add("sliding_window")
-        if "use_sliding_window" in self.known:
-            return "use_sliding_window"
-        kinds = self.first.layer_kinds
-        if kinds is not None and self.served.windows_by_layer and "sliding_attention" in kinds:
-            return "pattern"
-        return "every" if isinstance(config.sliding_window, int) or "sliding_window" in self.known else "none"

@@ -6,7 +6,7 @@ from typing import Any
 
 from allocator.blocks.discovery.probes import BLOCKS, blocks_key
 
-__all__ = ["layer_kinds_rule"]
+__all__ = ["layer_kinds_rule", "window_rule"]
 
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
 
@@ -30,6 +30,16 @@ def layer_kinds_rule(config_class: Any, kinds: list[str], mixed: bool) -> dict[s
             key_of_period = next(others, None)
             return rule | ({"period_key": key_of_period} if key_of_period else {})
     return rule
+
+
+def window_rule(config_class: Any, kinds: list[str] | None, windows_by_layer: bool) -> str:
+    """Which layers see a sliding window. `kinds` are those of a probe; `windows_by_layer`: see `ServedModel`."""
+    known = {key.name for key in fields(config_class)}
+    if "sliding_window" not in known:
+        return "none"
+    if "use_sliding_window" in known:
+        return "use_sliding_window"
+    return "pattern" if windows_by_layer and "sliding_attention" in (kinds or ()) else "every"
 
 
 def _kinds_with(config_class: Any, changes: dict[str, Any]) -> list[str]:

@@ -1,19 +1,22 @@
 """Tensors that a model has for some values of a config key only: keys that are true or false, and sizes left out."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 from allocator.blocks.discovery.probes import Probe
 from allocator.blocks.discovery.tensors import ProbedTensor, probed_tensors
-from allocator.blocks.discovery.told import value_of
+from allocator.blocks.discovery.told import MAY_BE_ZERO, value_of
 from allocator.contract.errors import InputError
+from allocator.model.derived_sizes import DERIVED
+from allocator.model.expert_stacks import matrices_of
 
 __all__ = ["with_switches"]
 
 _NO_SWITCHES = ("tie_word_embeddings", "use_cache", "return_dict", "is_encoder_decoder", "output_hidden_states")
 _SIZES_OF_EXPERTS = ("num_experts", "moe_intermediate_size")
 """Left out, there are no experts; another key says that."""
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def with_switches(
@@ -24,7 +27,8 @@ def with_switches(
     usual = {(t.name, t.blocks): t for t in probed_tensors(probes)}
     gained: list[ProbedTensor] = []
     used: set[str] = set()
-    for key, other in _switches(kind, sizes, probes[0]):
+    everywhere = _has_experts_everywhere(usual.values())
+    for key, other in _switches(kind, sizes, probes[0], everywhere):
         if not _matters({key: other}, probes[0], build):
             continue
         changed = {(t.name, t.blocks): t for t in probed_tensors(build({key: other}))}
@@ -39,21 +43,34 @@ def with_switches(
     return [*usual.values(), *gained], used
 
 
-def _switches(kind: Any, sizes: Container[str], first: Probe) -> Iterator[tuple[str, bool | None]]:
-    """Keys that are true or false, and those of sizes that may be left out, with the other value of each."""
+def _has_experts_everywhere(tensors: Iterable[ProbedTensor]) -> bool:
+    with_experts = {b for t in tensors if "{e}" in t.name or matrices_of(t.name, "rows") for b in t.blocks}
+    return with_experts == {b for t in tensors for b in t.blocks}
+
+
+def _switches(
+    kind: Any, sizes: Container[str], first: Probe, experts_everywhere: bool
+) -> Iterator[tuple[str, bool | int | None]]:
+    """Keys that are true or false, those of sizes that may be left out, and the number of experts that all blocks have,
+    with the other value of each."""
     kept = ("head_dim", "num_key_value_heads", *_SIZES_OF_EXPERTS)
+    zeros = (*MAY_BE_ZERO, *(_COUNTS_OF_EXPERTS if experts_everywhere else ()))
+    computed_from = {key for size in DERIVED.values() for key in size.of}
     for key in fields(kind):
         value = value_of(first.config, key.name)
-        if isinstance(value, bool) and key.name not in _NO_SWITCHES:
+        if isinstance(value, bool) and key.name not in (*_NO_SWITCHES, *computed_from):
             yield key.name, not value
+        elif key.name in zeros and key.name in sizes:
+            yield key.name, 0
         elif key.name in sizes and "None" in str(key.type) and key.name not in kept:
             yield key.name, None
 
 
 def _matters(change: dict[str, Any], first: Probe, build: Callable[..., list[Probe]]) -> bool:
-    """Whether the model has other tensors with another value of a key."""
+    """Whether the model has other tensors, or of other shapes, with another value of a key."""
     try:
         (changed,) = build(change, 1)
     except InputError:
         return False
-    return changed.stored.keys() != first.stored.keys()
+    # No experts at all in blocks that are made for them is a model that nobody has.
+    return changed.stored != first.stored and all(map(all, changed.stored.values()))

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-__all__ = ["BY_KIND", "FIXED", "KINDS", "WITHOUT", "default_of", "value_of"]
+__all__ = [
+    "BY_KIND", "EVERY_NTH", "FIXED", "KINDS", "MAY_BE_ZERO", "SPARSE_RULES", "default_of", "value_of",
+]  # fmt: skip
 
 KINDS: dict[str, list[str]] = {
     # Of what kinds the blocks of a published model are; made without a list, the class has others or none.
@@ -15,21 +17,25 @@ BY_KIND: dict[str, dict[str, str]] = {
     "gemma4_text": {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"},
 }
 FIXED: dict[str, dict[str, Any]] = {
-    # Without what blocks run one by one cannot have, see `WITHOUT`; with experts, which it does not have by default.
+    # With what it does not have by default: experts, and blocks of both kinds with the keys of earlier ones.
     "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
+        "num_kv_shared_layers": 4,
         "attention_k_eq_v": True,
         "enable_moe_block": True,
         "top_k_experts": 2,
     },
 }
-WITHOUT: dict[str, dict[str, str]] = {
-    "gemma4_text": {
-        "hidden_size_per_layer_input": "its blocks are given embeddings of their own, by token",
-        "num_kv_shared_layers": "its blocks take keys and values from others",
-    },
+MAY_BE_ZERO = ("hidden_size_per_layer_input",)
+"""Sizes of what a model does not have where they are 0."""
+SPARSE_RULES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "first_k_dense_replace": {"first_k_dense_replace": 3},
+    "num_dense_layers": {"num_dense_layers": 3},
+    "decoder_sparse_step": {"decoder_sparse_step": 2},
+    "interleave_moe_layer_step": {"interleave_moe_layer_step": 2},
 }
+"""By the key that says which blocks have experts, values for which there are blocks of both sorts."""
+EVERY_NTH = ("decoder_sparse_step", "interleave_moe_layer_step")
 
 
 def value_of(config: Any, key: str) -> Any:

@@ -3,13 +3,13 @@
 What stands beside the language model, a vision tower and its projector, is copied and served untouched.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from allocator.blocks.discovery.probes import Probe, probe_of
 from allocator.blocks.discovery.tensors import single_experts
+from allocator.blocks.discovery.told import MAY_BE_ZERO
 from allocator.contract.errors import InputError
 from allocator.model.architectures import Architecture
 from allocator.model.shape import shape_of
@@ -25,7 +25,7 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     Raises InputError where its language model is not that of `text`.
     """
     try:
-        made = _built(model_type, architecture, text.without)
+        made = _built(model_type, architecture)
     except InputError:
         raise
     except Exception as error:  # transformers has as many ways to fail as it has models
@@ -46,6 +46,9 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     for other in rules["others"]:
         other["name"] = renamed(other["name"])
     rules["text_config"] = True
+    for key in MAY_BE_ZERO:  # the class has another default than that of the language model alone: without it
+        if not hasattr(made.config.get_text_config(), key):
+            rules["defaults"].pop(key, None)
     config = made.config.to_dict() | {"architectures": [architecture]}
     said = _names(shape_of(architecture, Architecture.model_validate(rules), config))
     stored = single_experts(made.stored, said, "rows" if text.experts is None else text.experts.layout)
@@ -60,9 +63,8 @@ def find_wrapper(model_type: str, architecture: str, text: Architecture) -> Arch
     return Architecture.model_validate(rules)
 
 
-def _built(model_type: str, architecture: str, without: Iterable[str]) -> Probe:
-    """A model of few blocks on the meta device, otherwise of the sizes that its config class has, but none of the keys
-    `without`."""
+def _built(model_type: str, architecture: str) -> Probe:
+    """A model of few blocks on the meta device, otherwise of the sizes that its config class has."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -71,8 +73,6 @@ def _built(model_type: str, architecture: str, without: Iterable[str]) -> Probe:
     left_out = [name for name in kind.sub_configs if getattr(kind(), name, None) is None]
     config: Any = kind(**{name: {} for name in left_out})
     language = config.get_text_config()
-    for key in without:
-        setattr(language, key, 0)
     language.num_hidden_layers, language.tie_word_embeddings = _BLOCKS, False
     config.tie_word_embeddings = False
     if getattr(language, "layer_types", None):
