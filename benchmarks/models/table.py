@@ -92,9 +92,10 @@ original; no test serves these.
 The MTP layers of Qwen3-Next, Qwen3.5, DeepSeek-V3, GLM-4.5 and others (`mtp.*`, or blocks after the last) are copied as
 they are, at 16 bits: `gamma inspect` names them, scores and manifest say their bytes (`predicting_bytes`, a part of
 `other_bytes`), so that a budget in bytes of the checkpoint counts them. vLLM loads them only with
-`--speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}'`; a plan does not count them. The answers are
-those without, at whatever widths the rest is; tried on vLLM's CPU build with GLM-4.5's (in the tests), Qwen3-Next's and
-DeepSeek-V3's (by hand).
+`--speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}'`; a plan does not count them. As many
+drafts are accepted as with dequantized weights, at whatever widths the rest is; tried on vLLM's CPU build with GLM-4.5's (in the
+tests, where the answers are those without too), Qwen3-Next's and DeepSeek-V3's (by hand; there vLLM's answers with drafts differ
+from those without, with dequantized weights as well).
 """
 
 
