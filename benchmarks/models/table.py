@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
-from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_AS, SERVED_WITH, WRAPPERS  # noqa: E402
+from tests.families import (  # noqa: E402
+    FAMILIES,
+    MODEL_TYPES,
+    NOT_NAMED,
+    NOT_SERVED,
+    NOT_TRIED,
+    SERVED_AS,
+    SERVED_WITH,
+    WRAPPERS,
+)
 
 PAGE = ROOT / "docs" / "models.md"
 ELSEWHERE = (
@@ -80,14 +89,13 @@ def backed() -> dict[str, str]:
 
 def row(name: str, families: dict[str, str], since: str) -> str:
     rules, kind = architecture_rules(name), families.get(name)
-    if rules.plan_only is not None:
+    if rules.plan_only is not None and rules.plan_only_when is None:
         return f"| {name} | yes | no: {rules.plan_only} | | | {since} |"
     if all(linear.why_16 is not None for linear in rules.linears):
         return f"| {name} | yes | no: none of its modules can be quantized | | | {since} |"
     state = "yes" if kind is not None or name in ELSEWHERE else "found"
-    serve = (
-        f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
-    )
+    reasons = NOT_SERVED | NOT_NAMED
+    serve = f"no: {reasons[kind]}" if kind in reasons else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
     if kind in SERVED_AS:
         serve = f"its language model, with {_options({'hf_overrides': {'architectures': [SERVED_AS[kind]]}})}"
     others = [other for other, of in MODEL_TYPES.items() if of == kind and other in NOT_SERVED]
