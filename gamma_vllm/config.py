@@ -57,7 +57,7 @@ _GPT_OSS_NAMES = ("w13_weight", "w2_weight")
 """What its model class renames gate_up_proj and down_proj of an expert to."""
 
 _BLOCK_NUMBER = re.compile(r"\.layers\.(\d+)\.")
-
+_BLOCK = re.compile(r"(.*?\.)?\d+\.")
 _HEAD_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 """Names of input embeddings in checkpoints, for models that build the layer without telling its name."""
@@ -201,7 +201,7 @@ class GammaConfig(QuantizationConfig):
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
-        copied = isinstance(layer, GateLinear) or not _is_in_a_block(prefix)
+        copied = isinstance(layer, GateLinear) or _BLOCK.match(prefix) is None
         if (copied and self.modules.keys().isdisjoint(self._names_of(prefix))) or not self._declares_any_of(prefix):
             # Routers, vision towers and what stands beside the blocks are copied, they are no modules of the program.
             return UnquantizedLinearMethod()
@@ -245,14 +245,20 @@ class GammaConfig(QuantizationConfig):
         return names
 
     def _in_weights(self, prefix: str) -> str:
-        """The layer by the name of its weights, whose parent may have another in vLLM: Granite's `mamba` is `mixer`."""
-        *block, parent, leaf = ["", "", *prefix.split(".")]
-        above = ".".join(block[2:])
-        if prefix in self.modules or any(name.startswith(f"{above}.{parent}.") for name in self.modules):
+        """The layer by the name of its weights, whose parent may have another in vLLM: Granite's `mamba` is `mixer`, of
+        Falcon-H1's `self_attn` nothing is said."""
+        names, (parent, _, leaf) = self._names_of(prefix), prefix.rpartition(".")
+        block = _BLOCK.match(prefix)
+        if block is None or not self.modules.keys().isdisjoint(names):
             return prefix
-        beside = (name.removeprefix(f"{above}.").split(".") for name in self.modules if name.startswith(f"{above}."))
-        parents = {name[0] for name in beside if block[-1].isdecimal() and name[1:2] == [leaf]}
-        return f"{above}.{parents.pop()}.{leaf}" if len(parents) == 1 else prefix
+        here = (name.partition(".rows.")[0].rpartition(".") for name in self.modules if name.startswith(block[0]))
+        leaves, parents = {name.rpartition(".")[2] for name in names}, set()
+        for own_parent, _, own_leaf in here:
+            if own_parent == parent:
+                return prefix
+            if own_leaf in leaves and ".experts." not in own_parent:
+                parents.add(own_parent)
+        return f"{parents.pop()}.{leaf}" if len(parents) == 1 else prefix
 
     def _pieces_of(self, prefix: str) -> list[list[CheckpointModule]]:
         """The modules that vLLM joins into the layer `prefix`, piece by piece; empty if they are not cut."""
@@ -352,10 +358,6 @@ def _pools() -> bool:
     """Whether the engine that is being made embeds or scores texts, for which it has no lm_head."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
-
-
-def _is_in_a_block(prefix: str) -> bool:
-    return any(part.isdecimal() for part in prefix.split("."))
 
 
 def _check_folder(folder: Path, declared: CheckpointConfig) -> Manifest:

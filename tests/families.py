@@ -14,6 +14,8 @@ __all__ = [
     "HYBRID",
     "LIKE_OTHERS",
     "MODEL_TYPES",
+    "NOTHING_NEW",
+    "NOT_NAMED",
     "NOT_SERVED",
     "NOT_TRIED",
     "SERVED_AS",
@@ -59,6 +61,7 @@ _LATENT = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
 _ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_INDEXED = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 2, "mlp_layer_types": ["dense", "sparse"]}
 _FOUR = _EXPERTS | {"num_experts": 4}
 
 _GEMMA4 = (
@@ -91,10 +94,14 @@ DENSE: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "attention_multiplier": 0.1,
     },
+    "granite_swa": {"attention_multiplier": 0.1, "layer_rope_theta": [1e4, 1e5]} | _WINDOWS,
     "hunyuan_v1_dense": _HEAD,
     "hyperclovax": {},
     "jais2": _HEAD,
+    "minicpm3": {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
+    | {"v_head_dim": 32, "num_key_value_heads": 4},
     "ministral3": _HEAD,
+    "mistral": {"sliding_window": 24} | _HEAD,
     "nemotron": _HEAD,
     "olmo": {},
     "olmo2": {},
@@ -108,14 +115,29 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "afmoe": _FOUR | {"num_dense_layers": 1} | _HEAD | _WINDOWS,
+    "axk1": _ROUTED | _LATENT,
+    "cohere2_moe": {"num_experts_per_tok": 2, "num_experts": 4, "logit_scale": 0.25, "tie_word_embeddings": True}
+    | {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "prefix_dense_intermediate_size": 160}
+    | _HEAD
+    | _WINDOWS,
     "deepseek_v2": _ROUTED | _LATENT | {"q_lora_rank": None, "topk_method": "greedy"},
     "deepseek_v3": _ROUTED | _LATENT | {"topk_method": "noaux_tc"},
+    "deepseek_v32": _ROUTED | _LATENT | _INDEXED,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1}
+    | {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "use_bias": False},
     "exaone_moe": _FOUR | {"first_k_dense_replace": 1, "num_shared_experts": 1} | _HEAD | _WINDOWS,
+    "flex_olmo": {"num_experts_per_tok": 2, "num_experts": 4},
     "gemma4_moe": _GEMMA4 | _FOUR | {"enable_moe_block": True, "top_k_experts": 2},
     "glm4_moe": _ROUTED | {"use_qk_norm": True} | _HEAD,
     "glm4_moe_lite": _ROUTED | _LATENT | {"mlp_layer_types": ["dense", "sparse"]},
+    "glm_moe_dsa": _ROUTED | _LATENT | _INDEXED,
     "gpt_oss": _EXPERTS | {"num_local_experts": 4} | _HEAD | _WINDOWS,
     "granitemoe": _EXPERTS | {"num_local_experts": 4},
+    "granitemoe_swa": _EXPERTS
+    | {"num_local_experts": 4, "shared_intermediate_size": 96, "layer_rope_theta": [1e4, 1e5]}
+    | _WINDOWS,
+    "granitemoeshared": _EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 96},
+    "hy_v3": _FOUR | {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]} | _HEAD,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2} | _HEAD,
     "lfm2_moe": _FOUR
     | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
@@ -124,7 +146,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     | {"interleave_moe_layer_step": 2}
     | {"no_rope_layers": [1, 0], "attention_chunk_size": 128}  # vLLM's CPU attention has no smaller ones
     | _HEAD,
-    "mellum": _FOUR | _HEAD,
+    "mellum": _FOUR | {"mlp_layer_types": ["dense", "sparse"]} | _HEAD,
     "mimo_v2_flash": _ROUTED | _HEAD | _WINDOWS,
     "minimax_m2": _EXPERTS | {"num_local_experts": 4} | _HEAD,
     "olmoe": _FOUR,
@@ -144,6 +166,10 @@ _GRANITE = {
     "position_embedding_type": "nope",
 }
 HYBRID: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 2}
+    | {"mamba_chunk_size": 16, "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3], "embedding_multiplier": 3.0}
+    | {"mlp_multipliers": [0.7, 1.2], "attention_out_multiplier": 0.8, "key_multiplier": 0.6, "lm_head_multiplier": 0.4}
+    | _HEAD,
     "gemma4_small": _GEMMA4
     | {"num_hidden_layers": 6, "layer_types": 3 * ["sliding_attention", "full_attention"], "attention_k_eq_v": False}
     | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320}
@@ -168,12 +194,21 @@ FAMILIES = DENSE | EXPERTS | HYBRID
 """Model type in transformers -> what differs from the common sizes."""
 
 LIKE_OTHERS = (
-    "apertus", "arcee", "cwm", "ernie4_5", "gemma", "gemma4_text", "glm", "hunyuan_v1_dense", "hyperclovax", "jais2",
-    "ministral3", "nemotron", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "vaultgemma", "afmoe", "exaone_moe",
-    "gemma4_small", "granitemoe", "granitemoehybrid", "granitemoehybrid_dense", "hunyuan_v1_moe", "lfm2_moe",
-    "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2", "nemotron_h_moe", "olmoe", "qwen3_5_moe_text",
+    "afmoe", "apertus", "arcee", "axk1", "cohere2_moe", "cwm", "deepseek_v32", "ernie4_5", "ernie4_5_moe",
+    "exaone_moe", "falcon_h1", "flex_olmo", "gemma", "gemma4_small", "gemma4_text", "glm", "glm_moe_dsa",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense", "granitemoeshared",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internvl", "jais2", "lfm2_moe", "lfm2_vl",
+    "llama4", "llama4_text", "llava", "llava_next", "llava_onevision", "mellum", "mimo_v2_flash", "minicpm3",
+    "minimax_m2", "ministral3", "mistral", "nemotron", "nemotron_h_moe", "olmo", "olmo2", "olmoe", "paligemma",
+    "phi", "qwen2_vl", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "seed_oss", "smollm3", "vaultgemma",
 )  # fmt: skip
-"""Much like another family: learned and served with GAMMA_FAMILIES=all only. All are run block by block."""
+"""Much like another family: learned and served with GAMMA_FAMILIES=all only."""
+
+NOTHING_NEW = (
+    "axk1", "cohere2_moe", "deepseek_v32", "ernie4_5_moe", "flex_olmo", "glm_moe_dsa", "granitemoe_swa",
+    "granitemoeshared", "hy_v3",
+)  # fmt: skip
+"""Those of them that are not even run block by block without GAMMA_FAMILIES."""
 
 
 def chosen(families: Iterable[str]) -> list[str]:
@@ -188,6 +223,12 @@ _OWN_KEYS = "vLLM reads keys of config.json that transformers does not write ({}
 _TORCHVISION = "vLLM imports torchvision for it, which its CPU build does not bring"
 _ALIKE = "vLLM's CPU build answers otherwise than transformers, without quantization too"
 NOT_SERVED: dict[str, str] = {
+    "axk1": _ALIKE,
+    "cohere2_moe": f"beyond its window {_ALIKE}",
+    "ernie4_5_moe": _ALIKE,
+    "deepseek_v32": "vLLM has no sparse attention on CPU",
+    "glm_moe_dsa": "vLLM has no sparse attention on CPU",
+    "hy_v3": _OWN_KEYS.format("first_k_dense_replace"),
     "afmoe": _OWN_KEYS.format("score_func"),
     "cohere2": f"beyond its window {_ALIKE}",
     "deepseek_v2": _ALIKE,
@@ -212,6 +253,11 @@ MODEL_TYPES = {
 
 NOT_TRIED = ("vaultgemma",)
 """Not served yet."""
+
+NOT_NAMED = {
+    "falcon_h1": "vLLM gives its Mamba layers the numbers of other blocks, so that their formats cannot be told"
+}
+"""Why the plugin refuses what vLLM serves without quantization."""
 
 _OWN_ROTATION = {"compilation_config": {"custom_ops": ["none", "-rotary_embedding"]}}
 """vLLM's rotation for CPUs is wrong for queries of three dimensions, as LFM2's are; its PyTorch code is not."""
@@ -241,15 +287,44 @@ def make_family(model_type: str, folder: Path) -> Path:
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 _PATCHES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+_TOWER = _VISION | {"num_hidden_layers": 1}
+_CLIP = {"vision_config": {"model_type": "clip_vision_model"} | _TOWER}
+_SIGLIP = {"vision_config": {"model_type": "siglip_vision_model"} | _TOWER}
 _ROTATION = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5]}
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", {"vision_config": _VISION | {"num_hidden_layers": 1}, "mm_tokens_per_image": 4}, _HEAD),
+    "internvl": (
+        "qwen2",
+        {"vision_config": _TOWER | {"image_size": [56, 56], "patch_size": [14, 14]}},
+        {},
+    ),
+    "lfm2_vl": ("lfm2", {"vision_config": _TOWER | {"num_patches": 16}}, _CONVOLUTIONS),
+    "llama4": (
+        "llama4_text",
+        {"vision_config": _TOWER | {"vision_output_dim": 64, "projector_input_dim": 64}},
+        EXPERTS["llama4_text"] | {"pad_token_id": 0},
+    ),
+    "llava": ("llama", _CLIP, {}),
+    "llava_next": ("llama", _CLIP, {}),
+    "llava_onevision": ("qwen2", _SIGLIP, {}),
+    "paligemma": ("gemma", _SIGLIP, _HEAD),
+    "qwen2_vl": (
+        "qwen2_vl_text",
+        {"vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2}},
+        {"rope_parameters": _ROTATION},
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": _PATCHES}, HYBRID["qwen3_5_moe_text"]),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe_text",
+        {"vision_config": _PATCHES | {"deepstack_visual_indexes": [0]}},
+        _FOUR | _HEAD | {"rope_parameters": _ROTATION | {"mrope_interleaved": True}},
+    ),
+    "gemma3": ("gemma3_text", {"vision_config": _TOWER, "mm_tokens_per_image": 4}, _HEAD),
     "gemma4": (
         "gemma4_text",
-        {"vision_config": _VISION | {"num_hidden_layers": 1, "head_dim": 16, "num_key_value_heads": 2}},
+        {"vision_config": _TOWER | {"head_dim": 16, "num_key_value_heads": 2}},
         _GEMMA4 | {"tie_word_embeddings": False, "pad_token_id": 0},
     ),
-    "mistral3": ("mistral", {"vision_config": _VISION | {"num_hidden_layers": 1, "head_dim": 16}}, _HEAD),
+    "mistral3": ("mistral", {"vision_config": _TOWER | {"head_dim": 16}}, _HEAD),
     "qwen3_5": (
         "qwen3_5_text",
         {"vision_config": _PATCHES},

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from allocator.blocks.skeleton import decoder_blocks
 from allocator.blocks.tensors import read_tensor
 from allocator.contract.errors import GammaError, InputError
 from allocator.model import read_inventory
@@ -62,11 +64,19 @@ def _renamed_config(folder: Path) -> Any:
 
 def build_skeleton(folder: Path, config: Any) -> Any:
     """The causal language model of `config` on the meta device: structure without weights. Raises InputError."""
+    model = _built(folder, config, torch.device("meta"))
+    _, blocks = decoder_blocks(model)
+    if {name for name, buffer in blocks.named_buffers() if buffer.is_meta} <= blocks.state_dict().keys():
+        return model
+    return _built(folder, config, _WithTables())  # computed when blocks are made, in no file
+
+
+def _built(folder: Path, config: Any, device: Any) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModelForCausalLM
 
     with (
         _explained(folder / "config.json", "transformers cannot build this model", "take that of the original model"),
-        torch.device("meta"),
+        device,
     ):
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_MAPPING:
             return _WithHead(config)
@@ -136,6 +146,16 @@ def open_tokenizer(folder: Path) -> Any:
                 f"{folder}: its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which gamma "
                 "does not run; put a tokenizer.json beside it that says the same, and take auto_map out"
             ) from None
+
+
+class _WithTables(TorchFunctionMode):
+    """As the meta device, for memory that is to be filled with weights alone: what is computed is there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.randn, torch.rand) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 class _WithHead(nn.Module):

@@ -120,26 +120,31 @@ class Skeleton:
 
     def _make_tables(self, config: Any) -> None:
         """Rotary tables are computed in constructors, so they must not be made on meta."""
-        for name, module in list(self._backbone.named_children()):
-            if not any(True for _ in module.parameters()) and any(b.is_meta for b in module.buffers()):
+        for name, module in list(self._backbone.named_modules()):
+            if not any(True for _ in module.parameters()) and any(b.is_meta for b in module.buffers(recurse=False)):
                 try:
-                    made = type(module)(config=config)
+                    made = type(module)(config=getattr(module, "config", config))
                 except TypeError:
                     raise self._refused(f"the tables of {name} cannot be made alone") from None
-                setattr(self._backbone, name, made.to(self._device))
+                self._backbone.set_submodule(name, made.to(self._device))
 
     @torch.no_grad()
     def _find_answer(self) -> None:
-        """Whether the model's code takes the states out of a tuple that its blocks return, as older code does."""
-        states, seen = torch.zeros(1, 2, self._hidden_size, device=self._device), []
+        """Whether the model's code takes the states out of a tuple that its blocks return, as older code does, or with
+        something beside them."""
+        states, seen = torch.zeros(1, 3, self._hidden_size, device=self._device), []
         norm = self._shell.get_submodule(self.norm_name)
         hook = norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape))
-        with suppress(IndexError):  # a tensor taken apart once a block is soon a number
-            self._backbone(inputs_embeds=states, use_cache=False)
-        hook.remove()
-        if seen != [states.shape]:
+        for beside in (None, (), (None,)):
+            seen.clear()
             for recorder in self._recorders:
-                recorder.in_tuple = True  # type: ignore[assignment]
+                recorder.beside = beside  # type: ignore[assignment]
+            # A tensor taken apart once a block is soon a number, and three rows are not two.
+            with suppress(IndexError, ValueError):
+                self._backbone(inputs_embeds=states, use_cache=False)
+            if seen == [states.shape]:
+                break
+        hook.remove()
 
     @torch.no_grad()
     def _find_embedding_scale(self) -> float:
@@ -160,10 +165,11 @@ class Skeleton:
 
     @torch.no_grad()
     def _find_logits(self) -> tuple[float, float | None]:
-        """The scale of logits, and what they are squeezed to after it (Gemma 2)."""
-        head = _GivenLogits()
+        """The scale of logits, before the lm_head too (MiniCPM 3), and what they are squeezed to after it (Gemma 2)."""
+        head, normed = _GivenLogits(), torch.ones(1, 1, self._hidden_size, device=self._device)
         self._shell.set_submodule(self.head_name, head)
         states = torch.zeros(1, 1, self._hidden_size, device=self._device)
+        self._shell.get_submodule(self.norm_name).register_forward_hook(lambda *_: normed)
 
         def logits(*given: float) -> Tensor:
             head.logits = torch.tensor([[given]], device=self._device)
@@ -178,20 +184,24 @@ class Skeleton:
         expected = given * scale if softcap is None else softcap * torch.tanh(given * scale / softcap)
         if not torch.allclose(logits(*given.tolist()), expected, rtol=1e-5):
             raise self._refused("its code does more to logits than to scale and to squeeze them")
-        return scale, softcap
+        before = float(head.states.flatten()[0])
+        if head.states.shape != normed.shape or (head.states != before).any():
+            raise self._refused("its code does more to the input of its lm_head than to scale it")
+        return before * scale, softcap
 
     def _refused(self, what: str) -> InputError:
         return InputError(f"{self._architecture} of transformers cannot be run block by block: {what}")
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder block: keeps what it is given, answers with the hidden states (`in_tuple`: in one)."""
+    """Stands in for a decoder block: keeps what it is given, answers with the hidden states, in a tuple with `beside`
+    if that is one."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # no child: its parameters are not the recorder's
         self.seen: tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None = None
-        self.in_tuple = False
+        self.beside: tuple[None, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """What the model's code asks of its blocks, such as `attention_type`."""
@@ -200,17 +210,19 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.seen = (hidden, arguments, keywords)
-        return (hidden,) if self.in_tuple else hidden
+        return hidden if self.beside is None else (hidden, *self.beside)
 
 
 class _GivenLogits(nn.Module):
-    """Stands in for the lm_head."""
+    """Stands in for the lm_head, whose input it keeps."""
 
     logits: Tensor
+    states: Tensor
 
-    def forward(self, _states: Tensor) -> Tensor:
+    def forward(self, states: Tensor) -> Tensor:
+        self.states = states
         return self.logits
 
 

@@ -92,6 +92,7 @@ class BlockStream:
         names = {name: self._skeleton.stored_as(index, name) for name in layer.state_dict()}
         state = {name: self.read(prefix + stored).float() for name, stored in names.items()}
         layer.load_state_dict(state, assign=True)
+        layer.to(self.device)  # its tables
         for name, stored_name in names.items():
             name_as_stored(layer, name.rpartition(".")[0], stored_name.rpartition(".")[0])
         layer.block_index = index  # type: ignore[assignment]

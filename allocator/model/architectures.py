@@ -145,7 +145,8 @@ class Architecture(Strict):
 
     `window` says which layers see a sliding window: none, every one (`sliding_window`), every one if
     `use_sliding_window` covers all, or those of the kind `sliding_attention` (`pattern`). `plan_only` says
-    why the architecture can be planned and not learned. `text_config`: the language model's keys stand there, and
+    why the architecture can be planned and not learned, if the config key `plan_only_when` has a value or there is no
+    such key. `text_config`: the language model's keys stand there, and
     names of what is copied beside it begin with one of `beside`; its size is known from files only, if not in `others`.
     `length_is_stretched`: its max_position_embeddings count every RoPE scaling. `of_full_attention`: config keys
     whose values are, in configs that list what differs by block (`per_layer_config`), those of other keys in the blocks
@@ -169,6 +170,7 @@ class Architecture(Strict):
     text_config: bool = False
     length_is_stretched: bool = False
     plan_only: str | None = None
+    plan_only_when: str | None = None
     of_full_attention: dict[str, str] = Field(default_factory=dict)
     beside: list[str] = Field(default_factory=list)
     head: Head = "tokens"
@@ -198,6 +200,11 @@ class Architecture(Strict):
             raise InputError("config.json: per_layer_config must say the same of all blocks of full attention, no more")
         values: dict[str, Any] = next(iter(listed.values()), {})
         return {key: values[of] for key, of in self.of_full_attention.items() if of in values}
+
+    def why_planned_only(self, config: dict[str, Any]) -> str | None:
+        """Why the model cannot be learned, None if it can."""
+        always = self.plan_only_when is None
+        return self.plan_only if always or self.has(str(self.plan_only_when), config) else None
 
     def dimension(self, expression: str, config: dict[str, Any]) -> int:
         """The value of an expression such as `num_key_value_heads*head_dim`; `config` is that of `language`.

@@ -44,6 +44,9 @@ def context_length(language: Mapping[str, Any], defaults: Mapping[str, int | str
     whose value is not allowed.
     """
     config = {**defaults, **{key: value for key, value in language.items() if value is not None}}
+    for key, other in defaults.items():  # of one size under two names
+        if config.get(key) == other and isinstance(other, str) and other in config:
+            config[key] = config[other]
     given = {key: _positive(config[key], key) for key in _LENGTH_KEYS if key in config}
     key = min(given, key=lambda k: given[k]) if given else "max_position_embeddings"
     if "model_max_length" in given:

@@ -190,7 +190,7 @@ def shape_of(name: str, rules: Architecture, config: dict[str, Any]) -> ModelSha
         vocabulary=rules.dimension("vocab_size", language),
         experts=experts,
         context=context_length(language, rules.defaults, rules.length_is_stretched),
-        plan_only=rules.plan_only,
+        plan_only=rules.why_planned_only(language),
         beside=tuple(rules.beside),
         head=rules.head,
     )

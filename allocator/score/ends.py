@@ -54,8 +54,13 @@ def find_ends(stream: BlockStream, block: nn.Module) -> Ends:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     }
+
+    def keep(name: str, output: Tensor) -> None:
+        if output.requires_grad:  # not what chooses among tokens, as the indexer of DeepSeek's sparse attention
+            outputs[name] = output
+
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
         for name, module in linears.items()
     ]
     try:

@@ -15,7 +15,16 @@ sys.path.insert(0, str(ROOT))
 
 from allocator.model.architectures import architecture_rules, known_architectures  # noqa: E402
 from allocator.model.other_names import RENAMED  # noqa: E402
-from tests.families import FAMILIES, MODEL_TYPES, NOT_SERVED, NOT_TRIED, SERVED_AS, SERVED_WITH, WRAPPERS  # noqa: E402
+from tests.families import (  # noqa: E402
+    FAMILIES,
+    MODEL_TYPES,
+    NOT_NAMED,
+    NOT_SERVED,
+    NOT_TRIED,
+    SERVED_AS,
+    SERVED_WITH,
+    WRAPPERS,
+)
 
 PAGE = ROOT / "docs" / "models.md"
 ELSEWHERE = (
@@ -93,9 +102,9 @@ The MTP layers of Qwen3-Next, Qwen3.5, DeepSeek-V3, GLM-4.5 and others (`mtp.*`,
 they are, at 16 bits: `gamma inspect` names them, scores and manifest say their bytes (`predicting_bytes`, a part of
 `other_bytes`), so that a budget in bytes of the checkpoint counts them. vLLM loads them only with
 `--speculative-config '{{"method": "mtp", "num_speculative_tokens": 1}}'`; a plan does not count them. As many
-drafts are accepted as with dequantized weights, at whatever widths the rest is; tried on vLLM's CPU build with GLM-4.5's (in the
-tests, where the answers are those without too), Qwen3-Next's and DeepSeek-V3's (by hand; there vLLM's answers with drafts differ
-from those without, with dequantized weights as well).
+drafts are accepted as with dequantized weights, at whatever widths the rest is; tried on vLLM's CPU build with
+GLM-4.5's (in the tests, where the answers are those without too), Qwen3-Next's and DeepSeek-V3's (by hand; there
+vLLM's answers with drafts differ from those without, with dequantized weights as well).
 """
 
 
@@ -113,14 +122,13 @@ def backed() -> dict[str, str]:
 
 def row(name: str, families: dict[str, str], since: str) -> str:
     rules, kind = architecture_rules(name), families.get(name)
-    if rules.plan_only is not None:
+    if rules.plan_only is not None and rules.plan_only_when is None:
         return f"| {name} | yes | no: {rules.plan_only} | | | {since} |"
     if all(linear.why_16 is not None for linear in rules.linears):
         return f"| {name} | yes | no: none of its modules can be quantized | | | {since} |"
     state = "yes" if kind is not None or name in ELSEWHERE else "found"
-    serve = (
-        f"no: {NOT_SERVED[kind]}" if kind in NOT_SERVED else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
-    )
+    reasons = NOT_SERVED | NOT_NAMED
+    serve = f"no: {reasons[kind]}" if kind in reasons else "found" if kind in NOT_TRIED or kind in WRAPPERS else state
     if kind in SERVED_AS:
         serve = f"its language model, with {_options({'hf_overrides': {'architectures': [SERVED_AS[kind]]}})}"
     others = [other for other, of in MODEL_TYPES.items() if of == kind and other in NOT_SERVED]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from allocator.blocks import BlockStream
 from allocator.blocks.hf_model import open_model
@@ -14,16 +14,16 @@ from allocator.blocks.hidden_states import HiddenStates
 from allocator.blocks.side_states import state_width
 from allocator.blocks.tensors import read_rows, read_tensor
 from allocator.evaluate import load_dequantized
-from allocator.model import model_digest, read_inventory
+from allocator.model import model_digest, read_inventory, read_shape
 from allocator.pipeline import CandidateSettings, SolveSettings, export, learn, solve_scores
 from allocator.score import LearningSettings
-from tests.families import FAMILIES, WRAPPERS, chosen, make_family, make_wrapper
+from tests.families import FAMILIES, NOTHING_NEW, WRAPPERS, chosen, make_family, make_wrapper
 
 STACKED = ("gate_proj", "up_proj", "down_proj")
 CANDIDATES = CandidateSettings(quantizer="rtn", widths=(2, 4, 16), group_size=32, sequences=2, sequence_length=16)
 LEARNING = LearningSettings(draws=2, batch_tokens=64)
-RUN = [family for family in FAMILIES if family != "phi"]
-LEARNED = chosen(RUN)
+LEARNED = chosen(family for family in FAMILIES if family != "phi")
+RUN = [family for family in FAMILIES if family in LEARNED or family not in ("phi", *NOTHING_NEW)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_matrices_of_stacked_experts_are_read_one_by_one(name: str, fused: str, 
             assert torch.equal(read_rows(module.tensor, slice(3, 40)), matrix[3:40]), module.name
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", chosen(WRAPPERS))
 def test_a_language_model_beside_a_vision_tower_is_learned_and_the_tower_is_copied(name: str, tmp_path: Path) -> None:
     inventory = read_inventory(make_wrapper(name, tmp_path / "model"))
     assert not inventory.unknown
@@ -148,3 +148,10 @@ def test_an_lm_head_with_a_bias_is_refused_for_learning(family) -> None:
 
     with pytest.raises(InputError, match=r"PhiForCausalLM can be planned .* only: its lm_head has a bias"):
         read_inventory(family("phi"))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_bias_of_the_lm_head_is_no_reason_where_config_json_says_there_is_none(use_bias: bool) -> None:
+    config = AutoConfig.for_model("ernie4_5_moe", use_bias=use_bias).to_dict()
+    reason = read_shape(config | {"architectures": ["Ernie4_5_MoeForCausalLM"]}).plan_only
+    assert (reason is not None) == use_bias

@@ -116,10 +116,14 @@ def experts_layer():
 
 
 def test_a_layer_that_vllm_names_after_another_parent_has_the_format_of_its_weights(gamma):
-    """As vLLM calls `mamba` of Granite's hybrid models `mixer`."""
-    config = gamma({"model.layers.1.mamba.in_proj": EIGHT, "model.layers.1.mlp.up_proj": SIXTEEN})
+    """As vLLM calls `mamba` of Granite's hybrid models `mixer`, and leaves out `self_attn` of Falcon-H1's."""
+    qkv = [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    others = {"model.layers.1.mamba.in_proj": EIGHT, "model.layers.1.mlp.up_proj": SIXTEEN}
+    config = gamma(dict.fromkeys(qkv, EIGHT) | others)
     method = config.get_quant_method(of_type("LinearBase"), "model.layers.1.mixer.in_proj")
     assert [module.name for module in method.modules] == ["model.layers.1.mamba.in_proj"]
+    method = config.get_quant_method(of_type("LinearBase"), "model.layers.1.qkv_proj")
+    assert [module.name for module in method.modules] == qkv
     with pytest.raises(ContractError, match=r"mixer\.out_proj: quantization_config has no entry"):
         config.get_quant_method(of_type("LinearBase"), "model.layers.1.mixer.out_proj")
 

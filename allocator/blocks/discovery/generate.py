@@ -43,6 +43,7 @@ _SPLITS: dict[str, Split] = {
     "RowParallelLinear": "row",
     "ReplicatedLinear": "replicated",
 }
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _BY_TRANSFORMERS = {"qkv_proj": list(_QKV), "gate_up_proj": ["gate_proj", "up_proj"]}
 """What vLLM fuses where it runs the code of transformers."""
 _ALWAYS_GIVEN = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
@@ -81,9 +82,7 @@ class _Finder:
         self.by_kind = told.BY_KIND.get(model_type, {})
         fixed = told.FIXED.get(model_type, {})
         self.sizes = {k: v for k, v in sizes_of(self.kind, self.by_kind).items() if k not in fixed}
-        self.sparse = {
-            key: value for rule in told.SPARSE_RULES.values() for key, value in rule.items() if key in self.known
-        } | fixed
+        self.sparse = told.sparse_rules(self.kind) | fixed
         self.mixes_kinds = model_type in told.KINDS
         if self.mixes_kinds:
             self._mix_kinds(told.KINDS[model_type])
@@ -122,9 +121,12 @@ class _Finder:
         self.modules = {module_name(t): t for t in self.every}
         linears = [r for t in self._in_order(inside) if self._is_module(t) for r in self._linear(t, sparse_blocks)]
         others = [self._other(t, sparse_blocks) for t in inside if not self._is_module(t)]
-        plan_only = None
-        if any(t.name == f"{self.first.head}.bias" for t in inside):
+        plan_only = plan_only_when = None
+        if bias := next((t for t in inside if t.name == f"{self.first.head}.bias"), None):
             plan_only = "its lm_head has a bias, which learning does not take into account"
+            plan_only_when = bias.when
+        if any(t.name.startswith(f"{self.first.embedding}.") for t in inside):
+            plan_only = "its embedding does more than to look up rows, which learning does not take into account"
         shapes = {t.name: t.shape for t in tensors}
         where = ["vocab_size", "hidden_size"]
         rules: dict[str, Any] = {
@@ -139,6 +141,7 @@ class _Finder:
             "tied_by_default": bool(getattr(self.kind(), "tie_word_embeddings", False)),
             "window": window_rule(self.kind, self.first.layer_kinds, self.served.windows_by_layer),
             "plan_only": plan_only,
+            "plan_only_when": plan_only_when,
             "attention": "mla" if "kv_lora_rank" in self.known else "grouped",
             "defaults": {},
             "of_full_attention": self.by_kind,
@@ -295,6 +298,8 @@ class _Finder:
         if layer is None or layer.kind not in _SPLITS:
             return {"split": "replicated", "why_16": "vLLM has no quantized layer for it"}
         rule: dict[str, Any] = {"split": _SPLITS[layer.kind]}
+        if layer.quantized and not layer.named:
+            return rule | {"why_16": "vLLM builds this layer without its name"}
         return rule if layer.quantized else rule | {"why_16": "vLLM builds this layer without a quantization config"}
 
     def _split(self, tensor: ProbedTensor) -> Split:
@@ -377,15 +382,8 @@ class _Finder:
             rule = "first_k_dense_replace"
         else:
             raise InputError(f"{self.architecture}: no key of its config says which blocks have experts")
-        self.first_sparse = min(sparse)
-        per_token = next(
-            (
-                k
-                for k in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
-                if k in self.known
-            ),
-            None,
-        )
+        self.first_sparse = told.dense_blocks(self.kind, min(sparse))
+        per_token = next((key for key in _PER_TOKEN if key in self.known), None)
         if per_token is None:
             raise InputError(f"{self.architecture}: no key of its config says how many experts a token takes")
         self.used |= {per_token} | ({rule} & self.known)
@@ -433,9 +431,8 @@ class _Finder:
             defaults.setdefault("intermediate_size", experts["size"])
             if experts["blocks"] == "first_k_dense_replace":
                 defaults |= {"moe_layer_freq": 1}
-                if "num_dense_layers" in self.known:
-                    defaults |= {"first_k_dense_replace": "num_dense_layers"}
-                    defaults["num_dense_layers"] = self.kind().num_dense_layers
+                if other := next((key for key in told.DENSE_BLOCKS if key in self.known), None):
+                    defaults |= {"first_k_dense_replace": other, other: getattr(self.kind(), other)}
                 elif "first_k_dense_replace" not in self.known:
                     defaults["first_k_dense_replace"] = self.first_sparse
         for size in self.derived.values():

@@ -58,7 +58,8 @@ def _switches(
     computed_from = {key for size in DERIVED.values() for key in size.of}
     for key in fields(kind):
         value = value_of(first.config, key.name)
-        if isinstance(value, bool) and key.name not in (*_NO_SWITCHES, *computed_from):
+        of_two_values = isinstance(value, bool) and "str" not in str(key.type)
+        if of_two_values and key.name not in (*_NO_SWITCHES, *computed_from):
             yield key.name, not value
         elif key.name in zeros and key.name in sizes:
             yield key.name, 0
@@ -72,5 +73,8 @@ def _matters(change: dict[str, Any], first: Probe, build: Callable[..., list[Pro
         (changed,) = build(change, 1)
     except InputError:
         return False
+    for key, other in change.items():
+        if other is None and value_of(changed.config, key) is not None:
+            return False  # the class computes it, and writes what it has computed
     # No experts at all in blocks that are made for them is a model that nobody has.
     return changed.stored != first.stored and all(map(all, changed.stored.values()))

@@ -23,8 +23,11 @@ TABLE = Path(str(files("allocator.model").joinpath("architectures.json")))
 _KNOWN_BETTER: dict[str, dict[str, Any]] = {
     # vLLM counts Gemma 3's scaling of RoPE in max_position_embeddings (`_get_and_verify_max_len`).
     "Gemma3ForCausalLM": {"length_is_stretched": True},
-    "FalconH1ForCausalLM": {"plan_only": "its blocks have tables that transformers computes for the model as a whole"},
+    "KimiLinearForCausalLM": {"plan_only": "its convolutions are in other parts in files than in transformers"},
 }
+_ALTUP = "its blocks hand on four hidden states side by side (AltUp), of which learning block by block knows one"
+_REFUSED = {"Gemma3nForCausalLM": _ALTUP, "Gemma3nForConditionalGeneration": _ALTUP}
+"""Why, where what was looked for and not found is not the reason."""
 
 
 def candidates() -> dict[str, str]:
@@ -41,6 +44,7 @@ def candidates() -> dict[str, str]:
 
 def found_rules(architecture: str, model_type: str) -> dict[str, Any]:
     """The rules of one architecture as they stand in the table. Raises InputError saying why there are none."""
+    _refuse(architecture)
     rules = find_architecture(model_type, architecture).model_dump(exclude_defaults=True, mode="json")
     return rules | _KNOWN_BETTER.get(architecture, {})
 
@@ -65,6 +69,7 @@ def wrappers() -> dict[str, tuple[str, str]]:
 
 def found_wrapper(architecture: str) -> dict[str, Any]:
     """The rules of a multimodal architecture as they stand in the table. Raises InputError."""
+    _refuse(architecture)
     model_type, text_type = wrappers()[architecture]
     known = candidates()
     name = next((name for name, kind in known.items() if kind == text_type), language_model_of(architecture))
@@ -73,6 +78,11 @@ def found_wrapper(architecture: str) -> dict[str, Any]:
     text = find_architecture(known[name], name, inside_another=True)
     rules = find_wrapper(model_type, architecture, text).model_dump(exclude_defaults=True, mode="json")
     return rules | _KNOWN_BETTER.get(name, {})
+
+
+def _refuse(architecture: str) -> None:
+    if architecture in _REFUSED:
+        raise InputError(f"{architecture}: {_REFUSED[architecture]}")
 
 
 def make_table() -> dict[str, Any]:

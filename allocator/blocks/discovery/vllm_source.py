@@ -5,7 +5,7 @@ the model's file, in calls such as `self.o_proj = RowParallelLinear(..., quant_c
 """
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,10 +34,11 @@ _LOADED_INTO = {"expert_bias": "e_score_correction_bias"}
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A layer class by name, and whether it is given the model's quantization."""
+    """A layer class by name, and whether it is given the model's quantization, and its own name."""
 
     kind: str
     quantized: bool
+    named: bool = True
 
 
 @dataclass
@@ -118,8 +119,10 @@ def served_model(architecture: str) -> ServedModel | None:
             if isinstance(call, ast.Call) and any(k.arg == "per_layer_sliding_window" for k in call.keywords):
                 model.windows_by_layer = True
         model.float32 |= _in_float32(tree)
-        for attribute, layer in _layers(tree):
-            model.layers.setdefault(attribute, layer)
+        layers = _layers(tree)
+        named = {attribute for attribute, layer in layers if layer.named}
+        for attribute, layer in layers:
+            model.layers.setdefault(attribute, replace(layer, named=attribute in named))
     model.packed = _stacked(trees[0]) | _packed(trees, name) | _packed_later(trees[0])
     return model
 
@@ -176,9 +179,11 @@ def _layers(tree: ast.Module) -> list[tuple[str, LayerCall]]:
         if isinstance(call.func, ast.Attribute) and call.func.attr in makers:  # self.create_qkvz_proj(...)
             kind = next((k for k in map(_returned, ast.walk(makers[call.func.attr])) if k in _LAYERS), "")
         if isinstance(target, ast.Attribute) and kind in _LAYERS:
-            given = {k.arg: k.value for k in call.keywords}.get("quant_config")
+            keywords = {k.arg: k.value for k in call.keywords}
+            given = keywords.get("quant_config")
             quantized = given is not None and not (isinstance(given, ast.Constant) and given.value is None)
-            found.append((target.attr, LayerCall(kind, quantized)))
+            named = "prefix" in keywords or isinstance(call.func, ast.Attribute)
+            found.append((target.attr, LayerCall(kind, quantized, named)))
     return found
 
 
