@@ -175,6 +175,10 @@ def learned_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             about = f"ref-7m, {text}, {width} bits"
             ratio = by_width["kfac", width][key] / by_width["gptq", width][key]
             claims.append(claim(f"KL of kfac over that of gptq, {about}", ratio, "< 1", ratio < 1))
+            if (AUTOROUND, width) in by_width:
+                ratio = by_width["kfac", width][key] / by_width[AUTOROUND, width][key]
+                why = None if ratio < 1 else "AutoRound learns a block's modules together, at the one width of all"
+                claims.append(claim(f"KL of kfac over that of {AUTOROUND}, {about}", ratio, "< 1", why is None, why))
             learned = by_width["learned-rounding", width][key]
             ratio = learned / by_width["gptq", width][key]
             why = None if ratio <= most else "calibrated on books: less is gained on text of another kind"
