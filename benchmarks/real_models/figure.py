@@ -13,7 +13,7 @@ from benchmarks.real_models.ours import VOCABULARY_AT_8, kind_of
 __all__ = ["draw"]
 
 _LOOK = {
-    "GAMMA": ("#e15759", "o", "-"),
+    "GAMMA, gptq candidates": ("#e15759", "o", "-"),
     "GAMMA, kfac candidates": ("#f28e2b", "o", "-"),
     "GAMMA, tuned": ("#b07aa1", "o", "-"),
     "GAMMA, learned candidates": ("#edc948", "o", "-"),
@@ -71,7 +71,7 @@ def _series(row: dict[str, Any]) -> str:
     kind, vocabulary = kind_of(name).suffix, VOCABULARY_AT_8 in name
     if name.startswith("gamma"):
         beside_8_bits = vocabulary and "bytes of" not in name  # a budget for the blocks alone: on no line of the others
-        return "" if beside_8_bits else "GAMMA" + kind
+        return "" if beside_8_bits else "GAMMA" + (kind or ", gptq candidates")
     if name.startswith("uniform"):
         if kind:
             return "" if vocabulary else "uniform" + kind
