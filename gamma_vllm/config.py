@@ -201,14 +201,14 @@ class GammaConfig(QuantizationConfig):
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
+        in_weights = self._in_weights(prefix)
+        if self.checkpoint.channel_blocks is not None and (pieces := self._pieces_of(in_weights)):
+            return GammaPiecesMethod(pieces, self.checkpoint.channel_blocks, self.checkpoint.dtype)
         copied = isinstance(layer, GateLinear) or _BLOCK.match(prefix) is None
         if (copied and self.modules.keys().isdisjoint(self._names_of(prefix))) or not self._declares_any_of(prefix):
             # Routers, vision towers and what stands beside the blocks are copied, they are no modules of the program.
             return UnquantizedLinearMethod()
-        prefix = self._in_weights(prefix)
-        if self.checkpoint.channel_blocks is not None and (pieces := self._pieces_of(prefix)):
-            return GammaPiecesMethod(pieces, self.checkpoint.channel_blocks, self.checkpoint.dtype)
-        modules = self._modules_of(prefix)
+        modules = self._modules_of(in_weights)
         if any(module.format.quantized for module in modules):
             return GammaLinearMethod(modules, self.checkpoint.dtype)
         return UnquantizedLinearMethod()
