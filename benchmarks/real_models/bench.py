@@ -45,7 +45,7 @@ def estimate(models: list[RealModel]) -> str:
     return (
         f"{titles}: {megabytes:.0f} MB of models to download, and 70 MB of packages (rivals, chats) the first time; "
         f"about {hours:.0f} hours on two cores where nothing is there yet, most of it AutoRound (--rivals leaves it "
-        "out). It can be stopped, and goes on where it was."
+        "out), tuned rows not counted (--candidates leaves them out). It can be stopped, and goes on where it was."
     )
 
 

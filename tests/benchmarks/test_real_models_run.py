@@ -49,6 +49,17 @@ def test_a_model_is_learned_once_and_its_rows_keep_their_budgets(
     beside = ours.gamma_beside_8_bits(3.5, pinned)
     assert beside["tensor_bytes"] > rows_of(bench)["gamma 3.5"]["tensor_bytes"], "the vocabulary is wider"
     assert pinned - 2000 < beside["tensor_bytes"] <= pinned
+    tune_with = ["--sequences", "4", "--sequence-length", "48", "--scale-steps", "0"]
+    tune_with += ["--quantizer", "learned-rounding:iterations=2,draws=1"]
+    kind = Candidates("tuned", "gptq", GPTQ.folder, ", tuned", tuned=True)
+    budget = ours.budgets([3.5])[3.5]
+    assert budget is not None
+    tuned = Ours(bench, text, (4, 64), kind, tune_with).gamma("gamma 3.5", budget, bits=3.5)
+    assert tuned["row"] == "gamma 3.5, tuned"
+    assert tuned["tensor_bytes"] == rows_of(bench)["gamma 3.5"]["tensor_bytes"], "tuning keeps the bytes"
+    assert tuned["tuning"]["tokens"] == 4 * 48
+    assert tuned["cpu_seconds"] > tuned["tuning_cpu_seconds"] > 1
+    assert not (bench.work / "tuned" / "gamma_3.5,_tuned").exists(), "its bank is not left behind"
     ours.floor()
     ours.off_grid()
     scores = ours.scores
