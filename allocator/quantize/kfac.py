@@ -117,13 +117,14 @@ class _Rounding:
         order = torch.arange(rows, device=fisher.device).view(size, -1).T.reshape(-1)
         back = order.argsort()
         ordered = _Rounding(self.weight[order], self.grids, self.factor, self.pivots)
-        fisher = fisher[order][:, order]
+        fisher, upper = fisher[order][:, order], self.factor.triu(1)
+        torch.diagonal(upper).fill_(1)
         errors = self.weight.new_zeros(len(self.grids.num_bits), rows, columns)
         best: list[tuple[float, QuantizedModule]] = []
         for number in range(passes + 1):
             response = _to_rows_before(fisher, size) if number == 0 else _to_all_rows(fisher, size)
             found = ordered._pass(response, errors, size)
-            costs = [ordered._cost(fisher, of_one) for of_one in errors]
+            costs = [ordered._cost(fisher, upper, of_one) for of_one in errors]
             new = list(zip(costs, found, strict=True))
             best = [min(pair, key=lambda one: one[0]) for pair in zip(best, new, strict=True)] if best else new
         return [
@@ -131,10 +132,8 @@ class _Rounding:
             for _, m in best
         ]
 
-    def _cost(self, fisher: Tensor, errors: Tensor) -> float:
+    def _cost(self, fisher: Tensor, upper: Tensor, errors: Tensor) -> float:
         """tr(F E H E^T), H by its factors."""
-        upper = self.factor.triu(1)
-        torch.diagonal(upper).fill_(1)
         at_pivots = (errors @ upper) * self.pivots.sqrt()
         return float((fisher @ at_pivots).mul_(at_pivots).sum())
 
